@@ -1,0 +1,33 @@
+# make run      the closed loop on the embedded default (ARGS=... is handed to run.sh)
+# make test     the test suite, on the CPU
+# make bench    every claim against its peer, measured now
+# make base     train the tiny base model again
+# PYTHON=python3.12 chooses the interpreter for the virtual environment in .venv.
+
+PYTHON ?= python3
+ARGS ?=
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: run test bench base
+
+run: .venv/run.done
+	./run.sh $(ARGS)
+
+test: .venv/test.done
+	ruff check .
+	JAX_PLATFORMS=cpu python -m pytest -q -m "not slow" --durations=8
+
+bench: .venv/test.done
+	set -e; for script in bench/[a-z]*.py; do echo "== $$script"; python -m bench.$$(basename $$script .py); done
+
+base: .venv/run.done
+	python models/pretrain.py $(ARGS)
+
+# A stamp is newer than what it was made from, so nothing is installed twice.
+.venv/run.done: requirements.txt install.sh
+	PYTHON=$(PYTHON) ./install.sh requirements.txt
+	touch $@
+
+.venv/test.done: requirements-test.txt .venv/run.done
+	PYTHON=$(PYTHON) ./install.sh requirements-test.txt
+	touch $@

@@ -1,0 +1,148 @@
+"""Retries the tasks that the agent failed, with sampled actions whose reasons ActRe writes after the fact (A3T, 1.3).
+
+For every task that the rollout of this round did not solve, the policy plays again; at each step, with probability
+`probability` (and always after three invalid actions in a row), its action is replaced by a sampled admissible one,
+and ActRe, the frozen base in the order observation-action-reason, says why. Round 0 composes nothing: the paper keeps
+the prompted agent's successes only, so the file is empty.
+
+    python actre.py                          # the current round of runs/a3t
+    python actre.py --reason empty           # compose without ActRe
+
+Writes <run>/round_<k>/actre/trajectories.jsonl, failed compositions too (train_pg.py drops them). Left out: training.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from agent import Compose, Job, Play, play
+from envs.base import make_world
+from lora.convert import base_sha
+from policy import LocalPolicy
+from stage import (
+    Stage,
+    adapter_of_round,
+    adapter_sha,
+    current_round,
+    require_done,
+    round_directory,
+    run_main,
+    sha256,
+)
+from trajectory import FAULTS, Trajectory, Writer, read_trajectories, sort_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    run: Path = Path("runs/a3t")
+    """The run's directory."""
+    round: int | None = None
+    """Round to compose for (default: the first one that is not trained yet)."""
+    env: str = "alfworld"
+    """World."""
+    data: str | None = None
+    """The world's data (default: $ALFWORLD_DATA, or generated games where it is not set)."""
+    engine: Literal["ours", "textworld"] = "ours"
+    """Engine of the world; textworld is the slow reference."""
+    model: Path = Path("models/tiny-alfworld")
+    """Base model of the agent and of ActRe, a Hugging Face folder."""
+    weights: Literal["nf4", "fp32"] = "nf4"
+    """How the base is held."""
+    probability: float = 0.1
+    """p, the chance of a sampled action at each step (the paper's number is not recoverable)."""
+    sample: Literal["commands", "verbs"] = "commands"
+    """Sample uniformly over admissible commands, or over verbs first and then over the verb's commands."""
+    reason: Literal["actre", "template", "empty"] = "actre"
+    """Who writes the reason of a sampled action: ActRe, a fixed sentence, or nobody."""
+    budget: int = 4
+    """Composed trajectories per failed task, at most (paper: 40 on ALFWorld, 20 on WebShop)."""
+    force: int | None = None
+    """Composed before stopping at the first success (default: the budget, as on ALFWorld; paper: 3 on WebShop)."""
+    temperature: float = 0.7
+    """Sampling temperature of the agent's own turns (not stated in the paper)."""
+    max_turns: int = 20
+    """Turns after which an attempt ends."""
+    slots: int = 64
+    """Attempts played at once."""
+    context: int = 1024
+    """Tokens that a session can hold."""
+    seed: int = 0
+    """Seeds every draw, together with round, task, trial and turn."""
+
+
+def next_trial(args: Args, done: dict[int, bool]) -> list[int]:
+    """Trials of a task to start, given the finished ones {trial: success}: all of `force` at once, then one by one
+    until a success or the budget's end. The same whatever was finished before a resume."""
+    force = args.budget if args.force is None else min(args.force, args.budget)
+    if not done:
+        return list(range(force))
+    missing = [trial for trial in range(force) if trial not in done]
+    if missing or any(done.values()) or len(done) >= args.budget:
+        return missing
+    return [len(done)]
+
+
+def main(args: Args) -> None:
+    number = current_round(args.run) if args.round is None else args.round
+    adapter = adapter_of_round(args.run, number)
+    rollout = round_directory(args.run, number) / "rollout"
+    require_done(rollout, f"python rollout.py --run {args.run} --round {number}")
+    played = rollout / "trajectories.jsonl"
+    directory = round_directory(args.run, number) / "actre"
+    facts = {"rollout": sha256(played), "base": base_sha(args.model), "adapter": adapter_sha(adapter)}
+    stage = Stage(directory, args, facts)
+    if stage.finished:
+        return
+    path = directory / "trajectories.jsonl"
+    own: dict[str, list[Trajectory]] = defaultdict(list)
+    for trajectory in read_trajectories(played):
+        own[trajectory.task_id].append(trajectory)
+    failed = [task for task, tries in own.items()
+              if not any(t.success for t in tries) and any(t.end not in FAULTS for t in tries)]  # fmt: skip
+    if number == 0:
+        failed = []
+    with Writer(path) as writer:
+        finished: dict[str, dict[int, bool]] = {task: {} for task in failed}
+        for trajectory in read_trajectories(path):
+            finished[trajectory.task_id][trajectory.trial] = trajectory.success
+
+        def on_done(trajectory: Trajectory) -> Iterable[Job]:
+            writer.write(trajectory)
+            done = finished[trajectory.task_id]
+            done[trajectory.trial] = trajectory.success
+            force = args.budget if args.force is None else args.force
+            started = len(done) < min(force, args.budget)  # the forced ones are all under way already
+            return () if started else [Job(trajectory.task_id, trial) for trial in next_trial(args, done)]
+
+        jobs = [Job(task, trial) for task in failed for trial in next_trial(args, finished[task])]
+        if jobs:
+            compose = Compose(probability=args.probability, sample=args.sample, reason=args.reason)
+            settings = Play(env=args.env, stage="actre", round=number, seed=args.seed, max_turns=args.max_turns,
+                            temperature=args.temperature, compose=compose)  # fmt: skip
+            shape = {"weights": args.weights, "slots": args.slots, "context": args.context}
+            react = LocalPolicy(args.model, adapter, **shape)
+            explainer = LocalPolicy(args.model, None, **shape) if args.reason == "actre" else None
+            play(jobs, settings, lambda: make_world(args.env, data=args.data, engine=args.engine), react, explainer,
+                 on_done, total=len(jobs))  # fmt: skip
+    composed = sort_file(path)
+    won = [t for t in composed if t.success]
+    solved = {t.task_id for t in won}
+    stage.finish({
+        "round": number, "failed_tasks": len(failed), "composed": len(composed), "success": len(won),
+        "solved_tasks": len(solved), "positives_per_failed_task": round(len(won) / len(failed), 2) if failed else None,
+        "composed_success_rate": round(len(won) / len(composed), 4) if composed else None,
+        "sampled_turns": sum(turn.action_by == "sampled" for t in composed for turn in t.turns),
+    })  # fmt: skip
+    why = " (round 0 keeps the agent's own successes only)" if number == 0 else ""
+    print(f"actre round {number}: {len(won)}/{len(composed)} compositions won, "
+          f"{len(solved)}/{len(failed)} failed tasks solved{why} -> {path}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_main(main, tyro.cli(Args, description=__doc__))

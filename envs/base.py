@@ -1,0 +1,71 @@
+"""What every text world offers: tasks in, observations out.
+
+A world is a plain object that plays one task at a time. Hundreds of them may be alive at once, so what is heavy is
+loaded once and shared. The turn limit is the runner's business.
+Left out: thoughts, prompts, and how an agent's line becomes an action.
+
+Try one: python -m envs.play --env alfworld --tasks --split valid_seen
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+WORLDS = ("alfworld",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What the agent sees before its first action: the whole opening `text`, and the `task` (goal in words) alone."""
+
+    text: str
+    task: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one action brought.
+
+    `observation`: the world's words, verbatim. `reward`: the world's own number, 0..1. `progress`: the largest share of
+    the goal reached so far, 0..1, never falling. `success`: the task is solved. `done`: nothing more can be done.
+    `valid`: the world accepted the action; if it did not, the state is as before.
+    """
+
+    observation: str
+    reward: float
+    progress: float
+    success: bool
+    done: bool
+    valid: bool
+
+
+class World(Protocol):
+    """A text world. Not thread-safe: one world, one player."""
+
+    def tasks(self, split: str) -> Sequence[str]:
+        """Sorted, stable task ids of a split. Raises ValueError for a split that is not there."""
+        ...
+
+    def reset(self, task_id: str) -> Observation:
+        """Start a task. Raises ValueError for an id that is in no split or a task that cannot be read."""
+        ...
+
+    def step(self, action: str) -> Result:
+        """Do one action; no text raises. Raises RuntimeError before the first reset and after the task is done."""
+        ...
+
+    def actions(self) -> list[str]:
+        """Every action that is accepted now, sorted. Raises RuntimeError before the first reset."""
+        ...
+
+
+def make_world(env: str, *, data: str | None = None, engine: str = "ours", grammar: str = "0.4") -> World:
+    """Make the world called `env`; `data`, `engine` and `grammar` mean what that world says they mean.
+
+    Raises ValueError for an unknown name, FileNotFoundError where the world's data is missing.
+    """
+    if env == "alfworld":
+        from envs.alfworld import AlfWorld  # on demand: one world must not need another's packages
+
+        return AlfWorld(data=data, engine=engine, grammar=grammar)
+    raise ValueError(f"unknown world {env!r}: expected one of {', '.join(WORLDS)}")

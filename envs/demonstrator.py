@@ -1,0 +1,223 @@
+"""A scripted player of ALFWorld that reads only the text, so that what it does can be imitated.
+
+It remembers what each receptacle showed, searches the rest in the order of how often receptacles of that type hold the
+wanted object (`places`, counted over games that are not evaluated on), and thinks one short sentence per turn. It can
+be displaced: told that another action was taken, it goes on from there, and `explain` writes the reason for such an
+action after the fact, which is the text that ActRe learns from.
+
+Left out: slicing (no task of the six types needs it). Used by models/pretrain.py and policy.ScriptedPolicy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+GOALS = (  # (pattern, treatment, count)
+    (r"put a (clean|hot|cool) (?P<object>\w+) in (?P<place>\w+)", None, 1),
+    (r"(clean|heat|cool) some (?P<object>\w+) and put it in (?P<place>\w+)", None, 1),
+    (r"(?:put|find) two (?P<object>\w+)(?: and put them)? in (?P<place>\w+)", "", 2),
+    (r"(?:look at|examine the) (?P<object>\w+) (?:under|with) the (?P<lamp>\w+)", "", 1),
+    (r"put (?:a|some) (?P<object>\w+) (?:in|on) (?P<place>\w+)", "", 1),
+)
+TREATMENTS = {  # word in the goal: (verb, adjective, receptacle type)
+    "clean": ("clean", "clean", "sinkbasin"),
+    "hot": ("heat", "hot", "microwave"),
+    "heat": ("heat", "hot", "microwave"),
+    "cool": ("cool", "cool", "fridge"),
+}
+
+
+def kind(name: str) -> str:
+    """The type of a numbered thing: "mug 2" -> "mug"."""
+    return name.rsplit(" ", 1)[0]
+
+
+def number(name: str) -> int:
+    return int(name.rsplit(" ", 1)[1])
+
+
+def things(text: str) -> list[str]:
+    """The numbered things that a sentence lists: "you see a mug 2, and a pen 1" -> ["mug 2", "pen 1"]."""
+    return re.findall(r"\ba (\w+ \d+)", text)
+
+
+class Demonstrator:
+    """Plays one game. `places[object type][receptacle type]` is the share of such receptacles that hold such an object.
+
+    decide() -> (thought, action); observe(action, observation) after every action, its own or another's;
+    explain(action) -> the reason for an action about to be taken by somebody else.
+    Raises ValueError for a goal that none of the six task types states.
+    """
+
+    def __init__(self, opening: str, places: Mapping[str, Mapping[str, float]] | None = None):
+        goal = re.search(r"Your task is to: (.*?)\.(?:\s|$)", opening)
+        match = goal and next((m for p, *_ in GOALS if (m := re.fullmatch(p, goal[1]))), None)
+        if not match:
+            raise ValueError(f"no goal of the six task types in {opening[:200]!r}")
+        groups = match.groupdict()
+        self.target, self.place, self.lamp = groups["object"], groups.get("place"), groups.get("lamp")
+        self.treatment = TREATMENTS.get(match[1]) if match.re.groups == 3 else None
+        self.needed = 2 if " two " in f" {goal[1]} " else 1
+        seen = opening[opening.index("you see") :].split("\n")[0].split("Your task is to")[0]
+        rates = (places or {}).get(self.target, {})
+        self.receptacles = sorted(things(seen), key=lambda r: (-rates.get(kind(r), 0.0), kind(r), number(r)))
+        self.contents: dict[str, list[str]] = {}  # receptacle -> what it showed last; absent: never seen inside
+        self.closed: set[str] = set()
+        self.at = self.holding = self.taken_from = self.goal_place = None
+        self.treated: set[str] = set()
+        self.placed: list[str] = []
+        self.refused: set[tuple[str, str]] = set()  # (thing, receptacle) that cannot hold it
+
+    # ---- what the text says ------------------------------------------------------------------------------------------
+
+    def observe(self, action: str, observation: str) -> None:
+        """Takes in what the world answered to `action`."""
+        verb, _, rest = action.partition(" ")
+        if observation.startswith("Nothing happens"):
+            if verb == "go" and rest.removeprefix("to ") in self.receptacles:
+                self.at = rest.removeprefix("to ")  # it shares its place with where we are: we are there already
+            if verb == "move":
+                self.refused.add(tuple(rest.split(" to ", 1)))
+            return
+        if verb == "go":
+            self.at = rest.removeprefix("to ")
+        if verb in ("go", "open", "examine") and self.at:
+            self._read(observation)
+        elif verb == "close":
+            self.closed.add(rest)
+        elif verb == "take":
+            thing, _, source = rest.partition(" from ")
+            self.contents[source] = [t for t in self.contents.get(source, []) if t != thing]
+            self.holding, self.taken_from = thing, source
+            self.placed = [t for t in self.placed if t != thing]
+        elif verb == "move":
+            thing, _, where = rest.partition(" to ")
+            self.contents.setdefault(where, []).append(thing)
+            self.holding = None
+            if kind(where) == self.place and kind(thing) == self.target and self.goal_place in (None, where):
+                self.placed.append(thing)
+                self.goal_place = where
+        elif verb in ("clean", "heat", "cool"):
+            thing = rest.partition(" with ")[0]
+            if self.treatment and verb == self.treatment[0]:
+                self.treated.add(thing)
+            elif self.treatment and {verb, self.treatment[0]} == {"heat", "cool"}:
+                self.treated.discard(thing)
+
+    def _read(self, observation: str) -> None:
+        for where in re.findall(r"The (\w+ \d+) is closed", observation):
+            self.closed.add(where)
+        for where, listed in re.findall(r"On the (\w+ \d+), you see ([^.]*)\.", observation):
+            self.contents[where] = things(listed)
+        for where, listed in re.findall(r"The (\w+ \d+) is open\. In it, you see ([^.]*)\.", observation):
+            self.closed.discard(where)
+            self.contents[where] = things(listed)
+
+    # ---- what to do --------------------------------------------------------------------------------------------------
+
+    def decide(self) -> tuple[str, str]:
+        """The next (thought, action)."""
+        if self.holding and kind(self.holding) != self.target:
+            return self._put_down()
+        if self.holding:
+            return self._use() if self.lamp else self._deliver()
+        found = self._known(self.target)
+        if not found:
+            return self._search(self.target)
+        thing, where = found
+        return self._reach(where, f"The {thing} is at the {where}. I go there.") or (
+            f"I see the {thing}. I take it.",
+            f"take {thing} from {where}",
+        )
+
+    def _reach(self, where: str, thought: str) -> tuple[str, str] | None:
+        """The step towards standing at `where` with it open; None when that is so."""
+        if self.at != where:
+            return thought, f"go to {where}"
+        if where in self.closed:
+            return f"The {where} is closed. I open it.", f"open {where}"
+        if where not in self.contents:
+            return f"I am at the {where}. I look at it.", f"examine {where}"
+        return None
+
+    def _known(self, wanted: str) -> tuple[str, str] | None:
+        """A thing of the wanted type that was seen and still has to be moved, and where; here first."""
+        spots = sorted(self.contents, key=lambda r: (r != self.at, kind(r), number(r)))
+        done = [] if self.lamp else self.placed
+        return next(((t, r) for r in spots for t in self.contents[r] if kind(t) == wanted and t not in done), None)
+
+    def _search(self, wanted: str) -> tuple[str, str]:
+        if self.at and self.at not in self.contents:
+            return self._reach(self.at, "")
+        hidden = [r for r in self.receptacles if r not in self.contents]
+        if not hidden:  # everything was seen: look again, something may have been missed
+            self.contents.clear()
+            hidden = [r for r in self.receptacles if r != self.at]
+        another = "another" if self.placed else "a"
+        return f"I need {another} {wanted}. I check the {hidden[0]}.", f"go to {hidden[0]}"
+
+    def _put_down(self) -> tuple[str, str]:
+        thing = self.holding
+        spots = [self.taken_from, *self.receptacles]
+        back = next((r for r in spots if (thing, r) not in self.refused), self.taken_from)
+        return self._reach(back, f"I do not need the {thing}. I bring it back to the {back}.") or (
+            f"I do not need the {thing}. I put it back.",
+            f"move {thing} to {back}",
+        )
+
+    def _use(self) -> tuple[str, str]:
+        found = self._known(self.lamp)
+        if not found:
+            return self._search(self.lamp)
+        lamp, where = found
+        if self.at != where:
+            return f"I have the {self.holding}. The {lamp} is at the {where}.", f"go to {where}"
+        return f"I have the {self.holding}. I use the {lamp}.", f"use {lamp}"
+
+    def _deliver(self) -> tuple[str, str]:
+        thing = self.holding
+        if self.treatment and thing not in self.treated:
+            verb, _, where_kind = self.treatment
+            where = next((r for r in self.receptacles if kind(r) == where_kind), f"{where_kind} 1")
+            if self.at != where:
+                return f"I have the {thing}. I {verb} it at the {where}.", f"go to {where}"
+            return f"I {verb} the {thing} with the {where}.", f"{verb} {thing} with {where}"
+        where = self.goal_place or next((r for r in self.receptacles if kind(r) == self.place), f"{self.place} 1")
+        state = f"The {thing} is {self.treatment[1]}." if self.treatment else f"I have the {thing}."
+        return self._reach(where, f"{state} I bring it to the {where}.") or (
+            f"I put the {thing} in the {where}.",
+            f"move {thing} to {where}",
+        )
+
+    # ---- reasons after the fact --------------------------------------------------------------------------------------
+
+    def explain(self, action: str) -> str:
+        """One short sentence that motivates `action` here and now, written after the action was chosen."""
+        thought, own = self.decide()
+        if action == own:
+            return thought
+        verb, _, rest = action.partition(" ")
+        rest = rest.removeprefix("to ")
+        thing, _, where = re.sub(r" (?:from|to|with) ", "|", rest).partition("|")
+        searching = not self.holding and not self._known(self.target)
+        if verb == "go":
+            if searching and rest not in self.contents:
+                return f"I need {'another' if self.placed else 'a'} {self.target}. I check the {rest}."
+            return f"I want to look at the {rest}."
+        if verb == "open":
+            return f"The {rest} is closed. I open it." if rest in self.closed else f"I want to see inside the {rest}."
+        return {
+            "close": f"I am done with the {rest}. I close it.",
+            "take": f"I see the {thing}. It may be of use.",
+            "move": f"I leave the {thing} at the {where}.",
+            "examine": f"I look closer at the {rest}.",
+            "inventory": "I check what I have.",
+            "look": "I look around.",
+            "help": "I check the commands.",
+            "use": f"I see the {rest}. I use it.",
+            "clean": f"I clean the {thing} with the {where}.",
+            "heat": f"I heat the {thing} with the {where}.",
+            "cool": f"I cool the {thing} with the {where}.",
+            "slice": f"I slice the {thing} with the {where}.",
+        }.get(verb, "I try something else.")

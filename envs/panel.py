@@ -1,0 +1,185 @@
+"""Fixed lists of tasks, so that a score names exactly what was played.
+
+A panel is a file in envs/panels: sorted task ids, one a line. envs/panels/SHA256 records the sha256 of each file's
+bytes, in sha256sum's format; a panel that does not match it is refused.
+
+    python -m envs.panel                              # what there is, checked
+    python -m envs.panel --make --data $ALFWORLD_DATA  # make them again (the real ones need the real games)
+
+| panel | what |
+|---|---|
+| train-600, valid-60 | drawn from the real train split: the A3T paper's numbers of tasks by type, disjoint |
+| valid_seen-140, valid_unseen-134 | the whole evaluation splits |
+| gen_train-120, gen_valid-100 | the first games of the generated splits with the generator's default seed |
+| mini_train-120, mini_valid-100 | the same for the small rooms that replace them where the alfworld wheel is missing |
+
+Demonstrations and the training of a base model never use a task of any panel: `excluded_ids()`.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from envs.generate import SEED, generate_games
+from envs.rooms import wheel_folder
+
+PANELS = Path(__file__).with_name("panels")
+
+TYPES = (
+    "pick_and_place_simple",
+    "pick_clean_then_place_in_recep",
+    "pick_heat_then_place_in_recep",
+    "pick_cool_then_place_in_recep",
+    "look_at_obj_in_light",
+    "pick_two_obj_and_place",
+)
+
+# Tasks by type, in the order of TYPES, as the paper draws them from the 3,553 of train (A3T, appendix on ALFWorld).
+DRAWN = {"train-600": (135, 98, 74, 92, 59, 142), "valid-60": (12, 10, 7, 14, 8, 9)}
+WHOLE = {"valid_seen-140": "valid_seen", "valid_unseen-134": "valid_unseen"}
+GENERATED = {"gen_train-120": 120, "gen_valid-100": 100, "mini_train-120": 120, "mini_valid-100": 100}
+NAMES = (*DRAWN, *WHOLE, *GENERATED)
+
+
+def panel_path(name: str, folder: Path = PANELS) -> Path:
+    """The panel's file. Raises ValueError for a name that is no panel."""
+    if name not in NAMES:
+        raise ValueError(f"panel {name!r} is unknown: expected one of {', '.join(NAMES)}")
+    return folder / f"{name}.txt"
+
+
+def panel_sha256(name: str, folder: Path = PANELS) -> str:
+    """The recorded sha256 of a panel, for a stage's config.json."""
+    panel_path(name, folder)
+    record = folder / "SHA256"
+    for line in record.read_text().splitlines() if record.is_file() else ():
+        digest, _, file_name = line.partition("  ")
+        if file_name == f"{name}.txt":
+            return digest
+    raise ValueError(f"{record} has no line for {name}.txt: run `python -m envs.panel --make`")
+
+
+def read_panel(name: str, folder: Path = PANELS) -> list[str]:
+    """The panel's task ids, sorted. Raises ValueError where the name is unknown or the file was changed."""
+    path, expected = panel_path(name, folder), panel_sha256(name, folder)
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: restore it from the project, or run `python -m envs.panel --make`")
+    content = path.read_bytes()
+    if (found := hashlib.sha256(content).hexdigest()) != expected:
+        raise ValueError(
+            f"{path} has sha256 {found}, expected {expected}: the panel was changed, so scores on it would not compare."
+            " Restore it from the project, or run `python -m envs.panel --make`."
+        )
+    return content.decode().splitlines()
+
+
+def pick_tasks(name: str, limit: int | None = None) -> tuple[list[str], str]:
+    """The panel's ids and its sha256; with a limit, so many ids spread evenly over the panel (it is sorted by type)."""
+    task_ids = read_panel(name)
+    if limit is not None and limit < len(task_ids):
+        task_ids = [task_ids[i] for i in np.linspace(0, len(task_ids) - 1, limit).round().astype(int)]
+    return task_ids, panel_sha256(name)
+
+
+def default_panels(purpose: str, env: str, data: str | None) -> tuple[str, ...]:
+    """The panels that a stage plays unless told otherwise; `purpose` is train or evaluate.
+
+    Real games (`data` or $ALFWORLD_DATA): train-600; valid_seen-140, and valid_unseen-134 where its games are there.
+    Generated ones: gen_train-120; gen_valid-100 (mini_* without the alfworld wheel).
+    """
+    if env != "alfworld":
+        raise ValueError(f"env {env!r} has no default panel; give one")
+    folder = data or os.environ.get("ALFWORLD_DATA")
+    if not folder:
+        kind = "gen" if wheel_folder() else "mini"
+        return (f"{kind}_train-120",) if purpose == "train" else (f"{kind}_valid-100",)
+    if purpose == "train":
+        return ("train-600",)
+    return tuple(n for n, split in WHOLE.items() if (Path(folder).expanduser() / "json_2.1.1" / split).is_dir())
+
+
+def excluded_ids() -> set[str]:
+    """Every task id of every panel. No demonstration and no training text of a base model may come from them."""
+    return {task_id for name in NAMES for task_id in read_panel(name)}
+
+
+def type_of(task_id: str) -> str:
+    """pick_and_place_simple, ...: the task type, which is the first part of the task's folder."""
+    return task_id.split("/")[1].split("-")[0]
+
+
+def write_panel(name: str, task_ids: Iterable[str], folder: Path = PANELS) -> None:
+    """Writes a panel and its line in SHA256. Raises ValueError where the number of ids is not the one in its name."""
+    content = "".join(f"{task_id}\n" for task_id in sorted(set(task_ids))).encode()
+    if content.count(b"\n") != int(name.rpartition("-")[2]):
+        raise ValueError(f"panel {name} would hold {content.count(bytes([10]))} different tasks: check the data")
+    folder.mkdir(parents=True, exist_ok=True)
+    panel_path(name, folder).write_bytes(content)
+    record = folder / "SHA256"
+    kept = [line for line in record.read_text().splitlines()] if record.is_file() else []
+    kept = [line for line in kept if not line.endswith(f"  {name}.txt")]
+    record.write_text("\n".join(sorted([*kept, f"{hashlib.sha256(content).hexdigest()}  {name}.txt"])) + "\n")
+
+
+def real_ids(data: Path, split: str) -> list[str]:
+    """Sorted ids of a real split's solvable games, those that the stock loader plays."""
+    folder = data / "json_2.1.1"
+    ids = []
+    for game in sorted((folder / split).glob("*/*/game.tw-pddl")):
+        if "movable" not in str(game) and "Sliced" not in str(game) and json.loads(game.read_text())["solvable"]:
+            ids.append(str(game.parent.relative_to(folder)))
+    return ids
+
+
+def draw(task_ids: Sequence[str], seed: int) -> dict[str, list[str]]:
+    """The two panels drawn from train: for each type, a seeded shuffle dealt out first to train-600, then valid-60."""
+    panels = {name: [] for name in DRAWN}
+    for index, task_type in enumerate(TYPES):
+        pool = [task_id for task_id in sorted(task_ids) if type_of(task_id) == task_type]
+        np.random.default_rng([seed, zlib.crc32(task_type.encode())]).shuffle(pool)
+        for name, counts in DRAWN.items():
+            if len(pool) < counts[index]:
+                raise ValueError(f"train has too few {task_type} games for {name}: is the data complete?")
+            panels[name] += [pool.pop() for _ in range(counts[index])]
+    return panels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    make: bool = False
+    """Make the panels again instead of checking them. Those whose games are not at hand stay as they are."""
+    data: Path | None = None
+    """The folder with the real games' json_2.1.1; default: $ALFWORLD_DATA."""
+    seed: int = SEED
+    """Of the draws from train and of the generated games."""
+
+
+def main(args: Args) -> None:
+    data = args.data or Path(os.environ.get("ALFWORLD_DATA", "."))
+    if args.make:
+        if train := real_ids(data, "train"):
+            for name, task_ids in draw(train, args.seed).items():
+                write_panel(name, task_ids)
+        for name, split in WHOLE.items():
+            if task_ids := real_ids(data, split):
+                write_panel(name, task_ids)
+        for name, count in GENERATED.items():
+            split = name.partition("-")[0]
+            if wheel_folder() or split.startswith("mini"):
+                write_panel(name, (task_id for task_id, _, _ in generate_games(args.seed, split, count)))
+    for name in NAMES:
+        task_ids = read_panel(name)
+        by_type = "/".join(str(sum(type_of(task_id) == task_type for task_id in task_ids)) for task_type in TYPES)
+        print(f"{name}: {len(task_ids)} tasks, by type {by_type}, sha256 {panel_sha256(name)[:16]}")
+    print("types:", ", ".join(TYPES))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,191 @@
+"""Plays an adapter, or the base alone, once on panels of held-out tasks and prints the table of all rounds so far.
+
+    python evaluate.py                       # every trained round of runs/a3t that is not evaluated yet
+    python evaluate.py --round 2 --panels valid_seen-140
+    python evaluate.py --base                # the base without an adapter
+
+Writes <run>/round_<k>/evaluate/{trajectories.jsonl,scores.json} (<run>/base/evaluate for the base). Best-of-rounds
+counts a task that any round so far has won: an oracle over as many attempts, comparable with pass@k only.
+Left out: perturbed wordings, held-out worlds and the report, which later stages add.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from agent import Job, Play, play, require_tasks
+from envs.alfworld import task_type
+from envs.base import make_world
+from envs.panel import TYPES, default_panels, pick_tasks
+from lora.convert import base_sha
+from policy import LocalPolicy
+from stage import (
+    Stage,
+    StageError,
+    adapter_of_round,
+    adapter_sha,
+    current_round,
+    read_json,
+    round_directory,
+    run_main,
+    write_json,
+)
+from trajectory import FAULTS, Trajectory, Writer, sort_file
+
+SHORT = dict(zip(TYPES, ("Pick", "Clean", "Heat", "Cool", "Examine", "PickTwo"), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    run: Path = Path("runs/a3t")
+    """The run's directory."""
+    round: int | None = None
+    """Evaluate the adapter trained in this round (default: every trained round that is not evaluated yet)."""
+    base: bool = False
+    """Evaluate the base without an adapter."""
+    env: str = "alfworld"
+    """World."""
+    data: str | None = None
+    """The world's data (default: $ALFWORLD_DATA, or generated games where it is not set)."""
+    engine: Literal["ours", "textworld"] = "ours"
+    """Engine of the world; textworld is the slow reference."""
+    panels: tuple[str, ...] = ()
+    """Panels to play (default: valid_seen-140, valid_unseen-134 where its games are; or gen_valid-100)."""
+    limit: int | None = None
+    """Play only so many tasks of each panel, spread evenly over it."""
+    model: Path = Path("models/tiny-alfworld")
+    """Base model, a Hugging Face folder."""
+    weights: Literal["nf4", "fp32"] = "nf4"
+    """How the base is held."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 is greedy."""
+    max_turns: int = 20
+    """Turns after which an attempt ends."""
+    slots: int = 64
+    """Attempts played at once."""
+    context: int = 1024
+    """Tokens that a session can hold."""
+    seed: int = 0
+    """Seeds every draw where the temperature is not 0."""
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def wilson(won: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share. Source: Wilson (1927)."""
+    if n == 0:
+        return 0.0, 1.0
+    share, width = won / n, z * z / n
+    middle = (share + width / 2) / (1 + width)
+    half = z * math.sqrt(share * (1 - share) / n + width / (4 * n)) / (1 + width)
+    return middle - half, middle + half
+
+
+def score(trajectories: list[Trajectory]) -> dict[str, Any]:
+    """Success with n and interval, by type, mean turns, invalid actions, ends. Faults are counted, never scored."""
+    rows = [t for t in trajectories if t.end not in FAULTS]
+    won = sum(t.success for t in rows)
+    turns = [turn for t in rows for turn in t.turns]
+    by_type = {}
+    for kind in TYPES:
+        of_type = [t for t in rows if task_type(t.task_id) == kind]
+        by_type[SHORT[kind]] = {"success": sum(t.success for t in of_type), "n": len(of_type)}
+    return {
+        "success": won, "n": len(rows), "rate": round(won / max(1, len(rows)), 4),
+        "wilson95": [round(x, 4) for x in wilson(won, len(rows))], "types": by_type,
+        "mean_turns": round(len(turns) / max(1, len(rows)), 2),
+        "invalid_action_rate": round(sum(not t.valid for t in turns) / max(1, len(turns)), 4),
+        "ends": dict(Counter(t.end for t in trajectories)),
+        "won_tasks": sorted(t.task_id for t in rows if t.success),
+    }  # fmt: skip
+
+
+def table(run: Path) -> str:
+    """One line per panel and evaluated round, best-of-rounds beside it."""
+    header = f"{'panel':<18}{'round':>6}{'success':>14}{'95 % interval':>16}"
+    header += "".join(f"{s:>9}" for s in SHORT.values())
+    lines = [header + f"{'best of rounds':>16}{'turns':>7}{'invalid':>9}  ends"]
+    places = [("base", run / "base")] + [(str(k), round_directory(run, k)) for k in range(current_round(run))]
+    scores = {name: read_json(p / "evaluate/scores.json") for name, p in places if (p / "evaluate/done.json").exists()}
+    for panel in sorted({panel for s in scores.values() for panel in s}):
+        solved: set[str] = set()
+        rounds = 0
+        for name, by_panel in scores.items():
+            if panel not in by_panel:
+                continue
+            s = by_panel[panel]
+            best = "-"
+            if name != "base":
+                solved |= set(s["won_tasks"])
+                rounds += 1
+                best = f"{100 * len(solved) / s['n']:.1f} (k={rounds})"
+            low, high = s["wilson95"]
+            types = "".join(f"{100 * t['success'] / t['n'] if t['n'] else math.nan:>9.0f}" for t in s["types"].values())
+            ends = " ".join(f"{end}:{count}" for end, count in sorted(s["ends"].items()))
+            lines.append(
+                f"{panel:<18}{name:>6}{100 * s['rate']:>7.1f} {s['success']:>3}/{s['n']:<3}"
+                f"{100 * low:>8.1f}-{100 * high:<7.1f}{types}{best:>16}{s['mean_turns']:>7.1f}"
+                f"{100 * s['invalid_action_rate']:>8.1f}%  {ends}"
+            )
+    return "\n".join(lines) + "\nbest of rounds: an oracle over the policies so far (best-of-k), not one policy's score"
+
+
+# ---- playing ---------------------------------------------------------------------------------------------------------
+
+
+def evaluate(args: Args, directory: Path, adapter: Path | None, number: int) -> None:
+    """Plays all panels with one policy and writes scores.json; resumes like every stage."""
+    panels = args.panels or default_panels("evaluate", args.env, args.data)
+    tasks = {panel: pick_tasks(panel, args.limit) for panel in panels}
+    facts = {"panels": {p: h for p, (_, h) in tasks.items()}, "base": base_sha(args.model),
+             "adapter": adapter_sha(adapter)}  # fmt: skip
+    stage = Stage(directory, args, facts)
+    if stage.finished:
+        return
+    world = make_world(args.env, data=args.data, engine=args.engine)
+    for ids, _ in tasks.values():
+        require_tasks(world, ids)
+    settings = Play(env=args.env, stage="evaluate", round=number, seed=args.seed, max_turns=args.max_turns,
+                    temperature=args.temperature)  # fmt: skip
+    policy = LocalPolicy(args.model, adapter, weights=args.weights, slots=args.slots, context=args.context)
+    path = directory / "trajectories.jsonl"
+    with Writer(path) as writer:
+
+        def on_done(trajectory: Trajectory) -> tuple[Job, ...]:
+            writer.write(trajectory)
+            return ()
+
+        jobs = [Job(task, 0) for ids, _ in tasks.values() for task in ids]
+        play([j for j in jobs if j not in writer.known], settings,
+             lambda: make_world(args.env, data=args.data, engine=args.engine), policy, None, on_done, total=len(jobs),
+        )  # fmt: skip
+    trajectories = {t.task_id: t for t in sort_file(path)}
+    scores = {panel: score([trajectories[i] for i in ids]) for panel, (ids, _) in tasks.items()}
+    write_json(directory / "scores.json", scores)
+    stage.finish({p: {k: s[k] for k in ("success", "n", "rate", "wilson95")} for p, s in scores.items()})
+
+
+def main(args: Args) -> None:
+    if args.base:
+        evaluate(args, args.run / "base" / "evaluate", None, 0)
+    else:
+        trained = current_round(args.run)
+        if args.round is not None and args.round >= trained:
+            raise StageError(f"round {args.round} of {args.run} is not trained ({trained} rounds are); "
+                             f"run: python train_pg.py --run {args.run} --round {args.round}")  # fmt: skip
+        for number in range(trained) if args.round is None else [args.round]:
+            directory = round_directory(args.run, number) / "evaluate"
+            if args.round is not None or not (directory / "done.json").exists():
+                evaluate(args, directory, adapter_of_round(args.run, number + 1), number)
+    print(table(args.run))
+
+
+if __name__ == "__main__":
+    run_main(main, tyro.cli(Args, description=__doc__))

@@ -1,0 +1,403 @@
+"""Samples from a Mistral in many sessions at once; a session's KV cache lives in a slot over all of its turns.
+
+`extend` only queues ids. `reply` first prefills, in chunks of a fixed width, all queued ids but the last of the asked
+sessions, then decodes in one jitted `while_loop` until every asked row has sampled the stop id, reached its limit or
+filled its context. Keys and values made inside a call stay in a small buffer beside the cache, which is only read, and
+are written into it once at the end.
+
+What a row samples depends on its own ids, temperature and seed alone, to the last bit: chunks are cut by a row's own
+length, blocks of the cache beyond it add exact zeros, and every call has the same number of rows, a group of slots.
+Left out: more sessions than slots, a shared prefix, top-p, stop strings.
+
+    engine = Engine(model, slots=64, context=1024, max_new_tokens=64, stop_id=13)
+    session = engine.open()
+    engine.extend(session, prompt_ids)
+    [ids] = engine.reply([(session, 0.7, 1234)])
+
+Shapes: R rows of a call, T tokens of a chunk, P places of the buffer, S places of a block of the cache = N tiles of W
+places, D model, H heads, K kv heads, X queries of a kv head, C head dim, V vocabulary in G groups of I ids. A block is
+keys [slots, K, N, C, W] and values [slots, K, N, W, C]: both products of attention then read it in the order it lies
+in, a few KiB at a time, which is up to eight times faster on a CPU than other orders.
+"""
+
+import functools
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lora.linear import TARGETS
+from lora.mistral import Mistral, rms_norm, rotation
+
+# Places of the first block of the cache; each later one is as large as all before it, so that attention reads at most
+# twice what its longest row needs, in few compiled shapes.
+FIRST_BLOCK = 256
+# Places of a tile of the cache.
+TILE = 64
+# Widths of prefill chunks; one is used while more than twice the next narrower one is left.
+WIDTHS = (128, 32, 8)
+
+
+class Reply(NamedTuple):
+    """Ids that a row sampled, the stop id included, and their log-probabilities at temperature 1."""
+
+    ids: list[int]
+    logprobs: list[float]
+
+
+class View(NamedTuple):
+    """A model as decoding wants it: one set of arrays per layer, so that no step slices stacked weights."""
+
+    embed: jax.Array
+    norm: jax.Array
+    head_DV: jax.Array
+    layers: list
+
+
+class Asked(NamedTuple):
+    """What decoding needs to know of each row, [R] each."""
+
+    first_id: np.ndarray
+    limit: np.ndarray  # how many ids it may sample; 0 for a row that fills up the batch
+    temperature: np.ndarray
+    seed: np.ndarray
+
+
+def attend(q_RTHC, past, lengths_R, k_RKCP, v_RKPC, at, window):
+    """Attention of T new tokens over the cache (places before the row's length) and the buffer (up to themselves).
+
+    `past` is a list of blocks; the tokens are at places `at`.. of the buffer. Returns [R, T, H * C].
+    """
+    R, T, H, C = q_RTHC.shape
+    K, P = k_RKCP.shape[1], k_RKCP.shape[3]
+    q_RKXC = (q_RTHC * C**-0.5).reshape(R, T, K, H // K, C).transpose(0, 2, 3, 1, 4).reshape(R, K, -1, C)
+    query_T = at + jnp.arange(T)
+
+    def hide(scores_RKXS, seen_RTS, distance_RTS):
+        if window is not None:
+            seen_RTS = seen_RTS & (distance_RTS < window)
+        scores = scores_RKXS.reshape(R, K, H // K, T, -1)
+        return jnp.where(seen_RTS[:, None, None], scores, jnp.finfo(jnp.float32).min).reshape(scores_RKXS.shape)
+
+    distance_1TP = (query_T[:, None] - jnp.arange(P))[None]
+    scores = jnp.einsum("rkxc,rkcp->rkxp", q_RKXC, k_RKCP, preferred_element_type=jnp.float32)
+    pieces, values, offset = [hide(scores, distance_1TP >= 0, distance_1TP)], [v_RKPC], 0
+    for k_RKNCW, v_RKNWC in past:
+        scores = cache_scores(q_RKXC, k_RKNCW)
+        place_S = offset + jnp.arange(scores.shape[-1])
+        before_R1S = (place_S < lengths_R[:, None])[:, None]
+        pieces.append(hide(scores, before_R1S, lengths_R[:, None, None] + query_T[:, None] - place_S))
+        values.append(v_RKNWC.reshape(R, K, -1, C))
+        offset += scores.shape[-1]
+    top = functools.reduce(jnp.maximum, (piece.max(axis=-1, keepdims=True) for piece in pieces))
+    weights = [jnp.exp(piece - top) for piece in pieces]
+    total = sum(piece.sum(axis=-1, keepdims=True) for piece in weights)
+    read = sum(jnp.einsum("rkxs,rksc->rkxc", w.astype(v.dtype), v) for w, v in zip(weights, values, strict=True))
+    read = (read / total).astype(q_RTHC.dtype).reshape(R, K, H // K, T, C)
+    return read.transpose(0, 3, 1, 2, 4).reshape(R, T, H * C)
+
+
+def cache_scores(q_RKXC, k_RKNCW):
+    """Products of the queries with the keys of a block [R, K, X, S] float32."""
+    R, K, X, C = q_RKXC.shape
+    # One product a tile, with its own copy of the queries: left to itself XLA:CPU transposes the keys at every step.
+    q_RKNXC = jnp.broadcast_to(q_RKXC[:, :, None], (R, K, k_RKNCW.shape[2], X, C))
+    scores_RKNXW = jnp.einsum("rknxc,rkncw->rknxw", q_RKNXC, k_RKNCW, preferred_element_type=jnp.float32)
+    return scores_RKNXW.swapaxes(2, 3).reshape(R, K, X, -1)
+
+
+def run_layer(layer, config, x_RTD, turn, past, lengths_R, buffer, at):
+    """One layer over T tokens of each row. Returns its output and the buffer with their keys and values at `at`..."""
+    q, k, v = layer.queries_keys_values(x_RTD, turn)
+    k_RKCP = jax.lax.dynamic_update_slice_in_dim(buffer[0], k.transpose(0, 2, 3, 1), at, axis=3)
+    v_RKPC = jax.lax.dynamic_update_slice_in_dim(buffer[1], v.transpose(0, 2, 1, 3), at, axis=2)
+    attended = attend(q, past, lengths_R, k_RKCP, v_RKPC, at, config.sliding_window)
+    return layer.finish(x_RTD, attended), (k_RKCP, v_RKPC)
+
+
+@functools.partial(jax.jit, donate_argnames="block")
+def append(block, buffer, offset, lengths_R, counts_R):
+    """Appends the first `counts_R` places of a layer's buffer to each row, as far as they lie in a block, in place.
+
+    `block` is keys and values from place `offset` on. A row reads, changes and writes back as many tiles as the buffer
+    can touch; places that are not its new ones keep what they have.
+    """
+    tiles = min(-(-buffer[0].shape[3] // TILE) + 1, block[0].shape[2])
+    margin = tiles * TILE  # on both sides of the buffer, so that no slice of it is moved to fit
+    start_R = jnp.clip((lengths_R - offset) // TILE, 0, block[0].shape[2] - tiles)
+    first_R = offset + start_R * TILE - lengths_R  # place of the buffer at the first tile's first place
+
+    def write(old, fresh, axis, start, first, count):
+        padded = jnp.pad(fresh, [(margin, margin) if i == axis else (0, 0) for i in range(3)])
+        new = jax.lax.dynamic_slice_in_dim(padded, first + margin, margin, axis)
+        new = new.reshape(*new.shape[:axis], tiles, TILE, *new.shape[axis + 1 :])
+        new = new.swapaxes(1, axis)
+        place_NW = first + jnp.arange(margin).reshape(tiles, TILE)
+        counted = (place_NW >= 0) & (place_NW < count)
+        kept = jax.lax.dynamic_slice_in_dim(old, start, tiles, axis=1)
+        new = jnp.where(counted[:, None] if axis == 2 else counted[:, :, None], new, kept)
+        return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+
+    return tuple(
+        jax.vmap(functools.partial(write, axis=axis))(old, fresh, start=start_R, first=first_R, count=counts_R)
+        for axis, old, fresh in zip((2, 1), block, buffer, strict=True)
+    )
+
+
+def empty_buffer(config, rows: int, places: int, dtype):
+    """Zeros for the keys and values that a layer makes in one call."""
+    K, C = config.num_key_value_heads, config.head_dim
+    return jnp.zeros((rows, K, C, places), dtype), jnp.zeros((rows, K, places, C), dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "config"), donate_argnames="x_RTD")
+def prefill_layer(graph, config, weights, x_RTD, past, lengths_R):
+    """A layer over chunks [R, T, D] that follow what the blocks `past` hold. Returns its output and their buffer.
+
+    One layer a call: all layers are compiled alike, so that there is one to compile.
+    """
+    R, T = x_RTD.shape[:2]
+    turn = rotation(lengths_R[:, None] + jnp.arange(T), config)
+    buffer = empty_buffer(config, R, T, x_RTD.dtype)
+    return run_layer(nnx.merge(graph, weights), config, x_RTD, turn, past, lengths_R, buffer, 0)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "config", "places", "stop_id"))
+def decode(graph, config, view: View, past, lengths_R, asked: Asked, *, places: int, stop_id: int):
+    """Samples up to `asked.limit` ids a row. Returns ids [R, P], log-probabilities [R, P], counts [R] and the buffer.
+
+    `past` holds, for each layer, the blocks that the rows reach into; it is read and not changed. Draw t of a row is
+    made from fold_in(PRNGKey(seed), t). The last sampled id of a row is in neither the cache nor the buffer.
+    """
+    R = len(lengths_R)
+
+    def step(state):
+        t, last_R, counts_R, active_R, ids_RP, logprobs_RP, buffer = state
+        turn = rotation((lengths_R + t)[:, None], config)
+        x_RTD, filled = view.embed[last_R[:, None]], []
+        for weights, blocks, fresh in zip(view.layers, past, buffer, strict=True):
+            # Weights that wait for the layer's input cannot be decoded from NF4 before the loop and all be held there.
+            weights, x_RTD = jax.lax.optimization_barrier((weights, x_RTD))
+            x_RTD, fresh = run_layer(nnx.merge(graph, weights), config, x_RTD, turn, blocks, lengths_R, fresh, t)
+            filled.append(fresh)
+        hidden_RD = rms_norm(x_RTD[:, 0], view.norm, config.rms_norm_eps)
+        logits_RV = jnp.dot(hidden_RD, view.head_DV, preferred_element_type=jnp.float32)
+        ids_R = sample(logits_RV, asked.temperature, asked.seed, t)
+        chosen_R = jnp.take_along_axis(logits_RV, ids_R[:, None], axis=1)[:, 0]
+        logprobs_R = chosen_R - jax.nn.logsumexp(logits_RV, axis=1)
+        ids_RP = jax.lax.dynamic_update_slice_in_dim(ids_RP, ids_R[:, None], t, axis=1)
+        logprobs_RP = jax.lax.dynamic_update_slice_in_dim(logprobs_RP, logprobs_R[:, None], t, axis=1)
+        counts_R = counts_R + active_R
+        active_R = active_R & (ids_R != stop_id) & (t + 1 < asked.limit)
+        return t + 1, ids_R, counts_R, active_R, ids_RP, logprobs_RP, filled
+
+    state = (
+        jnp.int32(0), asked.first_id, jnp.zeros(R, jnp.int32), asked.limit > 0, jnp.zeros((R, places), jnp.int32),
+        jnp.zeros((R, places), jnp.float32), [empty_buffer(config, R, places, view.embed.dtype) for _ in view.layers],
+    )  # fmt: skip
+    _, _, counts_R, _, ids_RP, logprobs_RP, buffer = jax.lax.while_loop(lambda state: state[3].any(), step, state)
+    return ids_RP, logprobs_RP, counts_R, buffer
+
+
+def sample(logits_RV, temperature_R, seed_R, t):
+    """Draw t of each row [R] int32, from softmax(logits / temperature); at temperature 0 the first largest logit.
+
+    One uniform number a row, looked up in the cumulated weights of groups of ids and then inside its group: noise for
+    every id and sums over the whole vocabulary would take longer than a layer on a CPU.
+    """
+    R, V = logits_RV.shape
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.PRNGKey(seed), t))(seed_R)
+    uniform_R = jax.vmap(jax.random.uniform)(keys)
+    top_R1 = logits_RV.max(axis=1, keepdims=True)
+    greedy_R = jnp.where(logits_RV == top_R1, jnp.arange(V), V).min(axis=1)
+    weights_RV = jnp.exp((logits_RV - top_R1) / jnp.where(temperature_R > 0, temperature_R, 1.0)[:, None])
+    size = math.isqrt(V - 1) + 1
+    weights_RGI = jnp.pad(weights_RV, ((0, 0), (0, size**2 - V))).reshape(R, size, size)
+    sums_RG = weights_RGI.sum(axis=2)
+    group_R, rest_R = pick(sums_RG, uniform_R * sums_RG.sum(axis=1))
+    inside_R, _ = pick(jnp.take_along_axis(weights_RGI, group_R[:, None, None], axis=1)[:, 0], rest_R)
+    return jnp.where(temperature_R > 0, group_R * size + inside_R, greedy_R).astype(jnp.int32)
+
+
+def pick(weights_RX, target_R):
+    """The first place whose cumulated weight exceeds the target [R], and what the target exceeds the ones before by.
+
+    A target that rounding brought up to the sum is lowered, so that no place of weight 0 is ever picked.
+    """
+    cumulated_RX = jnp.cumsum(weights_RX, axis=1)
+    target_R = jnp.minimum(target_R, cumulated_RX[:, -1] * (1 - 2**-23))
+    before_RX = cumulated_RX <= target_R[:, None]
+    return before_RX.sum(axis=1), target_R - jnp.where(before_RX, cumulated_RX, 0.0).max(axis=1)
+
+
+class Engine:
+    """Sessions over one model. `merge` (default) samples from dense weights with the adapter added, made once here.
+
+    Dense and in float32, they are the values of the NF4 base exactly and the adapter's to rounding. With `merge=False`
+    NF4 is decoded at every step and the adapter stays apart: for when memory is short. `rows` is how many slots make a
+    group: all of a group's rows are computed even if one is asked, and groups run beside each other; 16 is right for a
+    small model on a CPU, all slots for an accelerator.
+    """
+
+    def __init__(
+        self, model: Mistral, *, slots: int = 64, context: int = 1024, max_new_tokens: int = 64, stop_id: int,
+        merge: bool = True, rows: int = 16,
+    ):  # fmt: skip
+        config = model.config
+        longest = config.max_position_embeddings
+        if not 1 <= context <= longest or min(slots, max_new_tokens, rows) < 1:
+            raise ValueError(
+                f"Engine got slots={slots}, context={context}, max_new_tokens={max_new_tokens}, rows={rows}; expected "
+                f"at least 1 of each, and a context of at most the model's max_position_embeddings, {longest}."
+            )
+        self.slots, self.context, self.max_new_tokens, self.stop_id = slots, context, max_new_tokens, stop_id
+        self._config = config
+        layers = nnx.clone(model.layers)
+        if merge:
+            for name in TARGETS:
+                setattr(layers, name, getattr(layers, name).merged(model.embed.dtype))
+        self._graph, stacked = nnx.split(layers)
+        per_layer = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(config.num_hidden_layers)]
+        self._view = View(model.embed[...], model.norm[...], model.unembed().T, per_layer)
+
+        tiles = -(-context // TILE)
+        self._ends = [min(FIRST_BLOCK // TILE, tiles)]  # where each block of the cache ends, in tiles
+        while self._ends[-1] < tiles:
+            self._ends.append(min(2 * self._ends[-1], tiles))
+        self._rows = min(rows, slots)
+        K, C, dtype = config.num_key_value_heads, config.head_dim, model.embed.dtype
+        self._cache = [  # of each group, layer, block
+            [
+                [
+                    (jnp.zeros((self._rows, K, size, C, TILE), dtype), jnp.zeros((self._rows, K, size, TILE, C), dtype))
+                    for size in np.diff([0, *self._ends]).tolist()
+                ]
+                for _ in range(config.num_hidden_layers)
+            ]
+            for _ in range(-(-slots // self._rows))
+        ]
+        # XLA:CPU runs what one thread dispatches in order; groups run beside each other from threads of their own.
+        self._pool = ThreadPoolExecutor(min(len(self._cache), os.cpu_count() or 1))
+        self._lengths: dict[int, int] = {}  # places in the cache, per open session
+        self._queued: dict[int, list[int]] = {}  # ids not in the cache yet
+
+    def open(self) -> int:
+        """A new session, which is the lowest free slot. Raises RuntimeError if there is none."""
+        free = (slot for slot in range(self.slots) if slot not in self._lengths)
+        session = next(free, None)
+        if session is None:
+            raise RuntimeError(f"all {self.slots} slots are taken: close a session first, or make the engine larger.")
+        self._lengths[session], self._queued[session] = 0, []
+        return session
+
+    def extend(self, session: int, ids: Sequence[int]) -> None:
+        """Appends ids; nothing is computed until `reply`, which answers None once more than `room` were appended."""
+        self._queued[session].extend(ids)
+
+    def close(self, session: int) -> None:
+        """Frees the session's slot."""
+        del self._lengths[session], self._queued[session]
+
+    def length(self, session: int) -> int:
+        """How many ids the session holds, queued and sampled ones included."""
+        return self._lengths[session] + len(self._queued[session])
+
+    def room(self, session: int) -> int:
+        """How many more ids fit; negative if more were queued than fit."""
+        return self.context - self.length(session)
+
+    def reply(self, asks: Sequence[tuple[int, float, int]]) -> list[list[int] | None]:
+        """The ids of `sample`, without their log-probabilities."""
+        return [reply and reply.ids for reply in self.sample(asks)]
+
+    def sample(self, asks: Sequence[tuple[int, float, int]]) -> list[Reply | None]:
+        """Lets each session (session, temperature, uint32 seed) sample until the stop id, in the order of the asks.
+
+        Temperature 0 is greedy. A reply without the stop id ended at max_new_tokens or at the end of the context; None
+        says that the context had no room left for a single id (nothing was computed for that session). Sampled ids
+        belong to the session. Raises ValueError for a session that is asked twice, not open or has nothing queued.
+        """
+        sessions = [session for session, _, _ in asks]
+        wrong = [s for s in sessions if not self._queued.get(s)]
+        if wrong or len(set(sessions)) < len(sessions):
+            raise ValueError(f"asked sessions {sessions}: each once, open and extended first; these are not: {wrong}.")
+        groups = {}
+        for ask in asks:
+            if self.room(ask[0]) > 0:
+                groups.setdefault(ask[0] // self._rows, []).append(ask)
+        replies = dict.fromkeys(sessions)
+        for part in self._pool.map(self._sample_group, groups, groups.values()):
+            replies |= part
+        return [replies[session] for session in sessions]
+
+    def _sample_group(self, group: int, members: list[tuple[int, float, int]]) -> dict[int, Reply]:
+        """`sample` for the asks of one group, whose sessions and cache no other thread touches."""
+        self._prefill(group, [session for session, _, _ in members])
+        ids_RP, logprobs_RP, counts_R = (np.asarray(x) for x in self._decode(group, members))
+        replies = {}
+        for session, _, _ in members:
+            row, count = session % self._rows, int(counts_R[session % self._rows])
+            replies[session] = Reply(ids_RP[row, :count].tolist(), logprobs_RP[row, :count].tolist())
+            self._lengths[session] += count
+            self._queued[session] = replies[session].ids[-1:]
+        return replies
+
+    def _prefill(self, group: int, sessions: list[int]) -> None:
+        """Puts all queued ids but the last into the cache. Chunks are cut by a session's own queue alone."""
+        for width, narrower in zip(WIDTHS, (*WIDTHS[1:], 0), strict=True):
+            while members := [s for s in sessions if len(self._queued[s]) - 1 > 2 * narrower]:
+                ids_RT, counts_R = np.zeros((self._rows, width), np.int32), np.zeros(self._rows, np.int32)
+                for session in members:
+                    chunk = self._queued[session][:-1][:width]
+                    ids_RT[session % self._rows, : len(chunk)] = chunk
+                    counts_R[session % self._rows] = len(chunk)
+                lengths_R, reached = self._reach(group, members)
+                x_RTD = self._view.embed[ids_RT]
+                for layer, weights in enumerate(self._view.layers):
+                    past = self._cache[group][layer][:reached]
+                    x_RTD, fresh = prefill_layer(self._graph, self._config, weights, x_RTD, past, lengths_R)
+                    self._append(group, layer, fresh, lengths_R, counts_R, counts_R)
+                for session in members:
+                    count = int(counts_R[session % self._rows])
+                    self._lengths[session] += count
+                    del self._queued[session][:count]
+
+    def _decode(self, group: int, members: list[tuple[int, float, int]]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Starts the decoding of a group's asks; returns ids [R, P], log-probabilities [R, P] and counts [R]."""
+        asked = Asked(*(np.zeros(self._rows, dtype) for dtype in (np.int32, np.int32, np.float32, np.uint32)))
+        for session, temperature, seed in members:
+            row = session % self._rows
+            asked.first_id[row] = self._queued[session][-1]
+            asked.limit[row] = min(self.max_new_tokens, self.room(session))
+            asked.temperature[row], asked.seed[row] = temperature, seed
+        lengths_R, reached = self._reach(group, [session for session, _, _ in members])
+        past = [blocks[:reached] for blocks in self._cache[group]]
+        ids_RP, logprobs_RP, counts_R, buffer = decode(
+            self._graph, self._config, self._view, past, lengths_R, asked,
+            places=self.max_new_tokens, stop_id=self.stop_id,
+        )  # fmt: skip
+        for layer, fresh in enumerate(buffer):
+            self._append(group, layer, fresh, lengths_R, counts_R, asked.limit)
+        return ids_RP, logprobs_RP, counts_R
+
+    def _reach(self, group: int, sessions: list[int]) -> tuple[np.ndarray, int]:
+        """Lengths [R] of a group's rows, and how many blocks of the cache the longest of some sessions reaches into."""
+        first = group * self._rows
+        lengths_R = np.array([self._lengths.get(first + row, 0) for row in range(self._rows)], np.int32)
+        longest = max(self._lengths[session] for session in sessions)
+        return lengths_R, int(np.searchsorted([0, *self._ends], -(-longest // TILE)))
+
+    def _append(self, group: int, layer: int, buffer, lengths_R, counts_R, limit_R) -> None:
+        """Writes a layer's buffer into the blocks that it can lie in, `counts_R` places of at most `limit_R`."""
+        first, last = lengths_R[limit_R > 0].min(), (lengths_R + limit_R)[limit_R > 0].max()
+        blocks = self._cache[group][layer]
+        for index, (start, end) in enumerate(itertools.pairwise([0, *self._ends])):
+            if first < end * TILE and last > start * TILE:
+                blocks[index] = append(blocks[index], buffer, start * TILE, lengths_R, counts_R)

@@ -1,0 +1,257 @@
+"""Mistral (RMSNorm, grouped-query attention, rotary positions, SwiGLU) as a Flax NNX module over packed rows.
+
+Every layer's weights are stacked along a leading axis and `jax.lax.scan` walks over them. Several texts share a row:
+`segments` numbers them from 1, 0 is padding; attention is causal inside a segment and positions restart with it.
+Left out: the KV cache (`lora/engine.py`), files (`lora/convert.py`), RoPE scaling, biases, dropout.
+
+    model = Mistral(config, rngs=nnx.Rngs(0))
+    hidden_BLD = model(ids_BL, segments_BL)
+    logprobs_BL = token_logprobs(model, ids_BL, segments_BL)
+
+Shapes: N layers, B rows, L tokens, M keys, T tokens of a chunk, D model, F feed-forward, H heads, K kv heads,
+G heads per kv head, C head dim, V vocabulary.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lora.linear import Linear
+
+# Logits are made for so many tokens at a time that a chunk holds at most this many numbers (128 MiB in float32).
+LOGITS_PER_CHUNK = 2**25
+# Rows and queries that attention takes at a time: the scores of one step then stay in a CPU's cache.
+ATTENTION_ROWS = 2
+ATTENTION_BLOCK = 128
+# Up to so many layers the scan is unrolled: 15 % faster on a CPU, and small models compile quickly all the same.
+UNROLLED_LAYERS = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The fields of a Hugging Face Mistral `config.json` that change what is computed."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 4096
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    sliding_window: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    @classmethod
+    def read(cls, model_dir: str | Path) -> "Config":
+        """Reads `model_dir/config.json` of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
+
+        Raises ValueError for a model that this file does not compute: another architecture, activation or RoPE.
+        """
+        path = Path(model_dir) / "config.json"
+        raw = json.loads(path.read_text())
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        found = (raw.get("model_type"), raw.get("hidden_act", "silu"), rope.get("rope_type", "default"))
+        if found != ("mistral", "silu", "default"):
+            raise ValueError(
+                f"{path}: model_type, hidden_act, rope_type are {found}, expected ('mistral', 'silu', 'default'): "
+                "only plain Mistral models can be read."
+            )
+        given = {field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw}
+        given["rope_theta"] = float(rope.get("rope_theta", raw.get("rope_theta", cls.rope_theta)))
+        if given.get("head_dim") is None:
+            given["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
+        return cls(**given)
+
+    def write(self, model_dir: str | Path) -> None:
+        """Writes `model_dir/config.json` as transformers 4 and 5 read it."""
+        fields = dataclasses.asdict(self) | {
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+            "hidden_act": "silu",
+            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
+            "dtype": "float32",
+        }
+        (Path(model_dir) / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def rms_norm(x: jax.Array, weight_D: jax.Array, epsilon: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, computed in float32 as transformers does; shape and dtype of x."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    return weight_D * (x32 * scale).astype(x.dtype)
+
+
+def rotation(positions_BL: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine [B, L, 1, C/2] of the rotary angles at those positions."""
+    frequencies = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    angles = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BLHC: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the pairs (i, i + C/2) of every head, which is the order of Hugging Face checkpoints."""
+    cos, sin = turn
+    first, second = jnp.split(x_BLHC, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLHC.dtype)
+
+
+def positions_in(segments_BL: jax.Array) -> jax.Array:
+    """Position of each token inside its own segment [B, L] int32: a new segment number starts again at 0."""
+    index_L = jnp.arange(segments_BL.shape[1], dtype=jnp.int32)
+    new_BL = jnp.diff(segments_BL, axis=1, prepend=segments_BL[:, :1] - 1) != 0
+    return index_L - jax.lax.cummax(jnp.where(new_BL, index_L, 0), axis=1)
+
+
+def visible(queries_BL: jax.Array, keys_BM: jax.Array, offset: int, window: int | None) -> jax.Array:
+    """Which key each query sees [B, L, M] bool: same segment number, not later than itself, inside the window.
+
+    `offset` is the place of the first query among the keys. Padding sees padding, so that no row of scores is empty.
+    """
+    distance_LM = jnp.arange(queries_BL.shape[1])[:, None] + offset - jnp.arange(keys_BM.shape[1])
+    near_LM = distance_LM >= 0 if window is None else (distance_LM >= 0) & (distance_LM < window)
+    return near_LM & (queries_BL[:, :, None] == keys_BM[:, None, :])
+
+
+def attention(q_BLHC: jax.Array, k_BLKC: jax.Array, v_BLKC: jax.Array, segments_BL: jax.Array, window: int | None):
+    """Causal attention inside segments, H/K query heads on each key head, softmax in float32. Returns [B, L, H * C].
+
+    Few rows at a time, blocks of queries against the keys up to their own end, scores made again in the backward pass:
+    scores of a whole batch never exist, which is what bounds both memory and speed on a CPU.
+    """
+    B, L, H, C = q_BLHC.shape
+    K = k_BLKC.shape[2]
+    rows = math.gcd(B, ATTENTION_ROWS)
+
+    @jax.checkpoint
+    def attend(chunk):
+        q_BLHC, k_BLKC, v_BLKC, segments_BL = chunk
+        q_BKGLC = (q_BLHC * C**-0.5).reshape(rows, L, K, H // K, C).transpose(0, 2, 3, 1, 4)
+        k_BKLC, v_BKLC = k_BLKC.swapaxes(1, 2), v_BLKC.swapaxes(1, 2)
+        outputs = []
+        for start in range(0, L, ATTENTION_BLOCK):
+            end = min(start + ATTENTION_BLOCK, L)
+            first = 0 if window is None else max(0, start - window + 1)
+            q = q_BKGLC[:, :, :, start:end].reshape(rows, K, -1, C)
+            scores = jnp.einsum("bkqc,bkmc->bkqm", q, k_BKLC[:, :, first:end], preferred_element_type=jnp.float32)
+            scores = scores.reshape(rows, K, H // K, end - start, end - first)
+            seen = visible(segments_BL[:, start:end], segments_BL[:, first:end], start - first, window)
+            scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
+            weights = jax.nn.softmax(scores, axis=-1).astype(v_BKLC.dtype).reshape(rows, K, -1, end - first)
+            output = jnp.einsum("bkqm,bkmc->bkqc", weights, v_BKLC[:, :, first:end])
+            outputs.append(output.reshape(rows, H, end - start, C))
+        return jnp.concatenate(outputs, axis=2).swapaxes(1, 2).reshape(rows, L, H * C)
+
+    chunks = jax.tree.map(lambda x: x.reshape(B // rows, rows, *x.shape[1:]), (q_BLHC, k_BLKC, v_BLKC, segments_BL))
+    return jax.lax.map(attend, chunks).reshape(B, L, H * C)
+
+
+class Layer(nnx.Module):
+    """All decoder layers at once: every array has a leading N axis, which the scan in `Mistral` strips."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        N, D, F = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+        queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        # What a layer adds to the residual stream starts small, so that 2N additions keep its variance near one.
+        quiet = (2 * N) ** -0.5
+        self.config = config
+        self.attention_norm = nnx.Param(jnp.ones((N, D)))
+        self.q = Linear((N, queries, D), std=D**-0.5, rngs=rngs)
+        self.k = Linear((N, keys, D), std=D**-0.5, rngs=rngs)
+        self.v = Linear((N, keys, D), std=D**-0.5, rngs=rngs)
+        self.o = Linear((N, D, queries), std=quiet * queries**-0.5, rngs=rngs)
+        self.mlp_norm = nnx.Param(jnp.ones((N, D)))
+        self.gate = Linear((N, F, D), std=D**-0.5, rngs=rngs)
+        self.up = Linear((N, F, D), std=D**-0.5, rngs=rngs)
+        self.down = Linear((N, D, F), std=quiet * F**-0.5, rngs=rngs)
+
+    def queries_keys_values(self, x_BLD: jax.Array, turn: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        """Rotated queries [B, L, H, C], rotated keys [B, L, K, C] and values [B, L, K, C] of a layer's input."""
+        y = rms_norm(x_BLD, self.attention_norm[...], self.config.rms_norm_eps)
+        q, k, v = (linear(y).reshape(*y.shape[:2], -1, self.config.head_dim) for linear in (self.q, self.k, self.v))
+        return rotate(q, turn), rotate(k, turn), v
+
+    def finish(self, x_BLD: jax.Array, attended: jax.Array) -> jax.Array:
+        """The rest of a layer, given what attention read [B, L, H * C]."""
+        x_BLD = x_BLD + self.o(attended)
+        y = rms_norm(x_BLD, self.mlp_norm[...], self.config.rms_norm_eps)
+        return x_BLD + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+
+    def __call__(self, x_BLD: jax.Array, turn: tuple[jax.Array, jax.Array], segments_BL: jax.Array) -> jax.Array:
+        q, k, v = self.queries_keys_values(x_BLD, turn)
+        return self.finish(x_BLD, attention(q, k, v, segments_BL, self.config.sliding_window))
+
+
+class Mistral(nnx.Module):
+    """The language model. Fresh instances are float32 and every weight is a trainable `nnx.Param`."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        V, D = config.vocab_size, config.hidden_size
+        self.config = config
+        self.embed = nnx.Param(D**-0.5 * rngs.params.normal((V, D), jnp.float32))
+        self.layers = Layer(config, rngs=rngs)
+        self.norm = nnx.Param(jnp.ones(D))
+        self.head = None if config.tie_word_embeddings else nnx.Param(D**-0.5 * rngs.params.normal((V, D), jnp.float32))
+
+    def __call__(self, ids_BL: jax.Array, segments_BL: jax.Array, *, remat: bool = False) -> jax.Array:
+        """Final hidden states [B, L, D] of packed rows. `remat` keeps only layer boundaries for the backward pass."""
+        turn = rotation(positions_in(segments_BL), self.config)
+        graph, weights = nnx.split(self.layers)
+
+        def step(x_BLD, layer_weights):
+            return nnx.merge(graph, layer_weights)(x_BLD, turn, segments_BL), None
+
+        unroll = self.config.num_hidden_layers <= UNROLLED_LAYERS
+        x_BLD, _ = jax.lax.scan(
+            jax.checkpoint(step) if remat else step, self.embed[...][ids_BL], weights, unroll=unroll
+        )
+        return rms_norm(x_BLD, self.norm[...], self.config.rms_norm_eps)
+
+    def unembed(self) -> jax.Array:
+        """The matrix [V, D] that turns hidden states into logits."""
+        return self.embed[...] if self.head is None else self.head[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Logits [..., V] in float32 of final hidden states [..., D]."""
+        return jnp.einsum("...d,vd->...v", hidden, self.unembed(), preferred_element_type=jnp.float32)
+
+
+def token_logprobs(model: Mistral, ids_BL: jax.Array, segments_BL: jax.Array, *, remat: bool = False) -> jax.Array:
+    """log p(ids[t] | earlier ids of its segment) [B, L] float32; 0.0 at a segment's first token and at padding.
+
+    Logits exist for `LOGITS_PER_CHUNK` numbers at a time and are computed again in the backward pass where there are
+    several chunks.
+    """
+    B, L = ids_BL.shape
+    hidden_BLD = model(ids_BL, segments_BL, remat=remat)
+    hidden = hidden_BLD[:, :-1].reshape(B * (L - 1), -1)
+    targets = ids_BL[:, 1:].reshape(-1)
+    counted = (segments_BL[:, 1:] == segments_BL[:, :-1]) & (segments_BL[:, 1:] != 0)
+
+    def logprobs(chunk):
+        hidden_TD, targets_T = chunk
+        logits_TV = model.logits(hidden_TD)
+        chosen_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
+        return chosen_T - jax.nn.logsumexp(logits_TV, axis=-1)
+
+    tokens = len(targets)
+    chunks = -(-tokens * model.config.vocab_size // LOGITS_PER_CHUNK)
+    if chunks == 1:
+        flat = logprobs((hidden, targets))
+    else:
+        size = -(-tokens // chunks)
+        padding = chunks * size - tokens
+        hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(chunks, size, -1)
+        targets = jnp.pad(targets, (0, padding)).reshape(chunks, size)
+        flat = jax.lax.map(jax.checkpoint(logprobs), (hidden, targets)).reshape(-1)[:tokens]
+    inside = jnp.where(counted, flat.reshape(B, L - 1), 0.0)
+    return jnp.pad(inside, ((0, 0), (1, 0)))

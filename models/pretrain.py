@@ -1,0 +1,298 @@
+"""Trains a tiny base from scratch, all parameters, on demonstrations of ALFWorld: the stand-in for a pretrained LLM.
+
+It reads games that no panel holds (train games outside train-600 and valid-60, and generated ones), has the scripted
+demonstrator play them, displaced now and then by a random action whose reason is written after the fact, and learns
+both formats: ReAct (the agent) and ActRe (the one who explains). What it writes is a Hugging Face folder:
+config.json, model.safetensors, tokenizer.json, and training.json with the command, seeds and losses.
+
+    python models/pretrain.py --out models/tiny-alfworld
+
+Left out: LoRA and rewards (train_pg.py), resuming (a run is short), scoring (evaluate.py does that).
+Shapes: B rows, L tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules lie beside models/
+
+from envs.alfred import NOTHING, Game
+from envs.alfworld import AlfWorld
+from envs.demonstrator import Demonstrator, kind
+from envs.generate import generate_games
+from envs.panel import excluded_ids
+from lora.convert import save_model
+from lora.mistral import Config, Mistral, token_logprobs
+from stage import generator
+from trajectory import Trajectory, Turn, actre_segments, react_segments, text_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    out: Path = Path("models/tiny-alfworld")
+    """Folder to write; an existing model there is refused."""
+    data: str | None = None
+    """Folder with json_2.1.1 (default: $ALFWORLD_DATA; without either, generated games only)."""
+    tokens: int = 6_000_000
+    """Tokens to train on, padding included. 4,096 of them make one optimizer step."""
+    width: int = 128
+    """Hidden size; a multiple of 64."""
+    layers: int = 4
+    """Decoder layers."""
+    vocabulary: int = 896
+    """Size of the byte-level BPE vocabulary, 256 bytes included."""
+    learning_rate: float = 0.012
+    """Peak rate of Muon (matrices); Adam (embeddings, head, norms) takes 0.15 of it. Cosine decay."""
+    generated: int = 2000
+    """Generated games to demonstrate on."""
+    generated_share: float = 0.3
+    """Share of demonstrations from generated games when real ones are there."""
+    actre_share: float = 0.25
+    """Share of texts in the ActRe format."""
+    world_weight: float = 0.2
+    """Weight of the tokens that the world wrote; the agent's have 1. What a room holds cannot be predicted, and at full
+    weight its noise drowns the few tokens that decide a game."""
+    displaced: tuple[float, ...] = (0.0, 0.0, 0.1, 0.1, 0.25)
+    """Probabilities of a random action per turn; a demonstration draws one of them."""
+    max_turns: int = 30
+    """Turns after which a demonstration is given up and dropped."""
+    seed: int = 0
+    """Seeds the weights, the order of games and every displacement."""
+
+
+STEP_TOKENS = 4_096
+LENGTHS = (384, 512, 768, 1280)  # one text a row, padded to the next of these
+# Pieces: the separators of lists, words with their leading space and the harness's colon or bracket, numbers, and the
+# newline, which ends a reply and must stay a token of its own.
+SPLIT = r", (?:and )?a(?![A-Za-z])| OK\.| ?[A-Za-z]+[:\[]?| ?\d+|\n|[^\sA-Za-z\d]+|\s"
+
+
+# ---- demonstrations --------------------------------------------------------------------------------------------------
+
+
+class Source(NamedTuple):
+    """Games to demonstrate on: their ids, how to load one, and where things lie in them."""
+
+    task_ids: list[str]
+    load: Callable[[str], Game]
+    places: dict[str, dict[str, float]]
+
+
+def count_places(games: Iterable[Game]) -> dict[str, dict[str, float]]:
+    """places[object type][receptacle type]: the share of such receptacles that hold such an object at the start."""
+    total: Counter[str] = Counter()
+    holding: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for game in games:
+        for receptacle, things in game.contents.items():
+            where = kind(game.names[receptacle])
+            total[where] += 1
+            for thing in {kind(game.names[t]) for t in things}:
+                holding[thing][where] += 1
+    return {o: {r: round(n / total[r], 3) for r, n in places.items()} for o, places in holding.items()}
+
+
+def sources(args: Args) -> list[Source]:
+    """Real train games that no panel holds (where there is data), and generated ones."""
+    found = []
+    folder = args.data or os.environ.get("ALFWORLD_DATA")
+    if folder:
+        excluded = excluded_ids()
+        task_ids = [t for t in AlfWorld(data=folder).tasks("train") if t not in excluded]
+        root = Path(folder).expanduser() / "json_2.1.1"
+        found.append((task_ids, lambda task_id: Game(json.loads((root / task_id / "game.tw-pddl").read_bytes()))))
+    games = {task_id: {k: game[k] for k in ("pddl_problem", "grammar")}
+             for task_id, game, _ in generate_games(args.seed, "gen_demo", args.generated)}  # fmt: skip
+    found.append((sorted(games), lambda task_id: Game(games[task_id])))
+    return [
+        Source(ids, load, count_places(load(i) for i in tqdm(ids, desc="counting places", leave=False)))
+        for ids, load in found
+        if ids
+    ]
+
+
+def displaced_action(rng: np.random.Generator, admissible: list[str], seen: list[str], last: str) -> str:
+    """An action that the demonstrator did not choose: an admissible one, or now and then one that will not work."""
+    if rng.random() < 0.2:
+        here, there = rng.choice(seen, 2)
+        wrong = [f"open {here}", f"go to {here}", f"examine {there}", last]
+        wrong = [a for a in wrong if a and a not in admissible]
+        if wrong:
+            return str(rng.choice(wrong))
+    if rng.random() < 0.5:  # verbs first: half of all commands are "go to"
+        verb = rng.choice(sorted({a.split(" ")[0] for a in admissible}))
+        admissible = [a for a in admissible if a.split(" ")[0] == verb]
+    return str(rng.choice(admissible))
+
+
+def demonstrate(
+    game: Game, task_id: str, places: dict, rng: np.random.Generator, displaced: float, max_turns: int
+) -> Trajectory:
+    """Plays one game with the demonstrator, replacing each action with probability `displaced`."""
+    player = Demonstrator(game.text, places)
+    first, task, turns = game.text, game.task, []
+    met, total = game.conditions()
+    while len(turns) < max_turns and met < total:
+        thought, action = player.decide()
+        by = "demo"
+        if rng.random() < displaced:
+            action = displaced_action(rng, game.actions(), player.receptacles, turns[-1].action if turns else "")
+            thought, by = player.explain(action), "sampled"
+        answer = game.act(action)
+        observation = NOTHING if answer is None else answer
+        player.observe(action, observation)
+        turns.append(Turn(thought, action, observation, "demo", by, answer is not None))
+        met, total = game.conditions()
+    return Trajectory(
+        env="alfworld", split=task_id.split("/")[0], task_id=task_id, task=task, trial=0, round=0, seed=0,
+        source="demo", first_observation=first, turns=turns, reward=float(met == total), progress=met / total,
+        success=met == total, end="success" if met == total else "max_turns",
+    )  # fmt: skip
+
+
+def demonstrations(args: Args) -> Iterator[Trajectory]:
+    """An endless stream of won demonstrations, the same for the same seed; no panel's task among them."""
+    *real, generated = sources(args)
+    for number in itertools.count():
+        rng = generator(args.seed, "pretrain", number)
+        source = generated if not real or rng.random() < args.generated_share else real[0]
+        task_id = source.task_ids[rng.integers(len(source.task_ids))]
+        displaced = rng.choice(args.displaced)
+        trajectory = demonstrate(source.load(task_id), task_id, source.places, rng, displaced, args.max_turns)
+        if trajectory.success and trajectory.turns:
+            yield trajectory
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
+    """A byte-level BPE within the pieces of SPLIT; any text survives encoding and decoding."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def batches(args: Args, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(ids_BL, segments_BL, weights_BL) of about STEP_TOKENS tokens, one text a row, rows of like length together."""
+    waiting: dict[int, list[tuple[list[int], list[float]]]] = {length: [] for length in LENGTHS}
+    for number, trajectory in enumerate(demonstrations(args)):
+        actre = generator(args.seed, "format", number).random() < args.actre_share
+        segments = (actre_segments if actre else react_segments)(trajectory)
+        pieces = [(tokenizer.encode(s.text, add_special_tokens=False).ids, s.agent) for s in segments]
+        ids = [i for piece, _ in pieces for i in piece]
+        weights = [1.0 if agent else args.world_weight for piece, agent in pieces for _ in piece]
+        length = next((n for n in LENGTHS if n >= len(ids)), None)
+        if length is None:
+            continue
+        waiting[length].append((ids, weights))
+        if len(waiting[length]) == STEP_TOKENS // length:
+            ids_BL = np.zeros((STEP_TOKENS // length, length), np.int32)
+            segments_BL, weights_BL = np.zeros_like(ids_BL), np.zeros(ids_BL.shape, np.float32)
+            for row, (ids, weights) in enumerate(waiting[length]):
+                ids_BL[row, : len(ids)] = ids
+                segments_BL[row, : len(ids)] = 1
+                weights_BL[row, : len(ids)] = weights
+            waiting[length] = []
+            yield ids_BL, segments_BL, weights_BL
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    """Muon on the layers' matrices (stacked over layers, [N, out, in]), Adam on the rest, warm-up and cosine decay."""
+
+    def schedule(peak: float) -> optax.Schedule:
+        return optax.warmup_cosine_decay_schedule(0.0, peak, min(50, steps // 10), steps, 0.02 * peak)
+
+    def matrices(params):
+        return jax.tree.map(
+            lambda x: optax.contrib.MuonDimensionNumbers(2, 1) if x.ndim == 3 else None, params
+        )
+
+    muon = optax.contrib.muon(
+        schedule(learning_rate),
+        adam_learning_rate=schedule(0.15 * learning_rate),
+        muon_weight_dimension_numbers=matrices,
+        weight_decay=0.01,
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), muon)
+
+
+def main(args: Args) -> None:
+    if (args.out / "model.safetensors").exists():
+        raise SystemExit(f"{args.out} holds a model already; remove it or give another --out")
+    args.out.mkdir(parents=True, exist_ok=True)
+    sample = list(itertools.islice(demonstrations(args), 2000))
+    tokenizer = train_tokenizer([text_of(r(t)) for t in sample for r in (react_segments, actre_segments)],
+                                args.vocabulary)  # fmt: skip
+    tokenizer.save(str(args.out / "tokenizer.json"))
+    config = Config(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=args.width, intermediate_size=args.width * 2,
+        num_hidden_layers=args.layers, num_attention_heads=args.width // 32, num_key_value_heads=args.width // 64,
+        head_dim=32, max_position_embeddings=4096,
+    )  # fmt: skip
+    model = Mistral(config, rngs=nnx.Rngs(args.seed))
+    graph, params = nnx.split(model)
+    steps = args.tokens // STEP_TOKENS
+    optimizer = make_optimizer(args.learning_rate, steps)
+    state = optimizer.init(params)
+
+    @jax.jit
+    def update(params, state, ids_BL, segments_BL, weights_BL):
+        def loss(params):
+            logprobs_BL = token_logprobs(nnx.merge(graph, params), ids_BL, segments_BL)
+            return -(weights_BL * logprobs_BL).sum() / weights_BL.sum()
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    start, real_tokens, losses = time.time(), 0, []
+    bar = tqdm(itertools.islice(batches(args, tokenizer), steps), total=steps, desc="pretrain", unit="step")
+    for ids_BL, segments_BL, weights_BL in bar:
+        params, state, loss = update(params, state, ids_BL, segments_BL, weights_BL)
+        losses.append(float(loss))
+        real_tokens += int((segments_BL != 0).sum())
+        if not np.isfinite(losses[-1]):
+            raise SystemExit(f"loss {losses[-1]} at step {len(losses)}; lower --learning-rate")
+        bar.set_postfix(loss=f"{np.mean(losses[-20:]):.4f}", tokens_per_s=f"{real_tokens / (time.time() - start):.0f}")
+
+    save_model(nnx.merge(graph, params), args.out)
+    record = {
+        "command": " ".join(["python", *sys.argv]), "args": {k: str(v) for k, v in asdict(args).items()},
+        "parameters": sum(x.size for x in jax.tree.leaves(params)), "tokens": real_tokens, "steps": steps,
+        "first_loss": losses[0], "last_loss": float(np.mean(losses[-20:])), "seconds": round(time.time() - start),
+        "device": jax.devices()[0].device_kind,
+    }  # fmt: skip
+    (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(f"{args.out}: {record['parameters']:,} parameters, {real_tokens:,} tokens, loss {record['last_loss']:.4f}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

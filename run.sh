@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The closed loop: rounds of (rollout, actre, train_pg), each evaluated. A finished stage says so and is passed over;
+# a killed run is repeated with the same command and goes on.
+#
+#   ./run.sh            the embedded default: the tiny base on real games ($ALFWORLD_DATA) or generated ones
+#   ./run.sh paper      A3T's configuration on Mistral-7B-Instruct-v0.2 (real games; MODEL=folder of the weights)
+#
+# Environment: RUN (directory of the run), ROUNDS (4), SEED (0), MODEL.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+RUN=${RUN:-runs/a3t} ROUNDS=${ROUNDS:-4} SEED=${SEED:-0}
+common=(--run "$RUN" --seed "$SEED") compose=() train=()
+case "${1:-tiny}" in
+  tiny) common+=(--model "${MODEL:-models/tiny-alfworld}") ;;
+  paper)
+    common+=(--model "${MODEL:?MODEL must name the folder of Mistral-7B-Instruct-v0.2}")
+    compose+=(--probability 0.5 --budget 40)
+    train+=(--targets q v --rank 16 --alpha 32 --learning-rate 1e-4 --failure-reward -1 --weights nf4) ;;
+  *) echo "run.sh: got '$1', expected nothing, 'tiny' or 'paper'" >&2; exit 2 ;;
+esac
+
+for ((round = 0; round < ROUNDS; round++)); do
+  python rollout.py "${common[@]}" --round "$round"
+  python actre.py "${common[@]}" --round "$round" ${compose[@]+"${compose[@]}"}
+  python train_pg.py "${common[@]}" --round "$round" ${train[@]+"${train[@]}"}
+  python evaluate.py "${common[@]}" --round "$round"
+done

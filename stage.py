@@ -1,0 +1,181 @@
+"""The stage directory: config.json first, then the stage's own files, done.json last.
+
+    runs/<name>/round_0/{rollout,actre,train_pg,evaluate}/
+
+A stage that was killed is run again and resumes; one that is finished says so; one whose arguments have changed is
+refused and nothing is replaced. Left out: what a stage does (rollout.py, actre.py, train_pg.py, evaluate.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+import zlib
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "alfworld")
+
+
+class StageError(Exception):
+    """What was got, what was expected, what to do. A command prints it and exits with status 2."""
+
+
+def run_main(main, args) -> None:
+    """Runs a stage's main(args); a StageError, ValueError or missing file becomes one clear line and exit status 2.
+
+    Compiled programs are kept under runs/.compiled, because every stage of every round needs the same few.
+    """
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / "runs" / ".compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    try:
+        main(args)
+    except (StageError, ValueError, FileNotFoundError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes to path.tmp, then os.replace: a reader sees the old file or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise StageError(f"{path} is not JSON ({error}); remove it and run the stage again") from error
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# ---- rounds ----------------------------------------------------------------------------------------------------------
+
+
+def round_directory(run: Path, number: int) -> Path:
+    return Path(run) / f"round_{number}"
+
+
+def current_round(run: Path) -> int:
+    """The first round whose train_pg/done.json is missing."""
+    number = 0
+    while (round_directory(run, number) / "train_pg" / "done.json").exists():
+        number += 1
+    return number
+
+
+def require_done(directory: Path, command: str) -> dict:
+    """The done.json of an earlier stage. Raises StageError: not finished, and the command that finishes it."""
+    path = directory / "done.json"
+    if not path.exists():
+        raise StageError(f"{directory} is not finished (no done.json); run: {command}")
+    return read_json(path)
+
+
+def adapter_of_round(run: Path, number: int) -> Path | None:
+    """The adapter that the policy of round `number` carries: the one trained in the round before; None in round 0."""
+    if number == 0:
+        return None
+    directory = round_directory(run, number - 1) / "train_pg"
+    require_done(directory, f"python train_pg.py --run {run} --round {number - 1}")
+    return directory / "adapter"
+
+
+def adapter_sha(adapter: Path | None) -> str | None:
+    """What tells adapters apart in a config.json: the sha256 of the weights."""
+    return None if adapter is None else sha256(adapter / "adapter_model.safetensors")
+
+
+# ---- one stage -------------------------------------------------------------------------------------------------------
+
+
+class Stage:
+    """`stage = Stage(directory, args, facts)`; `if stage.finished: return`; ...; `stage.finish(counts)`.
+
+    facts: what the result depends on beside the arguments (hashes of panel, base, adapter, inputs).
+    Raises StageError if the directory holds a stage of other arguments or facts.
+    """
+
+    def __init__(self, directory: Path, args: Any, facts: dict[str, Any]):
+        self.directory = Path(directory)
+        self.started = time.time()
+        config = {"args": json.loads(json.dumps(dataclasses.asdict(args), default=str)), "facts": facts}
+        path = self.directory / "config.json"
+        if path.exists():
+            old = read_json(path)
+            differing = [
+                f"{group}.{key}: there {old.get(group, {}).get(key)!r}, now {config[group].get(key)!r}"
+                for group in ("args", "facts")
+                for key in sorted({*old.get(group, {}), *config[group]})
+                if old.get(group, {}).get(key) != config[group].get(key)
+            ]
+            if differing:
+                raise StageError(
+                    f"{self.directory} belongs to a run with other settings ({'; '.join(differing)}). "
+                    "Repeat those settings, or give another --run, or remove the directory."
+                )
+        else:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_json(path, {**config, **provenance()})
+        self.finished = (self.directory / "done.json").exists()
+        if self.finished:
+            print(f"{self.directory}: finished already")
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Writes done.json, the last file of a stage. `seconds` counts this process only, not an interrupted one."""
+        write_json(self.directory / "done.json", {**summary, "seconds": round(time.time() - self.started, 1)})
+
+
+def provenance() -> dict[str, Any]:
+    """Git commit and dirty flag, package versions, Python and the device kind; no host or user names."""
+    import jax
+
+    def git(*words: str) -> str | None:
+        here = Path(__file__).parent
+        result = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "git": {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))},
+        "versions": versions,
+        "python": sys.version.split()[0],
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+# ---- addressed randomness --------------------------------------------------------------------------------------------
+
+
+def address(*parts: int | str) -> list[int]:
+    """The place of a draw, e.g. (seed, "actre", round, task_id, trial, turn): strings by their crc32."""
+    return [zlib.crc32(p.encode()) if isinstance(p, str) else int(p) for p in parts]
+
+
+def generator(*parts: int | str) -> np.random.Generator:
+    """A generator for one place: the same draws whatever the order, the batch or a resume."""
+    return np.random.default_rng(address(*parts))
+
+
+def draw_seed(*parts: int | str) -> int:
+    """A uint32 for one place, for samplers that take an integer seed."""
+    return int(np.random.SeedSequence(address(*parts)).generate_state(1)[0])

@@ -1,0 +1,132 @@
+"""The play loop with scripted policies on generated games: the sampling rule, faults, and independence of order."""
+
+from collections import Counter
+
+import pytest
+
+from agent import MAX_THOUGHTS, Compose, Job, Play, play, require_tasks, sample_action, template_reason
+from envs.alfworld import AlfWorld
+from envs.base import Observation, Result
+from envs.generate import family
+from policy import DemonstratorScript, ReplayScript, ScriptedPolicy
+from stage import generator
+from tests.helpers import OPENING
+
+
+def settings(**changes):
+    fields = {"env": "alfworld", "stage": "test", "round": 1, "seed": 0, "max_turns": 12, "temperature": 0.0}
+    return Play(**(fields | changes))
+
+
+class Room:
+    """A world of our own: "win" wins, "break" raises, "wave" and "look" are valid, the rest is not."""
+
+    def tasks(self, split):
+        return ["gen_train/pick_and_place_simple-Mug-None-Desk-1/trial_1"]
+
+    def reset(self, task_id):
+        return Observation(text=OPENING, task="put a mug in desk")
+
+    def step(self, action):
+        if action == "break":
+            raise OSError("the server is gone")
+        won, valid = action == "win", action in ("win", "wave", "look")
+        return Result(observation="Yes." if valid else "Nothing happens.", reward=float(won), progress=float(won),
+                      success=won, done=won, valid=valid)  # fmt: skip
+
+    def actions(self):
+        return ["look", "wave"]
+
+
+def run(lines, actre=None, jobs=None, **changes):
+    """Plays Room with the given lines and returns the trajectories."""
+    done = []
+    react = ScriptedPolicy(lambda opening: ReplayScript(lines))
+    explainer = ScriptedPolicy(lambda opening: ReplayScript(actre)) if actre else None
+    jobs = jobs or [Job(Room().tasks("")[0], 0)]
+    play(jobs, settings(**changes), Room, react, explainer, lambda t: done.append(t) or ())
+    return done
+
+
+def test_thoughts_are_joined_and_the_action_ends_the_turn():
+    (t,) = run([" think[One.]\n", " think[Two.]\n", " act[wave]\n", " act[win]\n"])
+    assert [(x.thought, x.action, x.valid) for x in t.turns] == [("One.\nTwo.", "wave", True), ("", "win", True)]
+    assert t.success and t.end == "success" and t.reward == t.progress == 1.0 and t.source == "react"
+
+
+def test_one_thought_too_many_is_an_invalid_action():
+    (t,) = run([" think[x]\n"] * (MAX_THOUGHTS + 1) + [" act[win]\n"])
+    assert not t.turns[0].valid and t.turns[0].thought.count("x") == MAX_THOUGHTS and t.success
+
+
+def test_turns_end_and_a_full_context_ends():
+    (t,) = run([" act[wave]\n"] * 99)
+    assert (t.end, len(t.turns), t.success) == ("max_turns", 12, False)
+    (t,) = run([" act[wave]\n"] * 3)  # the replay runs dry, which is how a policy says that its context is full
+    assert (t.end, len(t.turns)) == ("context_full", 3)
+
+
+def test_a_world_that_breaks_is_evidence_not_a_crash():
+    (t,) = run([" act[wave]\n", " act[break]\n"])
+    assert t.end == "env_error" and not t.success and len(t.turns) == 1
+
+
+def test_three_invalid_actions_force_a_sampled_one_explained_by_actre():
+    compose = Compose(probability=0.0)
+    (t,) = run([" act[no]\n"] * 3 + [" act[win]\n"], actre=[" [Because.]\n"], compose=compose)
+    assert [x.action_by for x in t.turns] == ["react"] * 3 + ["sampled", "react"]
+    assert t.turns[3].thought == "Because." and t.turns[3].thought_by == "actre" and t.turns[3].valid
+    assert t.source == "actre" and t.success
+
+
+def test_probability_one_samples_every_action_and_the_templates_need_no_actre():
+    for reason, thought in (("template", template_reason), ("empty", lambda action: "")):
+        (t,) = run([], compose=Compose(probability=1.0, reason=reason))
+        assert len(t.turns) == 12 and all(x.action_by == "sampled" for x in t.turns)
+        assert all(x.thought == thought(x.action) for x in t.turns)
+
+
+def test_probability_is_a_probability():
+    jobs = [Job(Room().tasks("")[0], trial) for trial in range(60)]
+    done = run([" act[wave]\n"] * 99, jobs=jobs, compose=Compose(probability=0.25, reason="empty"))
+    share = sum(x.action_by == "sampled" for t in done for x in t.turns) / sum(len(t.turns) for t in done)
+    assert 0.19 < share < 0.31  # 720 draws: 4 standard deviations
+
+
+def test_verbs_first_evens_out_the_verbs():
+    actions = [f"go to drawer {n}" for n in range(9)] + ["look"]
+    counts = {how: Counter(sample_action(actions, how, generator(0, k)) for k in range(400))["look"]
+              for how in ("commands", "verbs")}  # fmt: skip
+    assert 20 < counts["commands"] < 65 and 160 < counts["verbs"] < 240
+
+
+def games():
+    return AlfWorld().tasks(f"{family()}_valid")[:12]
+
+
+def test_order_and_slots_change_no_trajectory():
+    jobs = [Job(task, trial) for task in games()[:6] for trial in range(2)]
+    compose = Compose(probability=0.3, reason="template")
+
+    def collect(jobs, slots):
+        done = {}
+        policy = ScriptedPolicy(DemonstratorScript, slots=slots)
+        play(jobs, settings(compose=compose, max_turns=25), AlfWorld, policy, None,
+             lambda t: done.__setitem__(t.key, t) or ())  # fmt: skip
+        return done
+
+    first = collect(jobs, 64)
+    assert len(first) == 12 and first == collect(jobs[::-1], 3)
+    assert first[jobs[0]].turns != first[jobs[1]].turns  # another trial, other draws
+
+
+def test_the_demonstrator_wins_through_the_session_text():
+    done = []
+    play([Job(task, 0) for task in games()], settings(max_turns=90), AlfWorld, ScriptedPolicy(DemonstratorScript), None,
+         lambda t: done.append(t) or ())  # fmt: skip
+    assert all(t.success for t in done) and all(x.thought for t in done for x in t.turns)
+
+
+def test_missing_tasks_are_named():
+    with pytest.raises(ValueError, match="1 of 1 tasks are not in the data, gen_train/no"):
+        require_tasks(Room(), ["gen_train/no"])

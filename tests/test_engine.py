@@ -1,0 +1,256 @@
+"""The sampler: its cache against the full forward pass, its draws, its limits, and the memory that it takes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lora import engine as engine_module
+from lora.convert import load_model, save_model
+from lora.engine import Asked, Engine, View, append, decode, empty_buffer, sample
+from lora.linear import LoRAConfig, LoRAParam
+from lora.mistral import Config, Mistral, token_logprobs
+
+TINY = Config(
+    vocab_size=61, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=2048,
+)  # fmt: skip
+CONTEXT, STOP = 48, 5
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """So that a context of 48 spans three blocks and a prompt of 20 every width of chunk."""
+    monkeypatch.setattr(engine_module, "TILE", 8)
+    monkeypatch.setattr(engine_module, "FIRST_BLOCK", 16)
+    monkeypatch.setattr(engine_module, "WIDTHS", (8, 3))
+
+
+@functools.cache
+def model(window: int | None = None) -> Mistral:
+    return Mistral(Config(**{**vars(TINY), "sliding_window": window}), rngs=nnx.Rngs(0))
+
+
+def engine(**changes) -> Engine:
+    sizes = {"slots": 4, "rows": 2, "context": CONTEXT, "max_new_tokens": 6, "stop_id": STOP}
+    return Engine(**({"model": model()} | sizes | changes))
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng([seed, length]).integers(0, TINY.vocab_size, length).tolist()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _full(graph, state, ids, segments):
+    return token_logprobs(nnx.merge(graph, state), ids, segments)
+
+
+def full_logprobs(of: Mistral, ids: list[int]) -> np.ndarray:
+    """Log-probability of each id by the training forward pass, padded to the context so that it compiles once."""
+    row, segment = np.zeros((1, CONTEXT), np.int32), np.zeros((1, CONTEXT), np.int32)
+    row[0, : len(ids)], segment[0, : len(ids)] = ids, 1
+    return np.asarray(_full(*nnx.split(of), row, segment))[0, : len(ids)]
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_cached_decoding_equals_the_full_forward_over_turns(window):
+    """Sessions of different lengths, asked in changing company, reopened in used slots, up to a full context."""
+    random, one = np.random.default_rng(1), engine(model=model(window))
+    history = {one.open(): [] for _ in range(4)}
+    full, worst = 0, 0.0
+    for turn in range(9):
+        if turn == 5:  # slot 2 now holds what another session left there
+            one.close(2)
+            assert one.open() == 2
+            history[2] = []
+        asked = [s for s in history if random.random() < 0.7 or turn == 5]
+        for session in asked:
+            ids = prompt(int(random.integers(1, 20 if turn in (0, 5) else 8)), seed=turn)
+            history[session] += ids
+            one.extend(session, ids)
+        replies = one.sample([(session, 1.0, int(random.integers(2**32))) for session in asked])
+        for session, reply in zip(asked, replies, strict=True):
+            if reply is None:
+                assert len(history[session]) >= CONTEXT
+                full += 1
+                continue
+            before = len(history[session])
+            history[session] += reply.ids
+            assert one.length(session) == len(history[session]) <= CONTEXT
+            expected = full_logprobs(model(window), history[session])[before:]
+            worst = max(worst, np.abs(expected - reply.logprobs).max())
+    assert worst < 1e-4
+    assert full > 0  # else the sessions were too short to say anything about the end of the context
+
+
+def test_greedy_reply_is_the_argmax_of_the_full_forward():
+    one = engine(stop_id=-1)
+    session = one.open()
+    ids = prompt(11)
+    one.extend(session, ids)
+    [reply] = one.reply([(session, 0.0, 7)])
+    row = jnp.asarray([ids + reply])
+    logits = model().logits(model()(row, jnp.ones_like(row)))[0]
+    assert reply == logits[10:16].argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize("weights", ["nf4", "fp32"])
+def test_adapter_is_sampled_from_merged_or_apart(tmp_path, weights):
+    save_model(model(), tmp_path)
+    adapted = load_model(tmp_path, weights=weights, lora=LoRAConfig(rank=2, alpha=6.0, targets=("q", "v", "down")))
+    graph, adapter, rest = nnx.split(adapted, LoRAParam, ...)
+    adapter = jax.tree.map(lambda x: 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), adapter)
+    adapted = nnx.merge(graph, adapter, rest)
+    ids, replies = prompt(9), []
+    for merge in (True, False):
+        one = engine(model=adapted, merge=merge)
+        session = one.open()
+        one.extend(session, ids)
+        replies += one.sample([(session, 1.0, 3)])
+    assert replies[0].ids == replies[1].ids
+    expected = full_logprobs(adapted, ids + replies[0].ids)[9:]
+    plain = full_logprobs(load_model(tmp_path, weights=weights), ids + replies[0].ids)[9:]
+    assert np.abs(expected - plain).max() > 0.05  # else the adapter does nothing
+    for reply in replies:
+        assert np.abs(expected - reply.logprobs).max() < 1e-4
+    assert len(jax.tree.leaves(nnx.state(adapted, LoRAParam))) == 6  # merging left the caller's model alone
+
+
+# ---- draws -----------------------------------------------------------------------------------------------------------
+
+
+def test_draws_do_not_depend_on_slot_order_or_company():
+    """Bit for bit: a resumed rollout plays its games in other company and must sample the same text."""
+    asks = {name: (prompt(length, seed=9), 40 + length) for name, length in zip("abcd", (3, 21, 8, 13), strict=True)}
+
+    def play(order: str, wasted_slots: int = 0) -> dict:
+        one = engine(stop_id=-1)
+        for _ in range(wasted_slots):
+            one.open()
+        sessions = {name: one.open() for name in order}
+        results = {name: [] for name in order}
+        for turn in range(2):
+            for name, session in sessions.items():
+                one.extend(session, asks[name][0] if turn == 0 else [7, 8])
+            replies = one.sample([(sessions[name], 0.9, asks[name][1] + turn) for name in order])
+            for name, reply in zip(order, replies, strict=True):
+                results[name] += [reply]
+        return results
+
+    together = play("abcd")
+    for other in (play("dbca"), play("b", wasted_slots=3), play("ca", wasted_slots=1)):
+        for name, replies in other.items():
+            assert replies == together[name]
+
+
+def test_seed_changes_the_draws_and_temperature_zero_ignores_it():
+    one = engine(stop_id=-1)
+    sessions = [one.open() for _ in range(4)]
+    for session in sessions:
+        one.extend(session, prompt(5))
+    hot = one.reply([(session, 1.0, seed) for seed, session in enumerate(sessions)])
+    assert len({tuple(ids) for ids in hot}) == 4
+    for session in sessions:
+        one.close(session)
+        one.open()
+        one.extend(session, prompt(5))
+    cold = one.reply([(session, 0.0, seed) for seed, session in enumerate(sessions)])
+    assert len({tuple(ids) for ids in cold}) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_sampling_follows_the_softmax(temperature):
+    """Chi-square over 40,000 draws against softmax(logits / temperature); ids of weight zero never come."""
+    V, draws = 45, 40_000
+    logits = np.random.default_rng(0).normal(size=V).astype(np.float32)
+    logits[[0, 7, V - 1]] = -np.inf
+    rows = jnp.tile(jnp.asarray(logits), (draws, 1))
+    ids = np.asarray(sample(rows, jnp.full(draws, temperature), jnp.arange(draws, dtype=jnp.uint32), 3))
+    expected = np.asarray(jax.nn.softmax(logits / temperature)) * draws
+    counts = np.bincount(ids, minlength=V)
+    assert (counts[[0, 7, V - 1]] == 0).all()
+    chi_square = ((counts - expected)[expected > 0] ** 2 / expected[expected > 0]).sum()
+    assert chi_square < 90  # 41 degrees of freedom: above with probability 1e-5
+    greedy = sample(rows[:3], jnp.zeros(3), jnp.arange(3, dtype=jnp.uint32), 0)
+    assert greedy.tolist() == [int(logits.argmax())] * 3
+
+
+# ---- limits ----------------------------------------------------------------------------------------------------------
+
+
+def test_reply_ends_at_the_stop_id_or_the_limit():
+    one = engine()
+    sessions = [one.open() for _ in range(4)]
+    ends = set()
+    for turn in range(6):
+        for session in sessions:
+            if turn % 3 == 0:
+                one.close(session)
+                one.open()
+            one.extend(session, prompt(2, seed=turn))
+        for reply in one.reply([(session, 2.0, 10 * turn + session) for session in sessions]):
+            assert STOP not in reply[:-1]
+            assert reply[-1] == STOP or len(reply) == 6
+            ends.add(reply[-1] == STOP)
+    assert ends == {True, False}
+
+
+def test_full_context_is_none_and_leaves_the_neighbour_alone():
+    alone = engine(stop_id=-1)
+    session = alone.open()
+    alone.extend(session, prompt(10))
+    expected = [alone.sample([(session, 1.0, 1)]), alone.extend(session, [3]), alone.sample([(session, 1.0, 2)])]
+
+    one = engine(stop_id=-1)
+    full, neighbour = one.open(), one.open()
+    one.extend(full, prompt(CONTEXT - 3))
+    one.extend(neighbour, prompt(10))
+    first = one.sample([(full, 1.0, 5), (neighbour, 1.0, 1)])
+    assert len(first[0].ids) == 3 and one.room(full) == 0
+    one.extend(full, [1] * 500)
+    one.extend(neighbour, [3])
+    second = one.sample([(full, 1.0, 6), (neighbour, 1.0, 2)])
+    assert second[0] is None and one.room(full) == -500
+    assert [first[1], second[1]] == [expected[0][0], expected[2][0]]
+    assert one.reply([(full, 1.0, 6)]) == [None]
+
+
+def test_misuse_is_named():
+    one = engine(slots=2)
+    first, second = one.open(), one.open()
+    with pytest.raises(RuntimeError, match="all 2 slots are taken"):
+        one.open()
+    one.extend(first, [1, 2])
+    for asks in ([(first, 1.0, 0), (first, 1.0, 1)], [(second, 1.0, 0)], [(9, 1.0, 0)]):
+        with pytest.raises(ValueError, match="each once, open and extended"):
+            one.reply(asks)
+    with pytest.raises(ValueError, match="context=4096.*max_position_embeddings, 2048"):
+        engine(context=4096)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_of_the_size_of_the_cache_is_copied(monkeypatch):
+    """Decoding for all slots reads the cache where it lies, and writing goes into the donated block."""
+    monkeypatch.setattr(engine_module, "TILE", 64)
+    rows, T, H, C = 16, 8, TINY.num_attention_heads, TINY.head_dim
+    graph, stacked = nnx.split(model().layers)
+    layers = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(2)]
+    view = View(model().embed[...], model().norm[...], model().unembed().T, layers)
+    block = (jnp.zeros((rows, 2, 16, C, 64)), jnp.zeros((rows, 2, 16, 64, C)))  # 1,024 places
+    size = sum(x.nbytes for x in block)
+    ints = np.zeros(rows, np.int32)
+    asked = Asked(ints, ints, ints.astype(np.float32), ints.astype(np.uint32))
+    decoding = decode.lower(graph, TINY, view, [[block]] * 2, ints, asked, places=T, stop_id=STOP).compile()
+    scores = rows * H * 1024 * 4
+    assert decoding.memory_analysis().temp_size_in_bytes < 4 * scores < size
+    writing = append.lower(block, empty_buffer(TINY, rows, T, jnp.float32), 0, ints, ints).compile()
+    assert writing.memory_analysis().alias_size_in_bytes >= size
+    assert writing.memory_analysis().temp_size_in_bytes < size / 2

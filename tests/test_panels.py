@@ -1,0 +1,99 @@
+"""Panels: the paper's counts, disjoint, guarded by their sha256, and out of reach of demonstrations."""
+
+import os
+import shutil
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from envs import panel
+from envs.generate import SEED, generate_games
+from envs.panel import NAMES, PANELS, TYPES, excluded_ids, read_panel, type_of
+from envs.rooms import wheel_folder
+
+DATA = os.environ.get("ALFWORLD_DATA")
+
+# Pick, Clean, Heat, Cool, Examine, PickTwo: the A3T paper's tasks, and the whole evaluation splits.
+COUNTS = {
+    "train-600": (135, 98, 74, 92, 59, 142),
+    "valid-60": (12, 10, 7, 14, 8, 9),
+    "valid_seen-140": (35, 27, 16, 25, 13, 24),
+    "valid_unseen-134": (24, 31, 23, 21, 18, 17),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_panel_holds_as_many_sorted_ids_of_its_split_as_its_name_says(name):
+    task_ids = read_panel(name)
+    split, _, count = name.rpartition("-")
+    assert len(task_ids) == int(count) == len(set(task_ids)) and task_ids == sorted(task_ids)
+    assert {task_id.split("/")[0] for task_id in task_ids} == {"train" if split in ("train", "valid") else split}
+    assert all(task_id.count("/") == 2 and type_of(task_id) in TYPES for task_id in task_ids)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_tasks_by_type_are_the_papers(name):
+    by_type = Counter(map(type_of, read_panel(name)))
+    assert tuple(by_type[task_type] for task_type in TYPES) == COUNTS[name]
+
+
+def test_panels_share_no_task():
+    for one, other in combinations(NAMES, 2):
+        assert not set(read_panel(one)) & set(read_panel(other)), f"{one} and {other}"
+
+
+def test_demonstrations_are_kept_out_of_every_panel():
+    """What the demonstrator and a base model's training may use: the demo split, and never an excluded id. The games
+    themselves are compared by the hash that ends their ids."""
+    excluded = excluded_ids()
+    assert len(excluded) == sum(int(name.rpartition("-")[2]) for name in NAMES)
+    family = "gen" if wheel_folder() else "mini"
+    hashes = {task_id.rpartition("_")[2] for task_id in excluded}
+    demos = [task_id for task_id, _, _ in generate_games(SEED, f"{family}_demo", 300)]
+    assert not excluded & set(demos) and not hashes & {task_id.rpartition("_")[2] for task_id in demos}
+
+
+@pytest.mark.parametrize("name", panel.GENERATED)
+def test_generated_panels_are_what_the_generator_makes(name):
+    """A change to envs/generate.py or envs/rooms.py that changes games must make the panels again."""
+    split, _, count = name.rpartition("-")
+    if split.startswith("gen") and wheel_folder() is None:
+        pytest.skip("the data of the alfworld wheel is not installed")
+    made = sorted(task_id for task_id, _, _ in generate_games(SEED, split, int(count)))
+    assert made == read_panel(name), "run `python -m envs.panel --make`, and say in LOG.md that scores start anew"
+
+
+def test_a_changed_panel_is_refused_and_says_so(tmp_path):
+    folder = Path(shutil.copytree(PANELS, tmp_path / "panels"))
+    path = folder / "valid-60.txt"
+    path.write_text(path.read_text().replace("trial_T2019", "trial_T2020", 1))
+    with pytest.raises(ValueError, match=r"valid-60.txt has sha256 [0-9a-f]{64}, expected [0-9a-f]{64}"):
+        read_panel("valid-60", folder)
+    path.unlink()
+    with pytest.raises(ValueError, match="valid-60.txt is missing"):
+        read_panel("valid-60", folder)
+    assert read_panel("train-600", folder) == read_panel("train-600")
+
+
+def test_unknown_and_unrecorded_panels_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="panel 'valid-61' is unknown: expected one of train-600, valid-60"):
+        read_panel("valid-61")
+    with pytest.raises(ValueError, match="has no line for valid-60.txt"):
+        read_panel("valid-60", tmp_path)
+    with pytest.raises(ValueError, match="would hold 1 different tasks"):
+        panel.write_panel("valid-60", ["train/a/b"] * 60, tmp_path)
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not DATA, reason="ALFWORLD_DATA is not set")
+def test_real_panels_are_drawn_from_the_real_games():
+    train = panel.real_ids(Path(DATA), "train")
+    if not train:
+        pytest.skip("no real train split below ALFWORLD_DATA")
+    assert len(train) == 3553
+    assert {name: sorted(task_ids) for name, task_ids in panel.draw(train, SEED).items()} == {
+        name: read_panel(name) for name in panel.DRAWN
+    }
+    assert panel.real_ids(Path(DATA), "valid_seen") == read_panel("valid_seen-140")

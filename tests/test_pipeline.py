@@ -1,0 +1,164 @@
+"""The whole pipeline in a temporary folder, killed and resumed, with the tiny base on a few games."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import actre
+import evaluate
+import rollout
+import train_pg
+from stage import StageError, read_json, round_directory
+from tests.helpers import write_tiny_model
+from trajectory import read_trajectories
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"slots": 8, "context": 1024, "max_turns": 14}
+
+
+@pytest.fixture(autouse=True)
+def generated_games(monkeypatch):
+    """Generated games everywhere, whatever is set outside, and the project's folder as the current one."""
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    monkeypatch.chdir(ROOT)
+
+
+def play_round(run: Path, number: int, **changes) -> None:
+    rollout.main(rollout.Args(run=run, limit=10, temperature=0.3, **SMALL))
+    actre.main(actre.Args(run=run, budget=2, **SMALL))
+    train_pg.main(train_pg.Args(run=run, epochs=2, batch_rows=2, **changes))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    """Two rounds by `rollout && actre && train_pg` with no round given, then all rounds evaluated."""
+    run = tmp_path_factory.mktemp("run")
+    before = os.environ.pop("ALFWORLD_DATA", None)
+    os.chdir(ROOT)
+    for number in range(2):
+        play_round(run, number)
+    evaluate.main(evaluate.Args(run=run, limit=6, **SMALL))
+    if before:
+        os.environ["ALFWORLD_DATA"] = before
+    return run
+
+
+def test_two_rounds_leave_every_artifact(unbroken):
+    for number in range(2):
+        for stage in ("rollout", "actre", "train_pg", "evaluate"):
+            directory = round_directory(unbroken, number) / stage
+            config, done = read_json(directory / "config.json"), read_json(directory / "done.json")
+            assert config["args"]["seed"] == 0 and done["seconds"] >= 0
+    assert (round_directory(unbroken, 0) / "actre/trajectories.jsonl").read_bytes() == b""
+    rows = list(read_trajectories(round_directory(unbroken, 1) / "rollout/trajectories.jsonl"))
+    assert len(rows) == 10 and {t.round for t in rows} == {1} and all(t.ids and sum(t.sampled) for t in rows)
+    composed = list(read_trajectories(round_directory(unbroken, 1) / "actre/trajectories.jsonl"))
+    failed = {t.task_id for t in rows if not t.success}
+    assert {t.task_id for t in composed} == failed and len(composed) == 2 * len(failed)
+    scores = read_json(round_directory(unbroken, 1) / "evaluate/scores.json")
+    (panel,) = scores.values()
+    assert panel["n"] == 6 == sum(t["n"] for t in panel["types"].values())
+
+
+def test_packed_npz_is_what_was_trained_on(unbroken):
+    directory = round_directory(unbroken, 1) / "train_pg"
+    packed = np.load(directory / "packed.npz")
+    for line in (directory / "packed.jsonl").read_text().split("\n")[:-1]:
+        place = json.loads(line)
+        source = list(read_trajectories(unbroken / place["file"]))[place["line"] - 1]
+        where = packed["segments_NL"][place["row"]] == place["segment"]
+        assert packed["ids_NL"][place["row"]][where].tolist() == source.ids
+        assert set(packed["weights_NL"][place["row"]][where].tolist()) == {np.float32(place["weight"])}
+        assert (place["weight"] > 0) == source.success
+    done = read_json(directory / "done.json")
+    assert len((directory / "metrics.jsonl").read_text().split("\n")) == done["steps"] + 1
+
+
+def test_the_same_seed_gives_the_same_files(unbroken, tmp_path):
+    rollout.main(rollout.Args(run=tmp_path, limit=10, temperature=0.3, **SMALL))
+    first = round_directory(unbroken, 0) / "rollout/trajectories.jsonl"
+    assert (round_directory(tmp_path, 0) / "rollout/trajectories.jsonl").read_bytes() == first.read_bytes()
+
+
+def kill_when(command: list[str], path: Path, lines: int) -> None:
+    """Starts a stage and sends SIGKILL as soon as `path` has so many lines."""
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.time() + 240
+    while process.poll() is None and time.time() < deadline:
+        if path.exists() and path.read_bytes().count(b"\n") >= lines:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    assert process.wait() == -signal.SIGKILL, "the stage ended before it could be killed"
+
+
+def test_a_killed_rollout_resumes_to_the_same_file(unbroken, tmp_path):
+    directory = round_directory(tmp_path, 0) / "rollout"
+    path = directory / "trajectories.jsonl"
+    flags = ["--limit", "10", "--temperature", "0.3", "--slots", "8", "--context", "1024", "--max-turns", "14"]
+    kill_when(["rollout.py", "--run", str(tmp_path), *flags], path, 3)
+    assert not (directory / "done.json").exists() and (directory / "config.json").exists()
+    with open(path, "ab") as file:
+        file.write(b'{"schema":1,"env":"alfw')  # and its last line was cut
+    with pytest.raises(StageError, match="not finished"):
+        actre.main(actre.Args(run=tmp_path, **SMALL))
+    with pytest.raises(StageError, match="args.seed"):
+        rollout.main(rollout.Args(run=tmp_path, limit=10, temperature=0.3, seed=5, **SMALL))
+    rollout.main(rollout.Args(run=tmp_path, limit=10, temperature=0.3, **SMALL))
+    assert path.read_bytes() == (round_directory(unbroken, 0) / "rollout/trajectories.jsonl").read_bytes()
+
+
+def copy_inputs(run: Path, to: Path, number: int) -> None:
+    for earlier in range(number + 1):
+        for stage in ("rollout", "actre"):
+            directory = round_directory(to, earlier) / stage
+            directory.mkdir(parents=True)
+            for name in ("trajectories.jsonl", "done.json"):
+                (directory / name).write_bytes((round_directory(run, earlier) / stage / name).read_bytes())
+
+
+def test_a_killed_training_resumes_to_the_same_adapter(unbroken, tmp_path):
+    copy_inputs(unbroken, tmp_path, 0)
+    directory = round_directory(tmp_path, 0) / "train_pg"
+    steps = read_json(round_directory(unbroken, 0) / "train_pg/done.json")["steps"]
+    flags = ["--epochs", "2", "--batch-rows", "2"]
+    kill_when(["train_pg.py", "--run", str(tmp_path), *flags], directory / "metrics.jsonl", steps // 2 + 1)
+    assert not (directory / "adapter").exists()
+    train_pg.main(train_pg.Args(run=tmp_path, epochs=2, batch_rows=2))
+    for name in ("adapter/adapter_model.safetensors", "packed.npz"):
+        assert (directory / name).read_bytes() == (round_directory(unbroken, 0) / "train_pg" / name).read_bytes(), name
+
+
+def test_bad_input_is_named(unbroken, tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match="json_2.1.1"):
+        rollout.main(rollout.Args(run=tmp_path / "a", data=str(tmp_path), panel="gen_train-120", **SMALL))
+    copy_inputs(unbroken, tmp_path, 0)
+    path = round_directory(tmp_path, 0) / "rollout/trajectories.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"trajectories\.jsonl:10: the line is cut off"):
+        train_pg.main(train_pg.Args(run=tmp_path))
+
+
+def test_an_adapter_of_another_base_is_refused(unbroken, tmp_path):
+    other = write_tiny_model(tmp_path / "other")
+    trained = round_directory(tmp_path / "run", 0) / "train_pg"
+    shutil.copytree(round_directory(unbroken, 0) / "train_pg", trained)
+    with pytest.raises(ValueError, match="base"):
+        evaluate.main(evaluate.Args(run=tmp_path / "run", round=0, model=other, limit=6, **SMALL))
+    assert not (round_directory(tmp_path / "run", 0) / "evaluate/done.json").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(unbroken, tmp_path):
+    copy_inputs(unbroken, tmp_path, 0)
+    with pytest.raises(StageError, match="step [0-9]+: loss .*--learning-rate"):
+        train_pg.main(train_pg.Args(run=tmp_path, epochs=4, batch_rows=2, learning_rate=1e30))
+    assert not (round_directory(tmp_path, 0) / "train_pg/done.json").exists()

@@ -1,0 +1,140 @@
+"""Pairing and filtering, the objective against ten lines of numpy, and what a weight of zero or minus one does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lora.convert import load_model
+from lora.linear import LoRAConfig, LoRAParam
+from lora.mistral import token_logprobs
+from tests.helpers import byte_tokenizer, trajectory, write_tiny_model
+from train_pg import Args, Example, batch_order, objective, pack_examples, select_round
+
+WON = {"reward": 1.0, "success": True, "end": "success"}
+LOST = {"reward": 0.0, "success": False, "end": "max_turns"}
+
+
+def row(task, source, trial=0, **outcome):
+    return Example(trajectory(task_id=f"gen_train/{task}/1", source=source, trial=trial, **outcome), 0.0, "f", 1)
+
+
+def chosen(rows, **args):
+    args = {"failure_reward": -1.0} | args  # the paper's
+    return [(e.trajectory.task_id.split("/")[1], e.trajectory.source, e.trajectory.trial, e.weight)
+            for e in select_round(rows, Args(**args))]  # fmt: skip
+
+
+def test_a_failure_is_kept_only_beside_a_success_of_its_task():
+    rows = [
+        row("solved", "react", **LOST), row("solved", "actre", 0, **LOST), row("solved", "actre", 1, **WON),
+        row("solved", "actre", 2, **WON), row("lost", "react", **LOST), row("lost", "actre", 0, **LOST),
+        row("easy", "react", **WON),
+    ]  # fmt: skip
+    assert chosen(rows) == [
+        ("easy", "react", 0, 1.0), ("solved", "actre", 1, 1.0), ("solved", "actre", 2, 1.0),
+        ("solved", "react", 0, -1.0),
+    ]  # fmt: skip
+
+
+def test_faults_are_neither_failures_nor_successes():
+    fault = {"reward": 0.0, "success": False, "end": "env_error"}
+    assert chosen([row("a", "react", **fault), row("a", "actre", 0, **WON)]) == [("a", "actre", 0, 1.0)]
+    assert chosen([row("a", "react", **(fault | {"reward": 1.0}))]) == []
+
+
+@pytest.mark.parametrize(
+    "args, weights",
+    [
+        ({"failure_reward": 0.0}, [1.0, 1.0]),
+        ({"failure_reward": 0.1}, [1.0, 1.0, 0.1]),
+        ({"positives": 1}, [1.0, -1.0]),
+        ({"fractional": True}, [1.0, 1.0, 0.4]),
+        ({"threshold": 0.4}, [1.0, 1.0, 1.0]),
+    ],
+)
+def test_switches(args, weights):
+    rows = [row("a", "react", **(LOST | {"reward": 0.4})), row("a", "actre", 0, **WON), row("a", "actre", 1, **WON)]
+    assert [w for *_, w in chosen(rows, **args)] == weights
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    lora = LoRAConfig(rank=4, alpha=12.0, targets=("q", "v", "down"))
+    model = load_model(write_tiny_model(tmp_path_factory.mktemp("tiny")), weights="nf4", lora=lora, seed=3)
+    graph, adapter, frozen = nnx.split(model, LoRAParam, ...)
+    keys = jax.random.split(jax.random.key(0), len(jax.tree.leaves(adapter)))
+    leaves = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, jax.tree.leaves(adapter), strict=True)]
+    return graph, jax.tree.unflatten(jax.tree.structure(adapter), leaves), frozen
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    ids_BL = rng.integers(1, 255, (2, 24)).astype(np.int32)
+    segments_BL = np.array([[1] * 10 + [2] * 9 + [0] * 5, [1] * 20 + [0] * 4], np.int32)
+    weights_BL = np.where(segments_BL == 2, -1.0, 1.0).astype(np.float32) * (segments_BL > 0)
+    return ids_BL, segments_BL, weights_BL
+
+
+def gradient(model, weights_BL, trajectories=3.0):
+    graph, adapter, frozen = model
+    ids_BL, segments_BL, _ = batch()
+
+    def value(adapter):
+        return objective(nnx.merge(graph, adapter, frozen), ids_BL, segments_BL, weights_BL, trajectories)[0]
+
+    return jnp.concatenate([g.ravel() for g in jax.tree.leaves(jax.grad(value)(adapter))])
+
+
+def test_the_objective_is_ten_lines_of_numpy(model):
+    graph, adapter, frozen = model
+    ids_BL, segments_BL, weights_BL = batch()
+    merged = nnx.merge(graph, adapter, frozen)
+    total = 0.0
+    for row_number, (ids, segments) in enumerate(zip(ids_BL, segments_BL, strict=True)):
+        for segment in range(1, segments.max() + 1):
+            where = segments == segment
+            alone = ids[where][None]  # each trajectory by itself, so that packing is checked too
+            logits = np.asarray(merged.logits(merged(alone, np.ones_like(alone))))[0].astype(np.float64)
+            logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            picked = logprobs[np.arange(len(alone[0]) - 1), alone[0][1:]]
+            total += (weights_BL[row_number][where][1:] * picked).sum()
+    value, positive, negative = objective(merged, ids_BL, segments_BL, weights_BL, 3.0)
+    assert float(value) == pytest.approx(total / 3.0, rel=1e-4)
+    assert float(positive - negative) == pytest.approx(total, rel=1e-4) and negative < 0 and positive < 0
+
+
+def test_weight_zero_gives_no_gradient_and_minus_one_the_negative(model):
+    _, _, weights_BL = batch()
+    whole = gradient(model, weights_BL)
+    assert float(jnp.abs(whole).max()) > 1e-3
+    assert float(jnp.abs(gradient(model, 0 * weights_BL)).max()) == 0.0
+    assert jnp.array_equal(gradient(model, -weights_BL), -whole)
+    only_second = gradient(model, weights_BL * (batch()[1] == 2))
+    others = gradient(model, weights_BL * (batch()[1] == 1))
+    assert jnp.allclose(only_second + others, whole, atol=1e-5)
+
+
+def test_padding_rows_change_nothing(model):
+    graph, adapter, frozen = model
+    ids_BL, segments_BL, _ = batch()
+    merged = nnx.merge(graph, adapter, frozen)
+    pad = np.zeros((1, 24), np.int32)
+    padded = token_logprobs(merged, np.concatenate([ids_BL, pad]), np.concatenate([segments_BL, pad]))
+    assert jnp.allclose(padded[:2], token_logprobs(merged, ids_BL, segments_BL), atol=1e-6)
+    assert float(jnp.abs(padded[2]).max()) == 0.0
+
+
+def test_all_weights_zero_is_an_error():
+    examples = [Example(trajectory(), 0.0, "f", 1)]
+    with pytest.raises(ValueError, match="nothing to train on"):
+        pack_examples(examples, Args(), lambda text: byte_tokenizer().encode(text).ids)
+
+
+def test_every_row_is_seen_once_an_epoch_in_another_order_each_time():
+    args = Args(batch_rows=4, seed=1)
+    first, second = (np.concatenate(batch_order(args, 2, epoch, 10)) for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == [-1, -1, *range(10)]
+    assert first.tolist() != second.tolist()
+    assert first.tolist() == np.concatenate(batch_order(args, 2, 0, 10)).tolist()
