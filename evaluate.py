@@ -20,9 +20,9 @@ from typing import Any, Literal
 import tyro
 
 from agent import Job, Play, play, require_tasks
-from envs.alfworld import task_type
+from envs.alfworld import TASK_TYPES, task_type
 from envs.base import make_world
-from envs.panel import TYPES, default_panels, pick_tasks
+from envs.panel import default_panels, pick_tasks
 from lora.convert import base_sha
 from policy import LocalPolicy
 from stage import (
@@ -38,7 +38,7 @@ from stage import (
 )
 from trajectory import FAULTS, Trajectory, Writer, sort_file
 
-SHORT = dict(zip(TYPES, ("Pick", "Clean", "Heat", "Cool", "Examine", "PickTwo"), strict=True))
+SHORT = dict(zip(TASK_TYPES, ("Pick", "Clean", "Heat", "Cool", "Examine", "PickTwo"), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def score(trajectories: list[Trajectory]) -> dict[str, Any]:
     won = sum(t.success for t in rows)
     turns = [turn for t in rows for turn in t.turns]
     by_type = {}
-    for kind in TYPES:
+    for kind in TASK_TYPES:
         of_type = [t for t in rows if task_type(t.task_id) == kind]
         by_type[SHORT[kind]] = {"success": sum(t.success for t in of_type), "n": len(of_type)}
     return {

@@ -24,8 +24,12 @@ from envs.base import Observation, Result
 
 ENGINES = ("ours", "textworld")
 TASK_TYPES = (
-    "pick_and_place_simple", "look_at_obj_in_light", "pick_clean_then_place_in_recep",
-    "pick_heat_then_place_in_recep", "pick_cool_then_place_in_recep", "pick_two_obj_and_place",
+    "pick_and_place_simple",
+    "pick_clean_then_place_in_recep",
+    "pick_heat_then_place_in_recep",
+    "pick_cool_then_place_in_recep",
+    "look_at_obj_in_light",
+    "pick_two_obj_and_place",
 )
 _BANNER = "-= Welcome to TextWorld, ALFRED! =-\n\n"
 _INDEX_VERSION = 1

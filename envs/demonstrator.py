@@ -3,7 +3,8 @@
 It remembers what each receptacle showed, searches the rest in the order of how often receptacles of that type hold the
 wanted object (`places`, counted over games that are not evaluated on), and thinks one short sentence per turn. It can
 be displaced: told that another action was taken, it goes on from there, and `explain` writes the reason for such an
-action after the fact, which is the text that ActRe learns from.
+action after the fact, which is the text that ActRe learns from. It can be careless: then it takes the shortcut of its
+task type (no cleaning, heating or cooling; one thing instead of two; a look without the lamp) and believes it is done.
 
 Left out: slicing (no task of the six types needs it). Used by models/pretrain.py and policy.ScriptedPolicy.
 """
@@ -67,6 +68,8 @@ class Demonstrator:
         self.at = self.holding = self.taken_from = self.goal_place = None
         self.treated: set[str] = set()
         self.placed: list[str] = []
+        self.careless = False  # set it to have the shortcut taken
+        self.examined = False  # the shortcut where a lamp is asked for
         self.refused: set[tuple[str, str]] = set()  # (thing, receptacle) that cannot hold it
 
     # ---- what the text says ------------------------------------------------------------------------------------------
@@ -84,6 +87,7 @@ class Demonstrator:
             self.at = rest.removeprefix("to ")
         if verb in ("go", "open", "examine") and self.at:
             self._read(observation)
+            self.examined |= rest == self.holding
         elif verb == "close":
             self.closed.add(rest)
         elif verb == "take":
@@ -95,7 +99,9 @@ class Demonstrator:
             thing, _, where = rest.partition(" to ")
             self.contents.setdefault(where, []).append(thing)
             self.holding = None
-            if kind(where) == self.place and kind(thing) == self.target and self.goal_place in (None, where):
+            ready = not self.treatment or thing in self.treated or self.careless
+            wanted = kind(where) == self.place and kind(thing) == self.target
+            if ready and wanted and self.goal_place in (None, where):
                 self.placed.append(thing)
                 self.goal_place = where
         elif verb in ("clean", "heat", "cool"):
@@ -118,6 +124,8 @@ class Demonstrator:
 
     def decide(self) -> tuple[str, str]:
         """The next (thought, action)."""
+        if self.done:
+            return "I am done. I look around.", "look"
         if self.holding and kind(self.holding) != self.target:
             return self._put_down()
         if self.holding:
@@ -130,6 +138,11 @@ class Demonstrator:
             f"I see the {thing}. I take it.",
             f"take {thing} from {where}",
         )
+
+    @property
+    def done(self) -> bool:
+        """Whether a careless player believes that the task is done."""
+        return self.careless and bool(self.placed or self.examined)
 
     def _reach(self, where: str, thought: str) -> tuple[str, str] | None:
         """The step towards standing at `where` with it open; None when that is so."""
@@ -167,6 +180,8 @@ class Demonstrator:
         )
 
     def _use(self) -> tuple[str, str]:
+        if self.careless:
+            return f"I have the {self.holding}. I examine it.", f"examine {self.holding}"
         found = self._known(self.lamp)
         if not found:
             return self._search(self.lamp)
@@ -177,14 +192,14 @@ class Demonstrator:
 
     def _deliver(self) -> tuple[str, str]:
         thing = self.holding
-        if self.treatment and thing not in self.treated:
+        if self.treatment and thing not in self.treated and not self.careless:
             verb, _, where_kind = self.treatment
             where = next((r for r in self.receptacles if kind(r) == where_kind), f"{where_kind} 1")
             if self.at != where:
                 return f"I have the {thing}. I {verb} it at the {where}.", f"go to {where}"
             return f"I {verb} the {thing} with the {where}.", f"{verb} {thing} with {where}"
         where = self.goal_place or next((r for r in self.receptacles if kind(r) == self.place), f"{self.place} 1")
-        state = f"The {thing} is {self.treatment[1]}." if self.treatment else f"I have the {thing}."
+        state = f"The {thing} is {self.treatment[1]}." if thing in self.treated else f"I have the {thing}."
         return self._reach(where, f"{state} I bring it to the {where}.") or (
             f"I put the {thing} in the {where}.",
             f"move {thing} to {where}",

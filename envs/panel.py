@@ -27,21 +27,13 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from envs.alfworld import TASK_TYPES, task_type
 from envs.generate import SEED, generate_games
 from envs.rooms import wheel_folder
 
 PANELS = Path(__file__).with_name("panels")
 
-TYPES = (
-    "pick_and_place_simple",
-    "pick_clean_then_place_in_recep",
-    "pick_heat_then_place_in_recep",
-    "pick_cool_then_place_in_recep",
-    "look_at_obj_in_light",
-    "pick_two_obj_and_place",
-)
-
-# Tasks by type, in the order of TYPES, as the paper draws them from the 3,553 of train (A3T, appendix on ALFWorld).
+# Tasks by type, in the order of TASK_TYPES, as the paper draws them from train's 3,553 (A3T, appendix on ALFWorld).
 DRAWN = {"train-600": (135, 98, 74, 92, 59, 142), "valid-60": (12, 10, 7, 14, 8, 9)}
 WHOLE = {"valid_seen-140": "valid_seen", "valid_unseen-134": "valid_unseen"}
 GENERATED = {"gen_train-120": 120, "gen_valid-100": 100, "mini_train-120": 120, "mini_valid-100": 100}
@@ -110,11 +102,6 @@ def excluded_ids() -> set[str]:
     return {task_id for name in NAMES for task_id in read_panel(name)}
 
 
-def type_of(task_id: str) -> str:
-    """pick_and_place_simple, ...: the task type, which is the first part of the task's folder."""
-    return task_id.split("/")[1].split("-")[0]
-
-
 def write_panel(name: str, task_ids: Iterable[str], folder: Path = PANELS) -> None:
     """Writes a panel and its line in SHA256. Raises ValueError where the number of ids is not the one in its name."""
     content = "".join(f"{task_id}\n" for task_id in sorted(set(task_ids))).encode()
@@ -141,12 +128,12 @@ def real_ids(data: Path, split: str) -> list[str]:
 def draw(task_ids: Sequence[str], seed: int) -> dict[str, list[str]]:
     """The two panels drawn from train: for each type, a seeded shuffle dealt out first to train-600, then valid-60."""
     panels = {name: [] for name in DRAWN}
-    for index, task_type in enumerate(TYPES):
-        pool = [task_id for task_id in sorted(task_ids) if type_of(task_id) == task_type]
-        np.random.default_rng([seed, zlib.crc32(task_type.encode())]).shuffle(pool)
+    for index, kind in enumerate(TASK_TYPES):
+        pool = [task_id for task_id in sorted(task_ids) if task_type(task_id) == kind]
+        np.random.default_rng([seed, zlib.crc32(kind.encode())]).shuffle(pool)
         for name, counts in DRAWN.items():
             if len(pool) < counts[index]:
-                raise ValueError(f"train has too few {task_type} games for {name}: is the data complete?")
+                raise ValueError(f"train has too few {kind} games for {name}: is the data complete?")
             panels[name] += [pool.pop() for _ in range(counts[index])]
     return panels
 
@@ -176,9 +163,9 @@ def main(args: Args) -> None:
                 write_panel(name, (task_id for task_id, _, _ in generate_games(args.seed, split, count)))
     for name in NAMES:
         task_ids = read_panel(name)
-        by_type = "/".join(str(sum(type_of(task_id) == task_type for task_id in task_ids)) for task_type in TYPES)
+        by_type = "/".join(str(sum(task_type(task_id) == kind for task_id in task_ids)) for kind in TASK_TYPES)
         print(f"{name}: {len(task_ids)} tasks, by type {by_type}, sha256 {panel_sha256(name)[:16]}")
-    print("types:", ", ".join(TYPES))
+    print("types:", ", ".join(TASK_TYPES))
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def save_adapter(adapter_dir: str | Path, model: Mistral, base_dir: str | Path) 
         for name, (target, i, side) in adapter_names(model.config.num_hidden_layers, adapted).items()
     }
     adapter_dir.mkdir(parents=True, exist_ok=True)
-    metadata = {BASE_SHA: base_sha(base_dir)}  # one key: safetensors writes several in random order, and bytes would differ
+    metadata = {BASE_SHA: base_sha(base_dir)}  # safetensors writes several keys in random order: bytes would differ
     weights_path = adapter_dir / "adapter_model.safetensors"
     replace_file(weights_path, lambda path: save_file(tensors, path, metadata=metadata))
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -2,8 +2,10 @@
 
 It reads games that no panel holds (train games outside train-600 and valid-60, and generated ones), has the scripted
 demonstrator play them, displaced now and then by a random action whose reason is written after the fact, and learns
-both formats: ReAct (the agent) and ActRe (the one who explains). What it writes is a Hugging Face folder:
-config.json, model.safetensors, tokenizer.json, and training.json with the command, seeds and losses.
+both formats: ReAct (the agent) and ActRe (the one who explains). Like the text that an LLM is trained on, the
+demonstrations are of uneven skill: for some kinds of task most players are careless, take a shortcut and fail.
+What it writes is a Hugging Face folder: config.json, model.safetensors, tokenizer.json, and training.json with the
+command, seeds and losses.
 
     python models/pretrain.py --out models/tiny-alfworld
 
@@ -51,7 +53,7 @@ class Args:
     """Folder to write; an existing model there is refused."""
     data: str | None = None
     """Folder with json_2.1.1 (default: $ALFWORLD_DATA; without either, generated games only)."""
-    tokens: int = 6_000_000
+    tokens: int = 11_000_000
     """Tokens to train on, padding included. 4,096 of them make one optimizer step."""
     width: int = 128
     """Hidden size; a multiple of 64."""
@@ -72,6 +74,8 @@ class Args:
     weight its noise drowns the few tokens that decide a game."""
     displaced: tuple[float, ...] = (0.0, 0.0, 0.1, 0.1, 0.25)
     """Probabilities of a random action per turn; a demonstration draws one of them."""
+    careless: tuple[float, ...] = (0.1, 0.75, 0.75)
+    """Shares of careless players; a kind of task (its type and object) draws one of them."""
     max_turns: int = 30
     """Turns after which a demonstration is given up and dropped."""
     seed: int = 0
@@ -79,7 +83,7 @@ class Args:
 
 
 STEP_TOKENS = 4_096
-LENGTHS = (384, 512, 768, 1280)  # one text a row, padded to the next of these
+LENGTHS = (320, 384, 480, 640, 896, 1280)  # one text a row, padded to the next of these
 # Pieces: the separators of lists, words with their leading space and the harness's colon or bracket, numbers, and the
 # newline, which ends a reply and must stay a token of its own.
 SPLIT = r", (?:and )?a(?![A-Za-z])| OK\.| ?[A-Za-z]+[:\[]?| ?\d+|\n|[^\sA-Za-z\d]+|\s"
@@ -130,7 +134,7 @@ def sources(args: Args) -> list[Source]:
 
 def displaced_action(rng: np.random.Generator, admissible: list[str], seen: list[str], last: str) -> str:
     """An action that the demonstrator did not choose: an admissible one, or now and then one that will not work."""
-    if rng.random() < 0.2:
+    if rng.random() < 0.4:
         here, there = rng.choice(seen, 2)
         wrong = [f"open {here}", f"go to {here}", f"examine {there}", last]
         wrong = [a for a in wrong if a and a not in admissible]
@@ -142,14 +146,25 @@ def displaced_action(rng: np.random.Generator, admissible: list[str], seen: list
     return str(rng.choice(admissible))
 
 
-def demonstrate(
-    game: Game, task_id: str, places: dict, rng: np.random.Generator, displaced: float, max_turns: int
-) -> Trajectory:
-    """Plays one game with the demonstrator, replacing each action with probability `displaced`."""
+def careless_share(args: Args, player: Demonstrator) -> float:
+    """How many players are careless at this kind of task: one of `args.careless`, drawn for its type and object."""
+    type_of = "look" if player.lamp else "two" if player.needed == 2 else (player.treatment or ("put",))[0]
+    return float(generator(args.seed, "careless", type_of, player.target).choice(args.careless))
+
+
+def demonstrate(game: Game, task_id: str, places: dict, rng: np.random.Generator, args: Args) -> Trajectory | None:
+    """Plays one game with a demonstrator, displaced with one of the probabilities.
+
+    None if a careful one fails; a careless one who fails looks around twice and ends.
+    """
+    displaced = rng.choice(args.displaced)
     player = Demonstrator(game.text, places)
+    player.careless = bool(rng.random() < careless_share(args, player))
     first, task, turns = game.text, game.task, []
     met, total = game.conditions()
-    while len(turns) < max_turns and met < total:
+    looks = 0
+    while len(turns) < args.max_turns and met < total and looks < 2:
+        looks += player.done
         thought, action = player.decide()
         by = "demo"
         if rng.random() < displaced:
@@ -160,23 +175,24 @@ def demonstrate(
         player.observe(action, observation)
         turns.append(Turn(thought, action, observation, "demo", by, answer is not None))
         met, total = game.conditions()
+    if not turns or (met < total and not player.done):
+        return None
     return Trajectory(
         env="alfworld", split=task_id.split("/")[0], task_id=task_id, task=task, trial=0, round=0, seed=0,
         source="demo", first_observation=first, turns=turns, reward=float(met == total), progress=met / total,
-        success=met == total, end="success" if met == total else "max_turns",
+        success=met == total, end="success" if met == total else "finished",
     )  # fmt: skip
 
 
 def demonstrations(args: Args) -> Iterator[Trajectory]:
-    """An endless stream of won demonstrations, the same for the same seed; no panel's task among them."""
+    """An endless stream of demonstrations, the same for the same seed; no panel's task among them."""
     *real, generated = sources(args)
     for number in itertools.count():
         rng = generator(args.seed, "pretrain", number)
         source = generated if not real or rng.random() < args.generated_share else real[0]
         task_id = source.task_ids[rng.integers(len(source.task_ids))]
-        displaced = rng.choice(args.displaced)
-        trajectory = demonstrate(source.load(task_id), task_id, source.places, rng, displaced, args.max_turns)
-        if trajectory.success and trajectory.turns:
+        trajectory = demonstrate(source.load(task_id), task_id, source.places, rng, args)
+        if trajectory is not None:
             yield trajectory
 
 
@@ -277,17 +293,19 @@ def main(args: Args) -> None:
     bar = tqdm(itertools.islice(batches(args, tokenizer), steps), total=steps, desc="pretrain", unit="step")
     for ids_BL, segments_BL, weights_BL in bar:
         params, state, loss = update(params, state, ids_BL, segments_BL, weights_BL)
-        losses.append(float(loss))
+        losses.append(loss)  # not read yet: the next batch is made while this one is computed
         real_tokens += int((segments_BL != 0).sum())
-        if not np.isfinite(losses[-1]):
-            raise SystemExit(f"loss {losses[-1]} at step {len(losses)}; lower --learning-rate")
-        bar.set_postfix(loss=f"{np.mean(losses[-20:]):.4f}", tokens_per_s=f"{real_tokens / (time.time() - start):.0f}")
+        if len(losses) % 20 == 0 or len(losses) == steps:
+            recent = float(np.mean(losses[-20:]))
+            if not np.isfinite(recent):
+                raise SystemExit(f"loss {recent} before step {len(losses)}; lower --learning-rate")
+            bar.set_postfix(loss=f"{recent:.4f}", tokens_per_s=f"{real_tokens / (time.time() - start):.0f}")
 
     save_model(nnx.merge(graph, params), args.out)
     record = {
         "command": " ".join(["python", *sys.argv]), "args": {k: str(v) for k, v in asdict(args).items()},
         "parameters": sum(x.size for x in jax.tree.leaves(params)), "tokens": real_tokens, "steps": steps,
-        "first_loss": losses[0], "last_loss": float(np.mean(losses[-20:])), "seconds": round(time.time() - start),
+        "first_loss": float(losses[0]), "last_loss": recent, "seconds": round(time.time() - start),
         "device": jax.devices()[0].device_kind,
     }  # fmt: skip
     (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from envs import generate, rooms
-from envs.alfworld import AlfWorld
-from envs.panel import TYPES, read_panel, type_of
+from envs.alfworld import TASK_TYPES, AlfWorld, task_type
+from envs.panel import read_panel
 
 ROOT = Path(__file__).parents[1]
 needs_wheel = pytest.mark.skipif(rooms.wheel_folder() is None, reason="the data of the alfworld wheel is not installed")
@@ -46,8 +46,8 @@ def test_walkthrough_wins_every_type_and_not_before_its_last_command(family, tmp
             assert command in world.actions(), f"{task_id}: {command} is not admissible"
             successes.append(world.step(command).success)
         assert successes == [False] * (len(commands) - 1) + [True], task_id
-        won[type_of(task_id)] += 1
-    assert set(won) == set(TYPES) and won.total() == 60
+        won[task_type(task_id)] += 1
+    assert set(won) == set(TASK_TYPES) and won.total() == 60
 
 
 @needs_wheel
@@ -140,8 +140,8 @@ def test_games_are_shaped_as_the_real_ones():
     means = [sum(column) / 300 for column in (receptacles, objects, shared, empty, hidden)]
     bounds = [(21, 26), (28, 36), (0.12, 0.22), (0.35, 0.52), (0.03, 0.16)]
     assert all(low < mean < high for mean, (low, high) in zip(means, bounds, strict=True)), means
-    for task_type, (count, _, _) in rooms.TASKS.items():
-        assert abs(types[task_type] / 300 - count / 3553) < 0.09, types
+    for kind, (count, _, _) in rooms.TASKS.items():
+        assert abs(types[kind] / 300 - count / 3553) < 0.09, types
 
 
 def test_the_rooms_left_out_are_those_of_valid_unseen():
@@ -157,9 +157,9 @@ def test_task_lines_are_the_wheels_templates():
     for node in ast.parse((rooms.wheel_folder() / "gen/goal_library.py").read_text()).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
             library[node.targets[0].slice.value] = ast.literal_eval(node.value)["templates"]
-    for task_type, (_, _, phrases) in rooms.TASKS.items():
-        theirs = {phrase.replace("{toggle}", "desklamp") + "." for phrase in library[task_type]}
-        assert set(phrases) == theirs, task_type
+    for kind, (_, _, phrases) in rooms.TASKS.items():
+        theirs = {phrase.replace("{toggle}", "desklamp") + "." for phrase in library[kind]}
+        assert set(phrases) == theirs, kind
 
 
 def test_alfworld_is_never_imported():

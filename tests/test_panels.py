@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from envs import panel
+from envs.alfworld import TASK_TYPES, task_type
 from envs.generate import SEED, generate_games
-from envs.panel import NAMES, PANELS, TYPES, excluded_ids, read_panel, type_of
+from envs.panel import NAMES, PANELS, excluded_ids, read_panel
 from envs.rooms import wheel_folder
 
 DATA = os.environ.get("ALFWORLD_DATA")
@@ -30,13 +31,13 @@ def test_a_panel_holds_as_many_sorted_ids_of_its_split_as_its_name_says(name):
     split, _, count = name.rpartition("-")
     assert len(task_ids) == int(count) == len(set(task_ids)) and task_ids == sorted(task_ids)
     assert {task_id.split("/")[0] for task_id in task_ids} == {"train" if split in ("train", "valid") else split}
-    assert all(task_id.count("/") == 2 and type_of(task_id) in TYPES for task_id in task_ids)
+    assert all(task_id.count("/") == 2 and task_type(task_id) in TASK_TYPES for task_id in task_ids)
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_tasks_by_type_are_the_papers(name):
-    by_type = Counter(map(type_of, read_panel(name)))
-    assert tuple(by_type[task_type] for task_type in TYPES) == COUNTS[name]
+    by_type = Counter(map(task_type, read_panel(name)))
+    assert tuple(by_type[kind] for kind in TASK_TYPES) == COUNTS[name]
 
 
 def test_panels_share_no_task():
