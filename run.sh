@@ -10,19 +10,21 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 RUN=${RUN:-runs/a3t} ROUNDS=${ROUNDS:-4} SEED=${SEED:-0}
-common=(--run "$RUN" --seed "$SEED") compose=() train=()
+common=(--run "$RUN" --seed "$SEED") compose=() train=() epochs=()
 case "${1:-tiny}" in
   tiny) common+=(--model "${MODEL:-models/tiny-alfworld}") ;;
   paper)
     common+=(--model "${MODEL:?MODEL must name the folder of Mistral-7B-Instruct-v0.2}")
     compose+=(--probability 0.5 --budget 40)
-    train+=(--targets q v --rank 16 --alpha 32 --learning-rate 1e-4 --failure-reward -1 --weights nf4) ;;
+    train+=(--targets q v --rank 16 --alpha 32 --learning-rate 1e-4 --failure-reward -1 --weights nf4)
+    epochs=(10 6) ;; # of round 0, of later rounds
   *) echo "run.sh: got '$1', expected nothing, 'tiny' or 'paper'" >&2; exit 2 ;;
 esac
 
 for ((round = 0; round < ROUNDS; round++)); do
   python rollout.py "${common[@]}" --round "$round"
   python actre.py "${common[@]}" --round "$round" ${compose[@]+"${compose[@]}"}
-  python train_pg.py "${common[@]}" --round "$round" ${train[@]+"${train[@]}"}
+  if [ ${#epochs[@]} -gt 0 ]; then passes=(--epochs "${epochs[$((round > 0))]}"); fi
+  python train_pg.py "${common[@]}" --round "$round" ${train[@]+"${train[@]}"} ${passes[@]+"${passes[@]}"}
   python evaluate.py "${common[@]}" --round "$round"
 done
