@@ -222,6 +222,8 @@ class Demonstrator:
             return f"I want to look at the {rest}."
         if verb == "open":
             return f"The {rest} is closed. I open it." if rest in self.closed else f"I want to see inside the {rest}."
+        if verb == "take" and kind(thing) == self.target and searching:
+            return f"I see the {thing}. I take it."
         return {
             "close": f"I am done with the {rest}. I close it.",
             "take": f"I see the {thing}. It may be of use.",

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
@@ -41,6 +42,7 @@ from envs.alfworld import AlfWorld
 from envs.demonstrator import Demonstrator, kind
 from envs.generate import generate_games
 from envs.panel import excluded_ids
+from lora import nf4
 from lora.convert import save_model
 from lora.mistral import Config, Mistral, token_logprobs
 from stage import generator
@@ -53,7 +55,7 @@ class Args:
     """Folder to write; an existing model there is refused."""
     data: str | None = None
     """Folder with json_2.1.1 (default: $ALFWORLD_DATA; without either, generated games only)."""
-    tokens: int = 11_000_000
+    tokens: int = 7_500_000
     """Tokens to train on, padding included. 4,096 of them make one optimizer step."""
     width: int = 128
     """Hidden size; a multiple of 64."""
@@ -69,11 +71,12 @@ class Args:
     """Share of demonstrations from generated games when real ones are there."""
     actre_share: float = 0.25
     """Share of texts in the ActRe format."""
-    world_weight: float = 0.2
+    world_weight: float = 0.05
     """Weight of the tokens that the world wrote; the agent's have 1. What a room holds cannot be predicted, and at full
     weight its noise drowns the few tokens that decide a game."""
-    displaced: tuple[float, ...] = (0.0, 0.0, 0.1, 0.1, 0.25)
-    """Probabilities of a random action per turn; a demonstration draws one of them."""
+    displaced: tuple[float, ...] = (0.0, 0.0, 0.1, 0.2)
+    """Probabilities of a random action per turn; a demonstration draws one of them. ReAct texts give such a turn weight
+    0 (nobody can predict it, and nobody should do it), ActRe texts learn its reason."""
     careless: tuple[float, ...] = (0.1, 0.75, 0.75)
     """Shares of careless players; a kind of task (its type and object) draws one of them."""
     max_turns: int = 30
@@ -132,11 +135,13 @@ def sources(args: Args) -> list[Source]:
     ]
 
 
-def displaced_action(rng: np.random.Generator, admissible: list[str], seen: list[str], last: str) -> str:
+def displaced_action(rng: np.random.Generator, admissible: list[str], player: Demonstrator, last: str) -> str:
     """An action that the demonstrator did not choose: an admissible one, or now and then one that will not work."""
     if rng.random() < 0.4:
-        here, there = rng.choice(seen, 2)
-        wrong = [f"open {here}", f"go to {here}", f"examine {there}", last]
+        here, there = rng.choice(player.receptacles, 2)
+        wanted = f"{player.target} {rng.integers(1, 4)}"
+        wrong = [f"open {here}", f"go to {here}", f"examine {there}", f"move {wanted} to {here}", last]
+        wrong += 2 * [f"take {wanted} from {player.at}"]  # a tiny model's commonest mistake: to see what is not there
         wrong = [a for a in wrong if a and a not in admissible]
         if wrong:
             return str(rng.choice(wrong))
@@ -168,7 +173,7 @@ def demonstrate(game: Game, task_id: str, places: dict, rng: np.random.Generator
         thought, action = player.decide()
         by = "demo"
         if rng.random() < displaced:
-            action = displaced_action(rng, game.actions(), player.receptacles, turns[-1].action if turns else "")
+            action = displaced_action(rng, game.actions(), player, turns[-1].action if turns else "")
             thought, by = player.explain(action), "sampled"
         answer = game.act(action)
         observation = NOTHING if answer is None else answer
@@ -213,15 +218,30 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
+def weighted_text(
+    trajectory: Trajectory, actre: bool, encode: Callable[[str], list[int]], world_weight: float
+) -> tuple[list[int], list[float]]:
+    """Ids and weights of one text: 1 on what the agent (or ActRe) writes, 0 on ReAct turns with a random action."""
+    ids: list[int] = []
+    weights: list[float] = []
+    for segment in (actre_segments if actre else react_segments)(trajectory):
+        piece = encode(segment.text)
+        random = segment.agent and not actre and trajectory.turns[segment.turn].action_by == "sampled"
+        ids += piece
+        weights += [0.0 if random else 1.0 if segment.agent else world_weight] * len(piece)
+    return ids, weights
+
+
 def batches(args: Args, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(ids_BL, segments_BL, weights_BL) of about STEP_TOKENS tokens, one text a row, rows of like length together."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
     waiting: dict[int, list[tuple[list[int], list[float]]]] = {length: [] for length in LENGTHS}
     for number, trajectory in enumerate(demonstrations(args)):
         actre = generator(args.seed, "format", number).random() < args.actre_share
-        segments = (actre_segments if actre else react_segments)(trajectory)
-        pieces = [(tokenizer.encode(s.text, add_special_tokens=False).ids, s.agent) for s in segments]
-        ids = [i for piece, _ in pieces for i in piece]
-        weights = [1.0 if agent else args.world_weight for piece, agent in pieces for _ in piece]
+        ids, weights = weighted_text(trajectory, actre, encode, args.world_weight)
         length = next((n for n in LENGTHS if n >= len(ids)), None)
         if length is None:
             continue
@@ -238,6 +258,16 @@ def batches(args: Args, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.n
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
+
+
+def through_nf4(weight: jax.Array) -> jax.Array:
+    """The weight [N, out, in] rounded to NF4, with the gradient of the weight itself: the base is only used so."""
+    blocks = weight.reshape(*weight.shape[:-1], -1, nf4.BLOCK)
+    absmax = jnp.maximum(jnp.abs(blocks).max(axis=-1), 1e-38)
+    scaled = blocks / absmax[..., None]
+    codes = sum((scaled > border).astype(jnp.uint8) for border in (nf4.VALUES[:-1] + nf4.VALUES[1:]) / 2)
+    rounded = nf4.dequantize(codes, absmax).reshape(weight.shape)
+    return weight + jax.lax.stop_gradient(rounded - weight)
 
 
 def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
@@ -282,6 +312,7 @@ def main(args: Args) -> None:
     @jax.jit
     def update(params, state, ids_BL, segments_BL, weights_BL):
         def loss(params):
+            params = jax.tree.map(lambda x: through_nf4(x) if x.ndim == 3 else x, params)
             logprobs_BL = token_logprobs(nnx.merge(graph, params), ids_BL, segments_BL)
             return -(weights_BL * logprobs_BL).sum() / weights_BL.sum()
 

@@ -3,13 +3,17 @@
 import itertools
 import os
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from envs.alfworld import TASK_TYPES, AlfWorld, task_type
 from envs.panel import excluded_ids
-from models.pretrain import Args, batches, demonstrations, sources, train_tokenizer
-from trajectory import react_segments, text_of
+from lora import nf4
+from models.pretrain import Args, batches, demonstrations, sources, through_nf4, train_tokenizer, weighted_text
+from tests.helpers import trajectory
+from trajectory import Turn, react_segments, text_of
 
 
 @pytest.fixture
@@ -44,6 +48,27 @@ def test_careful_players_win_and_careless_ones_fail_but_at_the_simplest_task(gen
     assert all(False in won for won in careless.values()), careless
 
 
+def test_random_actions_are_explained_but_not_imitated():
+    def agent_text(actre: bool) -> str:
+        ids, weights = weighted_text(demonstration, actre, lambda text: list(text.encode()), 0.0)
+        return bytes(i for i, w in zip(ids, weights, strict=True) if w).decode()
+
+    turns = [Turn("I need it.", "go to bed 1", "A bed.", "demo", "demo", True),
+             Turn("I look.", "look", "A room.", "demo", "sampled", True)]  # fmt: skip
+    demonstration = trajectory(turns=turns)
+    assert agent_text(actre=False) == " think[I need it.]\n act[go to bed 1]\n"
+    assert agent_text(actre=True) == " [I need it.]\n [I look.]\n"
+
+
+def test_the_base_is_trained_through_the_nf4_that_it_is_used_in():
+    weight = np.random.default_rng(0).normal(size=(2, 3, 128)).astype(np.float32)
+    codes, absmax = nf4.quantize(weight)
+    expected = nf4.dequantize(jnp.asarray(codes), jnp.asarray(absmax)).reshape(weight.shape)
+    np.testing.assert_allclose(through_nf4(jnp.asarray(weight)), expected, rtol=1e-6)
+    gradient = jax.grad(lambda w: (through_nf4(w) * expected).sum())(jnp.asarray(weight))
+    np.testing.assert_array_equal(gradient, expected)
+
+
 def test_the_same_seed_makes_the_same_batches(generated_only):
     args = Args(generated=30)
     tokenizer = train_tokenizer([text_of(react_segments(t)) for t in itertools.islice(demonstrations(args), 20)], 400)
@@ -52,5 +77,5 @@ def test_the_same_seed_makes_the_same_batches(generated_only):
         assert all((a == b).all() for a, b in zip(one, other, strict=True))
         ids_BL, segments_BL, weights_BL = one
         weights = set(weights_BL[segments_BL == 1].tolist())
-        assert ids_BL.any() and weights == {1.0, float(np.float32(args.world_weight))}
+        assert ids_BL.any() and {1.0, float(np.float32(args.world_weight))} <= weights
         assert not weights_BL[segments_BL == 0].any()
