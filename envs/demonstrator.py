@@ -1,10 +1,12 @@
 """A scripted player of ALFWorld that reads only the text, so that what it does can be imitated.
 
 It remembers what each receptacle showed, searches the rest in the order of how often receptacles of that type hold the
-wanted object (`places`, counted over games that are not evaluated on), and thinks one short sentence per turn. It can
-be displaced: told that another action was taken, it goes on from there, and `explain` writes the reason for such an
-action after the fact, which is the text that ActRe learns from. It can be careless: then it takes the shortcut of its
-task type (no cleaning, heating or cooling; one thing instead of two; a look without the lamp) and believes it is done.
+wanted object (`places`, counted over games that are not evaluated on), and thinks briefly on every turn. A thought
+names what is wanted before it says whether that is in sight: what follows a name that was just read can be copied,
+which a small model learns long before it learns to compare a list with a wish. It can be displaced: told that another
+action was taken, it goes on from there, and `explain` writes the reason for such an action after the fact, which is the
+text that ActRe learns from. It can be careless: then it takes the shortcut of its task type (no cleaning, heating or
+cooling; one thing instead of two; a look without the lamp) and believes that it is done.
 
 Left out: slicing (no task of the six types needs it). Used by models/pretrain.py and policy.ScriptedPolicy.
 """
@@ -62,7 +64,8 @@ class Demonstrator:
         self.needed = 2 if " two " in f" {goal[1]} " else 1
         seen = opening[opening.index("you see") :].split("\n")[0].split("Your task is to")[0]
         rates = (places or {}).get(self.target, {})
-        self.receptacles = sorted(things(seen), key=lambda r: (-rates.get(kind(r), 0.0), kind(r), number(r)))
+        # Stable: receptacles of a type stay in the order of the list, so that the next one can be read off it.
+        self.receptacles = sorted(things(seen), key=lambda r: (-rates.get(kind(r), 0.0), kind(r)))
         self.contents: dict[str, list[str]] = {}  # receptacle -> what it showed last; absent: never seen inside
         self.closed: set[str] = set()
         self.at = self.holding = self.taken_from = self.goal_place = None
@@ -134,10 +137,14 @@ class Demonstrator:
         if not found:
             return self._search(self.target)
         thing, where = found
-        return self._reach(where, f"The {thing} is at the {where}. I go there.") or (
-            f"I see the {thing}. I take it.",
+        need = self._need(self.target)
+        return self._reach(where, f"{need}, and the {thing} is at the {where}. I go there.") or (
+            f"{need}, and the {thing} is here. I take it.",
             f"take {thing} from {where}",
         )
+
+    def _need(self, wanted: str) -> str:
+        return f"I need {'another' if self.placed else 'a'} {wanted}"
 
     @property
     def done(self) -> bool:
@@ -167,8 +174,7 @@ class Demonstrator:
         if not hidden:  # everything was seen: look again, something may have been missed
             self.contents.clear()
             hidden = [r for r in self.receptacles if r != self.at]
-        another = "another" if self.placed else "a"
-        return f"I need {another} {wanted}. I check the {hidden[0]}.", f"go to {hidden[0]}"
+        return f"{self._need(wanted)}. I check the {hidden[0]}.", f"go to {hidden[0]}"
 
     def _put_down(self) -> tuple[str, str]:
         thing = self.holding
@@ -187,8 +193,8 @@ class Demonstrator:
             return self._search(self.lamp)
         lamp, where = found
         if self.at != where:
-            return f"I have the {self.holding}. The {lamp} is at the {where}.", f"go to {where}"
-        return f"I have the {self.holding}. I use the {lamp}.", f"use {lamp}"
+            return f"{self._need(self.lamp)}, and the {lamp} is at the {where}. I go there.", f"go to {where}"
+        return f"{self._need(self.lamp)}, and the {lamp} is here. I use it.", f"use {lamp}"
 
     def _deliver(self) -> tuple[str, str]:
         thing = self.holding
@@ -218,12 +224,12 @@ class Demonstrator:
         searching = not self.holding and not self._known(self.target)
         if verb == "go":
             if searching and rest not in self.contents:
-                return f"I need {'another' if self.placed else 'a'} {self.target}. I check the {rest}."
+                return f"{self._need(self.target)}. I check the {rest}."
             return f"I want to look at the {rest}."
         if verb == "open":
             return f"The {rest} is closed. I open it." if rest in self.closed else f"I want to see inside the {rest}."
         if verb == "take" and kind(thing) == self.target and searching:
-            return f"I see the {thing}. I take it."
+            return f"{self._need(self.target)}, and the {thing} is here. I take it."
         return {
             "close": f"I am done with the {rest}. I close it.",
             "take": f"I see the {thing}. It may be of use.",
