@@ -15,9 +15,11 @@ Shapes: B rows, L tokens.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
+import re
 import sys
 import time
 from collections import Counter, defaultdict
@@ -39,14 +41,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's
 
 from envs.alfred import NOTHING, Game
 from envs.alfworld import AlfWorld
-from envs.demonstrator import Demonstrator, kind
+from envs.demonstrator import Demonstrator, kind, things
 from envs.generate import generate_games
 from envs.panel import excluded_ids
 from lora import nf4
 from lora.convert import save_model
 from lora.mistral import Config, Mistral, token_logprobs
 from stage import generator
-from trajectory import Trajectory, Turn, actre_segments, react_segments, text_of
+from trajectory import (
+    OK,
+    Segment,
+    Trajectory,
+    Turn,
+    act_line,
+    actre_segments,
+    observation_text,
+    opening_text,
+    react_segments,
+    text_of,
+    think_line,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +91,8 @@ class Args:
     displaced: tuple[float, ...] = (0.0, 0.0, 0.1, 0.2)
     """Probabilities of a random action per turn; a demonstration draws one of them. ReAct texts give such a turn weight
     0 (nobody can predict it, and nobody should do it), ActRe texts learn its reason."""
+    drills: float = 0.0
+    """Share of texts that are drills: a walk on which, at every receptacle, things of many types are looked for."""
     careless: tuple[float, ...] = (0.1, 0.75, 0.75)
     """Shares of careless players; a kind of task (its type and object) draws one of them."""
     max_turns: int = 30
@@ -108,14 +124,15 @@ def count_places(games: Iterable[Game]) -> dict[str, dict[str, float]]:
     total: Counter[str] = Counter()
     holding: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for game in games:
-        for receptacle, things in game.contents.items():
+        for receptacle, held in game.contents.items():
             where = kind(game.names[receptacle])
             total[where] += 1
-            for thing in {kind(game.names[t]) for t in things}:
+            for thing in {kind(game.names[t]) for t in held}:
                 holding[thing][where] += 1
     return {o: {r: round(n / total[r], 3) for r, n in places.items()} for o, places in holding.items()}
 
 
+@functools.lru_cache(maxsize=1)
 def sources(args: Args) -> list[Source]:
     """Real train games that no panel holds (where there is data), and generated ones."""
     found = []
@@ -201,6 +218,28 @@ def demonstrations(args: Args) -> Iterator[Trajectory]:
             yield trajectory
 
 
+def drill(game: Game, places: dict[str, dict[str, float]], rng: np.random.Generator) -> list[tuple[str, float]]:
+    """A walk through a room as (text, weight): at each receptacle six questions whether a thing is there, and which.
+
+    One such choice every 20 tokens, against one every 60 in a game. What is asked cannot be predicted and has weight 0.
+    """
+    opening = re.sub(r"task is to: .*", "task is to: say what is here.", game.text)
+    text, pieces = opening_text(opening, "say what is here"), []
+    for place in rng.permutation(Demonstrator(game.text).receptacles)[:7]:
+        answer = game.act(f"go to {place}")
+        pieces.append((text + act_line(f"go to {place}") + observation_text(answer or NOTHING), 0.0))
+        listed = things(answer or "")
+        for _ in range(6):
+            wanted = kind(str(rng.choice(listed))) if listed and rng.random() < 0.5 else str(rng.choice(sorted(places)))
+            found = next((thing for thing in listed if kind(thing) == wanted), None)
+            thought = f"I need a {wanted}"
+            rest = f", and the {found} is here. I take it." if found else f". I check the {place}."
+            asked = think_line(thought)[: -len("]\n")]
+            pieces += [(asked, 0.0), (think_line(thought + rest)[len(asked) :], 1.0), (OK, 0.0)]
+        text = ""
+    return pieces
+
+
 def train_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
     """A byte-level BPE within the pieces of SPLIT; any text survives encoding and decoding."""
     tokenizer = Tokenizer(models.BPE())
@@ -218,30 +257,37 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def weighted_text(
-    trajectory: Trajectory, actre: bool, encode: Callable[[str], list[int]], world_weight: float
-) -> tuple[list[int], list[float]]:
-    """Ids and weights of one text: 1 on what the agent (or ActRe) writes, 0 on ReAct turns with a random action."""
-    ids: list[int] = []
-    weights: list[float] = []
-    for segment in (actre_segments if actre else react_segments)(trajectory):
-        piece = encode(segment.text)
-        random = segment.agent and not actre and trajectory.turns[segment.turn].action_by == "sampled"
-        ids += piece
-        weights += [0.0 if random else 1.0 if segment.agent else world_weight] * len(piece)
-    return ids, weights
+def weighted(trajectory: Trajectory, actre: bool, world_weight: float) -> list[tuple[str, float]]:
+    """A demonstration as (text, weight): 1 on what the agent or ActRe writes, 0 on ReAct turns with a random action."""
+
+    def weight(segment: Segment) -> float:
+        if segment.agent and not actre and trajectory.turns[segment.turn].action_by == "sampled":
+            return 0.0
+        return 1.0 if segment.agent else world_weight
+
+    return [(s.text, weight(s)) for s in (actre_segments if actre else react_segments)(trajectory)]
+
+
+def texts(args: Args) -> Iterator[list[tuple[str, float]]]:
+    """An endless stream of weighted texts: ReAct, ActRe and drills in their shares."""
+    played = demonstrations(args)
+    for number in itertools.count():
+        rng = generator(args.seed, "format", number)
+        actre = rng.random() < args.actre_share
+        if rng.random() < args.drills:
+            source = sources(args)[rng.integers(len(sources(args)))]
+            yield drill(source.load(str(rng.choice(source.task_ids))), source.places, rng)
+        else:
+            yield weighted(next(played), actre, args.world_weight)
 
 
 def batches(args: Args, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(ids_BL, segments_BL, weights_BL) of about STEP_TOKENS tokens, one text a row, rows of like length together."""
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
     waiting: dict[int, list[tuple[list[int], list[float]]]] = {length: [] for length in LENGTHS}
-    for number, trajectory in enumerate(demonstrations(args)):
-        actre = generator(args.seed, "format", number).random() < args.actre_share
-        ids, weights = weighted_text(trajectory, actre, encode, args.world_weight)
+    for text in texts(args):
+        pieces = [(tokenizer.encode(piece, add_special_tokens=False).ids, weight) for piece, weight in text]
+        ids = [i for piece, _ in pieces for i in piece]
+        weights = [weight for piece, weight in pieces for _ in piece]
         length = next((n for n in LENGTHS if n >= len(ids)), None)
         if length is None:
             continue

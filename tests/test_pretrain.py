@@ -11,7 +11,7 @@ import pytest
 from envs.alfworld import TASK_TYPES, AlfWorld, task_type
 from envs.panel import excluded_ids
 from lora import nf4
-from models.pretrain import Args, batches, demonstrations, sources, through_nf4, train_tokenizer, weighted_text
+from models.pretrain import Args, batches, demonstrations, sources, texts, through_nf4, train_tokenizer, weighted
 from tests.helpers import trajectory
 from trajectory import Turn, react_segments, text_of
 
@@ -50,14 +50,29 @@ def test_careful_players_win_and_careless_ones_fail_but_at_the_simplest_task(gen
 
 def test_random_actions_are_explained_but_not_imitated():
     def agent_text(actre: bool) -> str:
-        ids, weights = weighted_text(demonstration, actre, lambda text: list(text.encode()), 0.0)
-        return bytes(i for i, w in zip(ids, weights, strict=True) if w).decode()
+        return "".join(text for text, weight in weighted(demonstration, actre, 0.0) if weight)
 
     turns = [Turn("I need it.", "go to bed 1", "A bed.", "demo", "demo", True),
              Turn("I look.", "look", "A room.", "demo", "sampled", True)]  # fmt: skip
     demonstration = trajectory(turns=turns)
     assert agent_text(actre=False) == " think[I need it.]\n act[go to bed 1]\n"
     assert agent_text(actre=True) == " [I need it.]\n [I look.]\n"
+
+
+def test_a_drill_asks_what_is_there(generated_only):
+    pieces = next(texts(Args(generated=5, drills=1.0)))
+    assert "Your task is to: say what is here. You are in" in pieces[0][0]
+    observation, answers = "", {True: 0, False: 0}
+    for (question, _), (answer, weight) in itertools.pairwise(pieces):
+        if "You arrive at" in question:
+            observation = question.rpartition("you see")[2]
+        if weight:
+            wanted = question.removeprefix(" think[I need a ")
+            found = answer.startswith(f", and the {wanted} ")
+            assert found == (f" {wanted} " in observation) and answer.endswith(".]\n")
+            assert not found or answer.removeprefix(", and the ").partition(" is here")[0] in observation
+            answers[found] += 1
+    assert all(answers.values()) and sum(answers.values()) % 6 == 0
 
 
 def test_the_base_is_trained_through_the_nf4_that_it_is_used_in():
