@@ -225,7 +225,8 @@ def drill(game: Game, places: dict[str, dict[str, float]], rng: np.random.Genera
     """
     opening = re.sub(r"task is to: .*", "task is to: say what is here.", game.text)
     text, pieces = opening_text(opening, "say what is here"), []
-    for place in rng.permutation(Demonstrator(game.text).receptacles)[:7]:
+    walk = rng.permutation(Demonstrator(game.text).receptacles)[:8]
+    for place, following in itertools.pairwise(walk):
         answer = game.act(f"go to {place}")
         pieces.append((text + act_line(f"go to {place}") + observation_text(answer or NOTHING), 0.0))
         listed = things(answer or "")
@@ -233,7 +234,7 @@ def drill(game: Game, places: dict[str, dict[str, float]], rng: np.random.Genera
             wanted = kind(str(rng.choice(listed))) if listed and rng.random() < 0.5 else str(rng.choice(sorted(places)))
             found = next((thing for thing in listed if kind(thing) == wanted), None)
             thought = f"I need a {wanted}"
-            rest = f", and the {found} is here. I take it." if found else f". I check the {place}."
+            rest = f", and the {found} is here. I take it." if found else f". I check the {following}."
             asked = think_line(thought)[: -len("]\n")]
             pieces += [(asked, 0.0), (think_line(thought + rest)[len(asked) :], 1.0), (OK, 0.0)]
         text = ""
