@@ -123,32 +123,33 @@ def run_layer(layer, config, x_RTD, turn, past, lengths_R, buffer, at):
 
 
 @functools.partial(jax.jit, donate_argnames="block")
-def append(block, buffer, offset, lengths_R, counts_R):
-    """Appends the first `counts_R` places of a layer's buffer to each row, as far as they lie in a block, in place.
+def append(block, buffer, offset, rows_B, lengths_B, counts_B):
+    """Appends the first `counts_B` places of a layer's buffer to some rows of a block, as far as they lie in it.
 
-    `block` is keys and values from place `offset` on. A row reads, changes and writes back as many tiles as the buffer
-    can touch; places that are not its new ones keep what they have.
+    `block` is keys and values from place `offset` on, changed in place. A row reads, changes and writes back as many
+    tiles as the buffer can touch; places that are not its new ones keep what they have.
     """
     tiles = min(-(-buffer[0].shape[3] // TILE) + 1, block[0].shape[2])
     margin = tiles * TILE  # on both sides of the buffer, so that no slice of it is moved to fit
-    start_R = jnp.clip((lengths_R - offset) // TILE, 0, block[0].shape[2] - tiles)
-    first_R = offset + start_R * TILE - lengths_R  # place of the buffer at the first tile's first place
+    start_B = jnp.clip((lengths_B - offset) // TILE, 0, block[0].shape[2] - tiles)
+    first_B = offset + start_B * TILE - lengths_B  # place of the buffer at the first tile's first place
 
-    def write(old, fresh, axis, start, first, count):
-        padded = jnp.pad(fresh, [(margin, margin) if i == axis else (0, 0) for i in range(3)])
+    def write(index, old, fresh, axis):
+        first, corner = first_B[index], (rows_B[index], 0, start_B[index], 0, 0)
+        padded = jnp.pad(fresh[index], [(margin, margin) if i == axis else (0, 0) for i in range(3)])
         new = jax.lax.dynamic_slice_in_dim(padded, first + margin, margin, axis)
         new = new.reshape(*new.shape[:axis], tiles, TILE, *new.shape[axis + 1 :])
-        new = new.swapaxes(1, axis)
+        new = new.swapaxes(1, axis)[None]
         place_NW = first + jnp.arange(margin).reshape(tiles, TILE)
-        counted = (place_NW >= 0) & (place_NW < count)
-        kept = jax.lax.dynamic_slice_in_dim(old, start, tiles, axis=1)
+        counted = (place_NW >= 0) & (place_NW < counts_B[index])
+        kept = jax.lax.dynamic_slice(old, corner, new.shape)
         new = jnp.where(counted[:, None] if axis == 2 else counted[:, :, None], new, kept)
-        return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+        return jax.lax.dynamic_update_slice(old, new, corner)
 
-    return tuple(
-        jax.vmap(functools.partial(write, axis=axis))(old, fresh, start=start_R, first=first_R, count=counts_R)
-        for axis, old, fresh in zip((2, 1), block, buffer, strict=True)
-    )
+    def write_both(index, block):
+        return tuple(write(index, *each) for each in zip(block, buffer, (2, 1), strict=True))
+
+    return jax.lax.fori_loop(0, len(rows_B), write_both, block)
 
 
 def empty_buffer(config, rows: int, places: int, dtype):
@@ -157,16 +158,17 @@ def empty_buffer(config, rows: int, places: int, dtype):
     return jnp.zeros((rows, K, C, places), dtype), jnp.zeros((rows, K, places, C), dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config"), donate_argnames="x_RTD")
-def prefill_layer(graph, config, weights, x_RTD, past, lengths_R):
-    """A layer over chunks [R, T, D] that follow what the blocks `past` hold. Returns its output and their buffer.
+@functools.partial(jax.jit, static_argnames=("graph", "config"), donate_argnames="x_BTD")
+def prefill_layer(graph, config, weights, x_BTD, past, rows_B, lengths_B):
+    """A layer over chunks [B, T, D] that follow what rows of the blocks `past` hold: its output and their buffer.
 
     One layer a call: all layers are compiled alike, so that there is one to compile.
     """
-    R, T = x_RTD.shape[:2]
-    turn = rotation(lengths_R[:, None] + jnp.arange(T), config)
-    buffer = empty_buffer(config, R, T, x_RTD.dtype)
-    return run_layer(nnx.merge(graph, weights), config, x_RTD, turn, past, lengths_R, buffer, 0)
+    B, T = x_BTD.shape[:2]
+    turn = rotation(lengths_B[:, None] + jnp.arange(T), config)
+    past = jax.tree.map(lambda x: x[rows_B], past)
+    buffer = empty_buffer(config, B, T, x_BTD.dtype)
+    return run_layer(nnx.merge(graph, weights), config, x_BTD, turn, past, lengths_B, buffer, 0)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config", "places", "stop_id"))
@@ -242,20 +244,22 @@ class Engine:
 
     Dense and in float32, they are the values of the NF4 base exactly and the adapter's to rounding. With `merge=False`
     NF4 is decoded at every step and the adapter stays apart: for when memory is short. `rows` is how many slots make a
-    group: all of a group's rows are computed even if one is asked, and groups run beside each other; 16 is right for a
-    small model on a CPU, all slots for an accelerator.
+    group: all of a group's rows decode even if one is asked, and groups run beside each other; `prefill_rows` is how
+    many of a group's rows prefill together. 16 and 1 are right for a small model on a CPU, all slots for an
+    accelerator.
     """
 
     def __init__(
         self, model: Mistral, *, slots: int = 64, context: int = 1024, max_new_tokens: int = 64, stop_id: int,
-        merge: bool = True, rows: int = 16,
+        merge: bool = True, rows: int = 16, prefill_rows: int = 1,
     ):  # fmt: skip
         config = model.config
         longest = config.max_position_embeddings
-        if not 1 <= context <= longest or min(slots, max_new_tokens, rows) < 1:
+        if not 1 <= context <= longest or min(slots, max_new_tokens, rows, prefill_rows) < 1:
             raise ValueError(
-                f"Engine got slots={slots}, context={context}, max_new_tokens={max_new_tokens}, rows={rows}; expected "
-                f"at least 1 of each, and a context of at most the model's max_position_embeddings, {longest}."
+                f"Engine got slots={slots}, context={context}, max_new_tokens={max_new_tokens}, rows={rows}, "
+                f"prefill_rows={prefill_rows}; expected at least 1 of each, and a context of at most the model's "
+                f"max_position_embeddings, {longest}."
             )
         self.slots, self.context, self.max_new_tokens, self.stop_id = slots, context, max_new_tokens, stop_id
         self._config = config
@@ -271,7 +275,7 @@ class Engine:
         self._ends = [min(FIRST_BLOCK // TILE, tiles)]  # where each block of the cache ends, in tiles
         while self._ends[-1] < tiles:
             self._ends.append(min(2 * self._ends[-1], tiles))
-        self._rows = min(rows, slots)
+        self._rows, self._prefill_rows = min(rows, slots), min(prefill_rows, rows, slots)
         K, C, dtype = config.num_key_value_heads, config.head_dim, model.embed.dtype
         self._cache = [  # of each group, layer, block
             [
@@ -353,19 +357,21 @@ class Engine:
         """Puts all queued ids but the last into the cache. Chunks are cut by a session's own queue alone."""
         for width, narrower in zip(WIDTHS, (*WIDTHS[1:], 0), strict=True):
             while members := [s for s in sessions if len(self._queued[s]) - 1 > 2 * narrower]:
-                ids_RT, counts_R = np.zeros((self._rows, width), np.int32), np.zeros(self._rows, np.int32)
-                for session in members:
+                members = members[: self._prefill_rows]
+                rows_B, lengths_B, counts_B = np.zeros((3, self._prefill_rows), np.int32)
+                ids_BT = np.zeros((self._prefill_rows, width), np.int32)
+                for index, session in enumerate(members):
                     chunk = self._queued[session][:-1][:width]
-                    ids_RT[session % self._rows, : len(chunk)] = chunk
-                    counts_R[session % self._rows] = len(chunk)
-                lengths_R, reached = self._reach(group, members)
-                x_RTD = self._view.embed[ids_RT]
+                    ids_BT[index, : len(chunk)] = chunk
+                    rows_B[index], counts_B[index] = session % self._rows, len(chunk)
+                    lengths_B[index] = self._lengths[session]
+                reached = self._reach(members)
+                x_BTD = self._view.embed[ids_BT]
                 for layer, weights in enumerate(self._view.layers):
                     past = self._cache[group][layer][:reached]
-                    x_RTD, fresh = prefill_layer(self._graph, self._config, weights, x_RTD, past, lengths_R)
-                    self._append(group, layer, fresh, lengths_R, counts_R, counts_R)
-                for session in members:
-                    count = int(counts_R[session % self._rows])
+                    x_BTD, fresh = prefill_layer(self._graph, self._config, weights, x_BTD, past, rows_B, lengths_B)
+                    self._append(group, layer, fresh, rows_B, lengths_B, counts_B, counts_B)
+                for session, count in zip(members, counts_B.tolist(), strict=False):
                     self._lengths[session] += count
                     del self._queued[session][:count]
 
@@ -377,27 +383,27 @@ class Engine:
             asked.first_id[row] = self._queued[session][-1]
             asked.limit[row] = min(self.max_new_tokens, self.room(session))
             asked.temperature[row], asked.seed[row] = temperature, seed
-        lengths_R, reached = self._reach(group, [session for session, _, _ in members])
+        reached = self._reach([session for session, _, _ in members])
         past = [blocks[:reached] for blocks in self._cache[group]]
+        rows_R = np.arange(self._rows, dtype=np.int32)
+        lengths_R = np.array([self._lengths.get(group * self._rows + row, 0) for row in rows_R], np.int32)
         ids_RP, logprobs_RP, counts_R, buffer = decode(
             self._graph, self._config, self._view, past, lengths_R, asked,
             places=self.max_new_tokens, stop_id=self.stop_id,
         )  # fmt: skip
         for layer, fresh in enumerate(buffer):
-            self._append(group, layer, fresh, lengths_R, counts_R, asked.limit)
+            self._append(group, layer, fresh, rows_R, lengths_R, counts_R, asked.limit)
         return ids_RP, logprobs_RP, counts_R
 
-    def _reach(self, group: int, sessions: list[int]) -> tuple[np.ndarray, int]:
-        """Lengths [R] of a group's rows, and how many blocks of the cache the longest of some sessions reaches into."""
-        first = group * self._rows
-        lengths_R = np.array([self._lengths.get(first + row, 0) for row in range(self._rows)], np.int32)
+    def _reach(self, sessions: list[int]) -> int:
+        """How many blocks of the cache the longest of some sessions reaches into."""
         longest = max(self._lengths[session] for session in sessions)
-        return lengths_R, int(np.searchsorted([0, *self._ends], -(-longest // TILE)))
+        return int(np.searchsorted([0, *self._ends], -(-longest // TILE)))
 
-    def _append(self, group: int, layer: int, buffer, lengths_R, counts_R, limit_R) -> None:
-        """Writes a layer's buffer into the blocks that it can lie in, `counts_R` places of at most `limit_R`."""
-        first, last = lengths_R[limit_R > 0].min(), (lengths_R + limit_R)[limit_R > 0].max()
+    def _append(self, group: int, layer: int, buffer, rows_B, lengths_B, counts_B, limit_B) -> None:
+        """Writes a layer's buffer into the blocks that it can lie in, `counts_B` places of at most `limit_B`."""
+        first, last = lengths_B[limit_B > 0].min(), (lengths_B + limit_B)[limit_B > 0].max()
         blocks = self._cache[group][layer]
         for index, (start, end) in enumerate(itertools.pairwise([0, *self._ends])):
             if first < end * TILE and last > start * TILE:
-                blocks[index] = append(blocks[index], buffer, start * TILE, lengths_R, counts_R)
+                blocks[index] = append(blocks[index], buffer, start * TILE, rows_B, lengths_B, counts_B)

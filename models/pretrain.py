@@ -69,7 +69,7 @@ class Args:
     """Folder to write; an existing model there is refused."""
     data: str | None = None
     """Folder with json_2.1.1 (default: $ALFWORLD_DATA; without either, generated games only)."""
-    tokens: int = 6_000_000
+    tokens: int = 8_000_000
     """Tokens to train on, padding included. 4,096 of them make one optimizer step."""
     width: int = 128
     """Hidden size; a multiple of 64."""
@@ -77,7 +77,7 @@ class Args:
     """Decoder layers."""
     vocabulary: int = 896
     """Size of the byte-level BPE vocabulary, 256 bytes included."""
-    learning_rate: float = 0.012
+    learning_rate: float = 0.02
     """Peak rate of Muon (matrices); Adam (embeddings, head, norms) takes 0.15 of it. Cosine decay."""
     generated: int = 2000
     """Generated games to demonstrate on."""
@@ -91,7 +91,7 @@ class Args:
     displaced: tuple[float, ...] = (0.0, 0.0, 0.1, 0.2)
     """Probabilities of a random action per turn; a demonstration draws one of them. ReAct texts give such a turn weight
     0 (nobody can predict it, and nobody should do it), ActRe texts learn its reason."""
-    drills: float = 0.0
+    drills: float = 0.4
     """Share of texts that are drills: a walk on which, at every receptacle, things of many types are looked for."""
     careless: tuple[float, ...] = (0.1, 0.75, 0.75)
     """Shares of careless players; a kind of task (its type and object) draws one of them."""
@@ -221,11 +221,12 @@ def demonstrations(args: Args) -> Iterator[Trajectory]:
 def drill(game: Game, places: dict[str, dict[str, float]], rng: np.random.Generator) -> list[tuple[str, float]]:
     """A walk through a room as (text, weight): at each receptacle six questions whether a thing is there, and which.
 
-    One such choice every 20 tokens, against one every 60 in a game. What is asked cannot be predicted and has weight 0.
+    One such choice every 20 tokens, against one every 60 in a game. What is asked and where the walk goes on cannot be
+    predicted; it has weight 0.
     """
     opening = re.sub(r"task is to: .*", "task is to: say what is here.", game.text)
     text, pieces = opening_text(opening, "say what is here"), []
-    walk = rng.permutation(Demonstrator(game.text).receptacles)[:8]
+    walk = rng.permutation(Demonstrator(game.text).receptacles)[:6]
     for place, following in itertools.pairwise(walk):
         answer = game.act(f"go to {place}")
         pieces.append((text + act_line(f"go to {place}") + observation_text(answer or NOTHING), 0.0))
@@ -233,10 +234,9 @@ def drill(game: Game, places: dict[str, dict[str, float]], rng: np.random.Genera
         for _ in range(6):
             wanted = kind(str(rng.choice(listed))) if listed and rng.random() < 0.5 else str(rng.choice(sorted(places)))
             found = next((thing for thing in listed if kind(thing) == wanted), None)
-            thought = f"I need a {wanted}"
-            rest = f", and the {found} is here. I take it." if found else f". I check the {following}."
-            asked = think_line(thought)[: -len("]\n")]
-            pieces += [(asked, 0.0), (think_line(thought + rest)[len(asked) :], 1.0), (OK, 0.0)]
+            choice = f", and the {found} is here. I take it" if found else ". I check"
+            asked, end = think_line(f"I need a {wanted}|.").split("|")
+            pieces += [(asked, 0.0), (choice, 1.0), (("" if found else f" the {following}") + end + OK, 0.0)]
         text = ""
     return pieces
 
@@ -347,7 +347,7 @@ def main(args: Args) -> None:
     tokenizer.save(str(args.out / "tokenizer.json"))
     config = Config(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=args.width, intermediate_size=args.width * 2,
-        num_hidden_layers=args.layers, num_attention_heads=args.width // 32, num_key_value_heads=args.width // 64,
+        num_hidden_layers=args.layers, num_attention_heads=args.width // 32, num_key_value_heads=args.width // 32,
         head_dim=32, max_position_embeddings=4096,
     )  # fmt: skip
     model = Mistral(config, rngs=nnx.Rngs(args.seed))

@@ -58,10 +58,10 @@ def full_logprobs(of: Mistral, ids: list[int]) -> np.ndarray:
 # ---- the cache -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("window", [None, 7])
-def test_cached_decoding_equals_the_full_forward_over_turns(window):
+@pytest.mark.parametrize(("window", "prefill_rows"), [(None, 1), (7, 1), (None, 2)])
+def test_cached_decoding_equals_the_full_forward_over_turns(window, prefill_rows):
     """Sessions of different lengths, asked in changing company, reopened in used slots, up to a full context."""
-    random, one = np.random.default_rng(1), engine(model=model(window))
+    random, one = np.random.default_rng(1), engine(model=model(window), prefill_rows=prefill_rows)
     history = {one.open(): [] for _ in range(4)}
     full, worst = 0, 0.0
     for turn in range(9):
@@ -125,12 +125,13 @@ def test_adapter_is_sampled_from_merged_or_apart(tmp_path, weights):
 # ---- draws -----------------------------------------------------------------------------------------------------------
 
 
-def test_draws_do_not_depend_on_slot_order_or_company():
+@pytest.mark.parametrize("prefill_rows", [1, 2])
+def test_draws_do_not_depend_on_slot_order_or_company(prefill_rows):
     """Bit for bit: a resumed rollout plays its games in other company and must sample the same text."""
     asks = {name: (prompt(length, seed=9), 40 + length) for name, length in zip("abcd", (3, 21, 8, 13), strict=True)}
 
     def play(order: str, wasted_slots: int = 0) -> dict:
-        one = engine(stop_id=-1)
+        one = engine(stop_id=-1, prefill_rows=prefill_rows)
         for _ in range(wasted_slots):
             one.open()
         sessions = {name: one.open() for name in order}
@@ -251,6 +252,6 @@ def test_nothing_of_the_size_of_the_cache_is_copied(monkeypatch):
     decoding = decode.lower(graph, TINY, view, [[block]] * 2, ints, asked, places=T, stop_id=STOP).compile()
     scores = rows * H * 1024 * 4
     assert decoding.memory_analysis().temp_size_in_bytes < 4 * scores < size
-    writing = append.lower(block, empty_buffer(TINY, rows, T, jnp.float32), 0, ints, ints).compile()
+    writing = append.lower(block, empty_buffer(TINY, rows, T, jnp.float32), 0, ints, ints, ints).compile()
     assert writing.memory_analysis().alias_size_in_bytes >= size
     assert writing.memory_analysis().temp_size_in_bytes < size / 2
