@@ -133,7 +133,7 @@ class Demonstrator:
             return self._put_down()
         if self.holding:
             return self._use() if self.lamp else self._deliver()
-        found = self._known(self.target)
+        found = self.known(self.target)
         if not found:
             return self._search(self.target)
         thing, where = found
@@ -161,7 +161,7 @@ class Demonstrator:
             return f"I am at the {where}. I look at it.", f"examine {where}"
         return None
 
-    def _known(self, wanted: str) -> tuple[str, str] | None:
+    def known(self, wanted: str) -> tuple[str, str] | None:
         """A thing of the wanted type that was seen and still has to be moved, and where; here first."""
         spots = sorted(self.contents, key=lambda r: (r != self.at, kind(r), number(r)))
         done = [] if self.lamp else self.placed
@@ -188,7 +188,7 @@ class Demonstrator:
     def _use(self) -> tuple[str, str]:
         if self.careless:
             return f"I have the {self.holding}. I examine it.", f"examine {self.holding}"
-        found = self._known(self.lamp)
+        found = self.known(self.lamp)
         if not found:
             return self._search(self.lamp)
         lamp, where = found
@@ -221,7 +221,7 @@ class Demonstrator:
         verb, _, rest = action.partition(" ")
         rest = rest.removeprefix("to ")
         thing, _, where = re.sub(r" (?:from|to|with) ", "|", rest).partition("|")
-        searching = not self.holding and not self._known(self.target)
+        searching = not self.holding and not self.known(self.target)
         if verb == "go":
             if searching and rest not in self.contents:
                 return f"{self._need(self.target)}. I check the {rest}."

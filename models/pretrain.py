@@ -19,7 +19,6 @@ import functools
 import itertools
 import json
 import os
-import re
 import sys
 import time
 from collections import Counter, defaultdict
@@ -59,7 +58,6 @@ from trajectory import (
     opening_text,
     react_segments,
     text_of,
-    think_line,
 )
 
 
@@ -69,7 +67,7 @@ class Args:
     """Folder to write; an existing model there is refused."""
     data: str | None = None
     """Folder with json_2.1.1 (default: $ALFWORLD_DATA; without either, generated games only)."""
-    tokens: int = 8_000_000
+    tokens: int = 7_000_000
     """Tokens to train on, padding included. 4,096 of them make one optimizer step."""
     width: int = 128
     """Hidden size; a multiple of 64."""
@@ -92,7 +90,7 @@ class Args:
     """Probabilities of a random action per turn; a demonstration draws one of them. ReAct texts give such a turn weight
     0 (nobody can predict it, and nobody should do it), ActRe texts learn its reason."""
     drills: float = 0.4
-    """Share of texts that are drills: a walk on which, at every receptacle, things of many types are looked for."""
+    """Share of texts that are drills: a walk on which, at every list of things, many types are asked for."""
     careless: tuple[float, ...] = (0.1, 0.75, 0.75)
     """Shares of careless players; a kind of task (its type and object) draws one of them."""
     max_turns: int = 30
@@ -102,6 +100,7 @@ class Args:
 
 
 STEP_TOKENS = 4_096
+LISTS = 6  # of a drill
 LENGTHS = (320, 384, 480, 640, 896, 1280)  # one text a row, padded to the next of these
 # Pieces: the separators of lists, words with their leading space and the harness's colon or bracket, numbers, and the
 # newline, which ends a reply and must stay a token of its own.
@@ -218,29 +217,6 @@ def demonstrations(args: Args) -> Iterator[Trajectory]:
             yield trajectory
 
 
-def drill(game: Game, places: dict[str, dict[str, float]], rng: np.random.Generator) -> list[tuple[str, float]]:
-    """A walk through a room as (text, weight): at each receptacle six questions whether a thing is there, and which.
-
-    One such choice every 20 tokens, against one every 60 in a game. What is asked and where the walk goes on cannot be
-    predicted; it has weight 0.
-    """
-    opening = re.sub(r"task is to: .*", "task is to: say what is here.", game.text)
-    text, pieces = opening_text(opening, "say what is here"), []
-    walk = rng.permutation(Demonstrator(game.text).receptacles)[:6]
-    for place, following in itertools.pairwise(walk):
-        answer = game.act(f"go to {place}")
-        pieces.append((text + act_line(f"go to {place}") + observation_text(answer or NOTHING), 0.0))
-        listed = things(answer or "")
-        for _ in range(6):
-            wanted = kind(str(rng.choice(listed))) if listed and rng.random() < 0.5 else str(rng.choice(sorted(places)))
-            found = next((thing for thing in listed if kind(thing) == wanted), None)
-            choice = f", and the {found} is here. I take it" if found else ". I check"
-            asked, end = think_line(f"I need a {wanted}|.").split("|")
-            pieces += [(asked, 0.0), (choice, 1.0), (("" if found else f" the {following}") + end + OK, 0.0)]
-        text = ""
-    return pieces
-
-
 def train_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
     """A byte-level BPE within the pieces of SPLIT; any text survives encoding and decoding."""
     tokenizer = Tokenizer(models.BPE())
@@ -269,6 +245,43 @@ def weighted(trajectory: Trajectory, actre: bool, world_weight: float) -> list[t
     return [(s.text, weight(s)) for s in (actre_segments if actre else react_segments)(trajectory)]
 
 
+def drill(game: Game, places: dict[str, dict[str, float]], rng: np.random.Generator, args: Args):
+    """A walk past lists of things; at each a thought about many types, whether one is here and which. A choice every 20
+    tokens, against one every 60 in a game: reading is what a tiny model learns last.
+
+    What is asked for cannot be predicted and has weight 0; it is never a thing that lies elsewhere, as far as the walk
+    has shown. Yields (text, weight).
+    """
+    player, lists = Demonstrator(game.text), 0
+    wanted_often = [player.target, *rng.choice(sorted(places), 3).tolist()]  # a game asks for one thing again and again
+    text = opening_text(game.text, game.task)
+    for place in rng.permutation(player.receptacles):
+        walked = ""
+        for action in (f"go to {place}", f"open {place}"):
+            answer = game.act(action) or NOTHING
+            walked += act_line(action) + observation_text(answer)
+            if "is closed" not in answer:
+                break
+        listed = sorted({kind(thing) for thing in things(answer)})
+        if len(listed) < 2:  # not worth the tokens
+            continue
+        player.observe(f"go to {place}", answer)
+        yield text + walked, args.world_weight
+        asked = rng.permutation(sorted({*rng.permutation(listed)[:6].tolist(), *wanted_often})).tolist()
+        text = " think["
+        for wanted in asked[:1] if rng.random() < 0.1 else asked:
+            thing, where = player.known(wanted) or (None, player.at)
+            if where == player.at:
+                yield text + f"I need a {wanted}", 0.0
+                yield f", and the {thing} is here." if thing else ".", 1.0
+                text = " "
+        text = "" if text == " think[" else "]\n" + OK
+        lists += 1
+        if lists == LISTS:
+            break
+    yield text, 0.0
+
+
 def texts(args: Args) -> Iterator[list[tuple[str, float]]]:
     """An endless stream of weighted texts: ReAct, ActRe and drills in their shares."""
     played = demonstrations(args)
@@ -277,7 +290,7 @@ def texts(args: Args) -> Iterator[list[tuple[str, float]]]:
         actre = rng.random() < args.actre_share
         if rng.random() < args.drills:
             source = sources(args)[rng.integers(len(sources(args)))]
-            yield drill(source.load(str(rng.choice(source.task_ids))), source.places, rng)
+            yield list(drill(source.load(str(rng.choice(source.task_ids))), source.places, rng, args))
         else:
             yield weighted(next(played), actre, args.world_weight)
 
@@ -324,9 +337,7 @@ def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransforma
         return optax.warmup_cosine_decay_schedule(0.0, peak, min(50, steps // 10), steps, 0.02 * peak)
 
     def matrices(params):
-        return jax.tree.map(
-            lambda x: optax.contrib.MuonDimensionNumbers(2, 1) if x.ndim == 3 else None, params
-        )
+        return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(2, 1) if x.ndim == 3 else None, params)
 
     muon = optax.contrib.muon(
         schedule(learning_rate),

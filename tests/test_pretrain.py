@@ -60,19 +60,18 @@ def test_random_actions_are_explained_but_not_imitated():
 
 
 def test_a_drill_asks_what_is_there(generated_only):
-    pieces = next(texts(Args(generated=5, drills=1.0)))
-    assert "Your task is to: say what is here. You are in" in pieces[0][0]
-    observation, answers = "", {True: 0, False: 0}
-    for (question, _), (answer, weight) in itertools.pairwise(pieces):
-        if "You arrive at" in question:
-            observation = question.rpartition("you see")[2]
-        if weight:
-            wanted = question.removeprefix(" think[I need a ")
-            found = answer.startswith(f", and the {wanted} ")
-            assert found == (f" {wanted} " in observation) and answer.endswith(".]\n")
-            assert not found or answer.removeprefix(", and the ").partition(" is here")[0] in observation
-            answers[found] += 1
-    assert all(answers.values()) and sum(answers.values()) % 6 == 0
+    listed, answers = "", {True: 0, False: 0}
+    for pieces in itertools.islice(texts(Args(generated=5, drills=1.0)), 5):
+        for (question, _), (answer, weight) in itertools.pairwise(pieces):
+            if "you see" in question:
+                listed = question.rpartition("you see")[2]
+            if weight == 1.0:
+                wanted = question.rpartition("I need a ")[2]
+                found = f" {wanted} " in listed
+                assert answer.startswith(f", and the {wanted} " if found else ".")
+                assert not found or answer.removeprefix(", and the ").removesuffix(" is here.") in listed
+                answers[found] += 1
+    assert min(answers.values()) > 20
 
 
 def test_the_base_is_trained_through_the_nf4_that_it_is_used_in():
