@@ -70,7 +70,7 @@ class Args:
     init: Literal["base", "previous"] = "base"
     """Start from fresh LoRA weights on the base, or from the previous round's adapter (not stated in the paper)."""
     learning_rate: float = 1e-3
-    """Peak rate of AdamW, after a warm-up over 3 % of the steps; cosine decay to a tenth (paper: 1e-4)."""
+    """Peak rate of Adam, after a warm-up over 3 % of the steps; cosine decay to a tenth (paper: 1e-4)."""
     epochs: int = 2
     """Passes over the data (paper: 10 in round 0, 6 later)."""
     batch_rows: int = 4
@@ -204,10 +204,13 @@ def objective(model, ids_BL: jax.Array, segments_BL: jax.Array, weights_BL: jax.
 
 
 def make_update(graph, optimizer: optax.GradientTransformation):
-    """The jitted optimizer step: (adapter, state, frozen, batch) -> (adapter, state, metrics)."""
+    """The jitted optimizer step: (adapter, state, frozen, rate, batch) -> (adapter, state, metrics).
+
+    The rate is an argument: a schedule's length differs from round to round, and would be compiled anew with it.
+    """
 
     @jax.jit
-    def update(adapter, state, frozen, ids_BL, segments_BL, weights_BL, trajectories):
+    def update(adapter, state, frozen, rate, ids_BL, segments_BL, weights_BL, trajectories):
         def loss(adapter):
             value, positive, negative = objective(
                 nnx.merge(graph, adapter, frozen), ids_BL, segments_BL, weights_BL, trajectories
@@ -216,6 +219,7 @@ def make_update(graph, optimizer: optax.GradientTransformation):
 
         (value, (positive, negative)), gradient = jax.value_and_grad(loss, has_aux=True)(adapter)
         updates, state = optimizer.update(gradient, state, adapter)
+        updates = jax.tree.map(lambda u: -rate * u, updates)
         norm = optax.tree.norm(gradient)
         return optax.apply_updates(adapter, updates), state, (value, positive, negative, norm)
 
@@ -240,7 +244,7 @@ def train(args: Args, number: int, packed: Packed, model, directory: Path) -> tu
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, args.learning_rate, max(1, round(0.03 * steps)), max(2, steps), 0.1 * args.learning_rate
     )
-    optimizer = optax.chain(optax.clip_by_global_norm(args.clip), optax.adamw(schedule, weight_decay=0.0))
+    optimizer = optax.chain(optax.clip_by_global_norm(args.clip), optax.scale_by_adam())
     graph, adapter, frozen = nnx.split(model, LoRAParam, ...)
     update = make_update(graph, optimizer)
     progress = {"adapter": adapter, "state": optimizer.init(adapter), "sum": jax.tree.map(jnp.zeros_like, adapter)}
@@ -264,9 +268,8 @@ def train(args: Args, number: int, packed: Packed, model, directory: Path) -> tu
                 for index, members in enumerate(batch_order(args, number, epoch, rows)):
                     step, start = epoch * per_epoch + index + 1, time.time()
                     batch = (ids_NL[members], segments_NL[members], weights_NL[members])
-                    adapter, state, values = update(
-                        adapter, state, frozen, *batch, np.float32(max(1, trajectories_N[members].sum()))
-                    )
+                    rate, trajectories = schedule(step - 1), np.float32(max(1, trajectories_N[members].sum()))
+                    adapter, state, values = update(adapter, state, frozen, rate, *batch, trajectories)
                     loss, positive, negative, norm = (float(v) for v in values)
                     if not np.isfinite([loss, norm]).all():
                         raise StageError(

@@ -19,6 +19,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import sys
 import time
 from collections import Counter, defaultdict
@@ -40,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's
 
 from envs.alfred import NOTHING, Game
 from envs.alfworld import AlfWorld
-from envs.demonstrator import Demonstrator, kind, things
+from envs.demonstrator import Demonstrator, kind
 from envs.generate import generate_games
 from envs.panel import excluded_ids
 from lora import nf4
@@ -48,14 +49,10 @@ from lora.convert import save_model
 from lora.mistral import Config, Mistral, token_logprobs
 from stage import generator
 from trajectory import (
-    OK,
     Segment,
     Trajectory,
     Turn,
-    act_line,
     actre_segments,
-    observation_text,
-    opening_text,
     react_segments,
     text_of,
 )
@@ -73,8 +70,8 @@ class Args:
     """Hidden size; a multiple of 64."""
     layers: int = 4
     """Decoder layers."""
-    vocabulary: int = 896
-    """Size of the byte-level BPE vocabulary, 256 bytes included."""
+    vocabulary: int = 1536
+    """Size of the byte-level BPE vocabulary, 256 bytes included; smaller where the texts have fewer pieces."""
     learning_rate: float = 0.02
     """Peak rate of Muon (matrices); Adam (embeddings, head, norms) takes 0.15 of it. Cosine decay."""
     generated: int = 2000
@@ -89,8 +86,6 @@ class Args:
     displaced: tuple[float, ...] = (0.0, 0.0, 0.1, 0.2)
     """Probabilities of a random action per turn; a demonstration draws one of them. ReAct texts give such a turn weight
     0 (nobody can predict it, and nobody should do it), ActRe texts learn its reason."""
-    drills: float = 0.4
-    """Share of texts that are drills: a walk on which, at every list of things, many types are asked for."""
     careless: tuple[float, ...] = (0.1, 0.75, 0.75)
     """Shares of careless players; a kind of task (its type and object) draws one of them."""
     max_turns: int = 30
@@ -100,11 +95,10 @@ class Args:
 
 
 STEP_TOKENS = 4_096
-LISTS = 6  # of a drill
-LENGTHS = (320, 384, 480, 640, 896, 1280)  # one text a row, padded to the next of these
-# Pieces: the separators of lists, words with their leading space and the harness's colon or bracket, numbers, and the
-# newline, which ends a reply and must stay a token of its own.
-SPLIT = r", (?:and )?a(?![A-Za-z])| OK\.| ?[A-Za-z]+[:\[]?| ?\d+|\n|[^\sA-Za-z\d]+|\s"
+LENGTHS = (256, 320, 384, 480, 640, 1024)  # one text a row, padded to the next of these
+# Pieces: the separators of lists, words with their leading space, their number ("mug 2" can be copied in one glance)
+# and the harness's colon or bracket, and the newline, which ends a reply and must stay a token of its own.
+SPLIT = r", (?:and )?a(?![A-Za-z])| OK\.| ?[A-Za-z]+(?: \d+)?[:\[]?| ?\d+|\n|[^\sA-Za-z\d]+|\s"
 
 
 # ---- demonstrations --------------------------------------------------------------------------------------------------
@@ -234,6 +228,20 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
+def embeddings(tokenizer: Tokenizer, width: int, rng: np.random.Generator) -> np.ndarray:
+    """Where embedding and head start, [V, D]: a token is the sum of its words' random vectors, at unit length.
+
+    So " mug", " mug 1" and " mug 2" are alike from the first step, and to find the wanted type in a list is to look for
+    what is alike; otherwise that would have to be learnt for each of hundreds of names.
+    """
+    words: defaultdict[str, np.ndarray] = defaultdict(lambda: rng.normal(size=width))
+    table = np.zeros((tokenizer.get_vocab_size(), width), np.float32)
+    for token in range(len(table)):
+        text = tokenizer.id_to_token(token).replace("Ġ", " ")  # how a byte-level BPE spells a space
+        table[token] = sum(words[word] for word in re.findall(r"[A-Za-z]+|\d+|[^A-Za-z\d\s]+", text) or [text])
+    return table / np.linalg.norm(table, axis=1, keepdims=True)
+
+
 def weighted(trajectory: Trajectory, actre: bool, world_weight: float) -> list[tuple[str, float]]:
     """A demonstration as (text, weight): 1 on what the agent or ActRe writes, 0 on ReAct turns with a random action."""
 
@@ -245,54 +253,11 @@ def weighted(trajectory: Trajectory, actre: bool, world_weight: float) -> list[t
     return [(s.text, weight(s)) for s in (actre_segments if actre else react_segments)(trajectory)]
 
 
-def drill(game: Game, places: dict[str, dict[str, float]], rng: np.random.Generator, args: Args):
-    """A walk past lists of things; at each a thought about many types, whether one is here and which. A choice every 20
-    tokens, against one every 60 in a game: reading is what a tiny model learns last.
-
-    What is asked for cannot be predicted and has weight 0; it is never a thing that lies elsewhere, as far as the walk
-    has shown. Yields (text, weight).
-    """
-    player, lists = Demonstrator(game.text), 0
-    wanted_often = [player.target, *rng.choice(sorted(places), 3).tolist()]  # a game asks for one thing again and again
-    text = opening_text(game.text, game.task)
-    for place in rng.permutation(player.receptacles):
-        walked = ""
-        for action in (f"go to {place}", f"open {place}"):
-            answer = game.act(action) or NOTHING
-            walked += act_line(action) + observation_text(answer)
-            if "is closed" not in answer:
-                break
-        listed = sorted({kind(thing) for thing in things(answer)})
-        if len(listed) < 2:  # not worth the tokens
-            continue
-        player.observe(f"go to {place}", answer)
-        yield text + walked, args.world_weight
-        asked = rng.permutation(sorted({*rng.permutation(listed)[:6].tolist(), *wanted_often})).tolist()
-        text = " think["
-        for wanted in asked[:1] if rng.random() < 0.1 else asked:
-            thing, where = player.known(wanted) or (None, player.at)
-            if where == player.at:
-                yield text + f"I need a {wanted}", 0.0
-                yield f", and the {thing} is here." if thing else ".", 1.0
-                text = " "
-        text = "" if text == " think[" else "]\n" + OK
-        lists += 1
-        if lists == LISTS:
-            break
-    yield text, 0.0
-
-
 def texts(args: Args) -> Iterator[list[tuple[str, float]]]:
-    """An endless stream of weighted texts: ReAct, ActRe and drills in their shares."""
-    played = demonstrations(args)
-    for number in itertools.count():
-        rng = generator(args.seed, "format", number)
-        actre = rng.random() < args.actre_share
-        if rng.random() < args.drills:
-            source = sources(args)[rng.integers(len(sources(args)))]
-            yield list(drill(source.load(str(rng.choice(source.task_ids))), source.places, rng, args))
-        else:
-            yield weighted(next(played), actre, args.world_weight)
+    """An endless stream of weighted texts, ReAct and ActRe in their shares."""
+    for number, trajectory in enumerate(demonstrations(args)):
+        actre = generator(args.seed, "format", number).random() < args.actre_share
+        yield weighted(trajectory, actre, args.world_weight)
 
 
 def batches(args: Args, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -362,6 +327,9 @@ def main(args: Args) -> None:
         head_dim=32, max_position_embeddings=4096,
     )  # fmt: skip
     model = Mistral(config, rngs=nnx.Rngs(args.seed))
+    model.embed[...] = model.head[...] = jnp.asarray(
+        embeddings(tokenizer, args.width, generator(args.seed, "embeddings"))
+    )
     graph, params = nnx.split(model)
     steps = args.tokens // STEP_TOKENS
     optimizer = make_optimizer(args.learning_rate, steps)

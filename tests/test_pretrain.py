@@ -11,7 +11,16 @@ import pytest
 from envs.alfworld import TASK_TYPES, AlfWorld, task_type
 from envs.panel import excluded_ids
 from lora import nf4
-from models.pretrain import Args, batches, demonstrations, sources, texts, through_nf4, train_tokenizer, weighted
+from models.pretrain import (
+    Args,
+    batches,
+    demonstrations,
+    embeddings,
+    sources,
+    through_nf4,
+    train_tokenizer,
+    weighted,
+)
 from tests.helpers import trajectory
 from trajectory import Turn, react_segments, text_of
 
@@ -59,19 +68,17 @@ def test_random_actions_are_explained_but_not_imitated():
     assert agent_text(actre=True) == " [I need it.]\n [I look.]\n"
 
 
-def test_a_drill_asks_what_is_there(generated_only):
-    listed, answers = "", {True: 0, False: 0}
-    for pieces in itertools.islice(texts(Args(generated=5, drills=1.0)), 5):
-        for (question, _), (answer, weight) in itertools.pairwise(pieces):
-            if "you see" in question:
-                listed = question.rpartition("you see")[2]
-            if weight == 1.0:
-                wanted = question.rpartition("I need a ")[2]
-                found = f" {wanted} " in listed
-                assert answer.startswith(f", and the {wanted} " if found else ".")
-                assert not found or answer.removeprefix(", and the ").removesuffix(" is here.") in listed
-                answers[found] += 1
-    assert min(answers.values()) > 20
+def test_a_numbered_thing_is_one_token_and_starts_near_its_type():
+    lines = ["You see a mug 1, a mug 2, and a soap bar.\n", "I need a mug, and the mug 2 is here.\n"]
+    tokenizer = train_tokenizer(50 * lines, 400)
+    assert " mug 2" in [tokenizer.decode([i]) for i in tokenizer.encode(lines[1]).ids]
+    assert tokenizer.decode(tokenizer.encode("größe\u2028").ids) == "größe\u2028"
+    table = embeddings(tokenizer, 64, np.random.default_rng(0))
+    mug, mug_1, mug_2, need = (
+        table[tokenizer.encode(word).ids].squeeze(0) for word in (" mug", " mug 1", " mug 2", " need")
+    )
+    assert mug @ mug_1 > 0.5 and mug_1 @ mug_2 > 0.3 and abs(mug @ need) < 0.3
+    np.testing.assert_allclose(np.linalg.norm(table, axis=1), 1, rtol=1e-5)
 
 
 def test_the_base_is_trained_through_the_nf4_that_it_is_used_in():
