@@ -49,7 +49,6 @@ from lora.convert import save_model
 from lora.mistral import Config, Mistral, token_logprobs
 from stage import generator
 from trajectory import (
-    Segment,
     Trajectory,
     Turn,
     actre_segments,
@@ -64,7 +63,7 @@ class Args:
     """Folder to write; an existing model there is refused."""
     data: str | None = None
     """Folder with json_2.1.1 (default: $ALFWORLD_DATA; without either, generated games only)."""
-    tokens: int = 7_000_000
+    tokens: int = 14_000_000
     """Tokens to train on, padding included. 4,096 of them make one optimizer step."""
     width: int = 128
     """Hidden size; a multiple of 64."""
@@ -83,6 +82,9 @@ class Args:
     world_weight: float = 0.05
     """Weight of the tokens that the world wrote; the agent's have 1. What a room holds cannot be predicted, and at full
     weight its noise drowns the few tokens that decide a game."""
+    reading_weight: float = 5.0
+    """Weight of the words in which a thought says whether the wanted thing is in sight, and which: they are few, hold
+    half of the loss, and win or lose a game."""
     displaced: tuple[float, ...] = (0.0, 0.0, 0.1, 0.2)
     """Probabilities of a random action per turn; a demonstration draws one of them. ReAct texts give such a turn weight
     0 (nobody can predict it, and nobody should do it), ActRe texts learn its reason."""
@@ -96,6 +98,7 @@ class Args:
 
 STEP_TOKENS = 4_096
 LENGTHS = (256, 320, 384, 480, 640, 1024)  # one text a row, padded to the next of these
+READING = r"((?<=[a-z])(?:\.|, and the \w+ \d+)(?= I check| is ))"  # of "I need a mug. I check ..." and its like
 # Pieces: the separators of lists, words with their leading space, their number ("mug 2" can be copied in one glance)
 # and the harness's colon or bracket, and the newline, which ends a reply and must stay a token of its own.
 SPLIT = r", (?:and )?a(?![A-Za-z])| OK\.| ?[A-Za-z]+(?: \d+)?[:\[]?| ?\d+|\n|[^\sA-Za-z\d]+|\s"
@@ -242,22 +245,25 @@ def embeddings(tokenizer: Tokenizer, width: int, rng: np.random.Generator) -> np
     return table / np.linalg.norm(table, axis=1, keepdims=True)
 
 
-def weighted(trajectory: Trajectory, actre: bool, world_weight: float) -> list[tuple[str, float]]:
+def weighted(trajectory: Trajectory, actre: bool, args: Args) -> list[tuple[str, float]]:
     """A demonstration as (text, weight): 1 on what the agent or ActRe writes, 0 on ReAct turns with a random action."""
-
-    def weight(segment: Segment) -> float:
-        if segment.agent and not actre and trajectory.turns[segment.turn].action_by == "sampled":
-            return 0.0
-        return 1.0 if segment.agent else world_weight
-
-    return [(s.text, weight(s)) for s in (actre_segments if actre else react_segments)(trajectory)]
+    pieces = []
+    for segment in (actre_segments if actre else react_segments)(trajectory):
+        if not segment.agent:
+            pieces.append((segment.text, args.world_weight))
+        elif not actre and trajectory.turns[segment.turn].action_by == "sampled":
+            pieces.append((segment.text, 0.0))
+        else:  # re.split: text, what was read, text, ...
+            parts = re.split(READING, segment.text)
+            pieces += [(part, args.reading_weight if i % 2 else 1.0) for i, part in enumerate(parts) if part]
+    return pieces
 
 
 def texts(args: Args) -> Iterator[list[tuple[str, float]]]:
     """An endless stream of weighted texts, ReAct and ActRe in their shares."""
     for number, trajectory in enumerate(demonstrations(args)):
         actre = generator(args.seed, "format", number).random() < args.actre_share
-        yield weighted(trajectory, actre, args.world_weight)
+        yield weighted(trajectory, actre, args)
 
 
 def batches(args: Args, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -59,7 +59,7 @@ def test_careful_players_win_and_careless_ones_fail_but_at_the_simplest_task(gen
 
 def test_random_actions_are_explained_but_not_imitated():
     def agent_text(actre: bool) -> str:
-        return "".join(text for text, weight in weighted(demonstration, actre, 0.0) if weight)
+        return "".join(text for text, weight in weighted(demonstration, actre, Args(world_weight=0.0)) if weight)
 
     turns = [Turn("I need it.", "go to bed 1", "A bed.", "demo", "demo", True),
              Turn("I look.", "look", "A room.", "demo", "sampled", True)]  # fmt: skip
