@@ -63,7 +63,7 @@ class Args:
     """Folder to write; an existing model there is refused."""
     data: str | None = None
     """Folder with json_2.1.1 (default: $ALFWORLD_DATA; without either, generated games only)."""
-    tokens: int = 14_000_000
+    tokens: int = 9_000_000
     """Tokens to train on, padding included. 4,096 of them make one optimizer step."""
     width: int = 128
     """Hidden size; a multiple of 64."""
@@ -234,15 +234,27 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
 def embeddings(tokenizer: Tokenizer, width: int, rng: np.random.Generator) -> np.ndarray:
     """Where embedding and head start, [V, D]: a token is the sum of its words' random vectors, at unit length.
 
-    So " mug", " mug 1" and " mug 2" are alike from the first step, and to find the wanted type in a list is to look for
-    what is alike; otherwise that would have to be learnt for each of hundreds of names.
+    So " mug", " mug 1" and " mug 2" are alike from the first step, and numbered things have a direction in common.
     """
+    numbered = 0.85 * rng.normal(size=width)
     words: defaultdict[str, np.ndarray] = defaultdict(lambda: rng.normal(size=width))
     table = np.zeros((tokenizer.get_vocab_size(), width), np.float32)
     for token in range(len(table)):
         text = tokenizer.id_to_token(token).replace("Ġ", " ")  # how a byte-level BPE spells a space
         table[token] = sum(words[word] for word in re.findall(r"[A-Za-z]+|\d+|[^A-Za-z\d\s]+", text) or [text])
+        table[token] += numbered * bool(re.search(r" \d+$", text))
     return table / np.linalg.norm(table, axis=1, keepdims=True)
+
+
+def match_like_with_like(model: Mistral) -> None:
+    """Half of the heads of the first two layers start with keys equal to queries: a name attends to its like.
+
+    To find the wanted type in a list is then there to be sharpened. From random weights it has to be found, by a
+    gradient that is next to nothing until it is found: after 1,700 steps the first bases still guessed by habit.
+    """
+    half = model.config.num_attention_heads // 2 * model.config.head_dim
+    q, k = model.layers.q.weight, model.layers.k.weight
+    k[...] = k[...].at[:2, :half].set(q[...][:2, :half])
 
 
 def weighted(trajectory: Trajectory, actre: bool, args: Args) -> list[tuple[str, float]]:
@@ -330,12 +342,13 @@ def main(args: Args) -> None:
     config = Config(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=args.width, intermediate_size=args.width * 2,
         num_hidden_layers=args.layers, num_attention_heads=args.width // 32, num_key_value_heads=args.width // 32,
-        head_dim=32, max_position_embeddings=4096,
+        head_dim=32, max_position_embeddings=4096, rope_theta=1e5,
     )  # fmt: skip
     model = Mistral(config, rngs=nnx.Rngs(args.seed))
     model.embed[...] = model.head[...] = jnp.asarray(
         embeddings(tokenizer, args.width, generator(args.seed, "embeddings"))
     )
+    match_like_with_like(model)
     graph, params = nnx.split(model)
     steps = args.tokens // STEP_TOKENS
     optimizer = make_optimizer(args.learning_rate, steps)
