@@ -7,15 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from envs.alfworld import TASK_TYPES, AlfWorld, task_type
 from envs.panel import excluded_ids
 from lora import nf4
+from lora.mistral import Config, Mistral
 from models.pretrain import (
     Args,
     batches,
     demonstrations,
     embeddings,
+    match_like_with_like,
     sources,
     through_nf4,
     train_tokenizer,
@@ -79,6 +82,24 @@ def test_a_numbered_thing_is_one_token_and_starts_near_its_type():
     )
     assert mug @ mug_1 > 0.5 and mug_1 @ mug_2 > 0.3 and abs(mug @ need) < 0.3
     np.testing.assert_allclose(np.linalg.norm(table, axis=1), 1, rtol=1e-5)
+
+
+def test_half_of_the_first_heads_attend_to_their_like_at_the_start():
+    config = Config(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+                    num_key_value_heads=2, head_dim=32)  # fmt: skip
+    model = Mistral(config, rngs=nnx.Rngs(0))
+    match_like_with_like(model)
+    same = np.isclose(model.layers.q.weight[...], model.layers.k.weight[...]).all(axis=2)
+    np.testing.assert_array_equal(same, np.array([32 * [True] + 32 * [False]] * 2 + [64 * [False]]))
+
+
+def test_the_words_that_read_a_list_weigh_more():
+    turns = [Turn("I need a mug. I check the bed 1.", "go to bed 1", "A mug 2.", "demo", "demo", True),
+             Turn("I need a mug, and the mug 2 is here. I take it.", "take mug 2 from bed 1", "Taken.", "demo", "demo",
+                  True)]  # fmt: skip
+    pieces = weighted(trajectory(turns=turns), False, Args(reading_weight=7.0))
+    assert "".join(text for text, _ in pieces) == text_of(react_segments(trajectory(turns=turns)))
+    assert [text for text, weight in pieces if weight == 7.0] == [".", ", and the mug 2"]
 
 
 def test_the_base_is_trained_through_the_nf4_that_it_is_used_in():
