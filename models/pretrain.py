@@ -48,13 +48,7 @@ from lora import nf4
 from lora.convert import save_model
 from lora.mistral import Config, Mistral, token_logprobs
 from stage import generator
-from trajectory import (
-    Trajectory,
-    Turn,
-    actre_segments,
-    react_segments,
-    text_of,
-)
+from trajectory import Trajectory, Turn, actre_segments, react_segments, text_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +230,7 @@ def embeddings(tokenizer: Tokenizer, width: int, rng: np.random.Generator) -> np
 
     So " mug", " mug 1" and " mug 2" are alike from the first step, and numbered things have a direction in common.
     """
-    numbered = 0.85 * rng.normal(size=width)
+    numbered = 0.85 * rng.normal(size=width)  # 0.6 of the length of a name of two words
     words: defaultdict[str, np.ndarray] = defaultdict(lambda: rng.normal(size=width))
     table = np.zeros((tokenizer.get_vocab_size(), width), np.float32)
     for token in range(len(table)):
@@ -258,7 +252,8 @@ def match_like_with_like(model: Mistral) -> None:
 
 
 def weighted(trajectory: Trajectory, actre: bool, args: Args) -> list[tuple[str, float]]:
-    """A demonstration as (text, weight): 1 on what the agent or ActRe writes, 0 on ReAct turns with a random action."""
+    """A demonstration as (text, weight): 1 on what the agent or ActRe writes, args.reading_weight on its words that say
+    what a list holds, args.world_weight on the world's text, 0 on ReAct turns with a random action."""
     pieces = []
     for segment in (actre_segments if actre else react_segments)(trajectory):
         if not segment.agent:
