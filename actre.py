@@ -68,6 +68,8 @@ class Args:
     """Sampling temperature of the agent's own turns (not stated in the paper)."""
     max_turns: int = 20
     """Turns after which an attempt ends."""
+    patience: int = 3
+    """An attempt ends as stuck when the same action has had the same answer so many times again; 0: never."""
     slots: int = 64
     """Attempts played at once."""
     context: int = 1024
@@ -124,7 +126,7 @@ def main(args: Args) -> None:
         if jobs:
             compose = Compose(probability=args.probability, sample=args.sample, reason=args.reason)
             settings = Play(env=args.env, stage="actre", round=number, seed=args.seed, max_turns=args.max_turns,
-                            temperature=args.temperature, compose=compose)  # fmt: skip
+                            patience=args.patience, temperature=args.temperature, compose=compose)  # fmt: skip
             shape = {"weights": args.weights, "slots": args.slots, "context": args.context}
             react = LocalPolicy(args.model, adapter, **shape)
             explainer = LocalPolicy(args.model, None, **shape) if args.reason == "actre" else None

@@ -58,6 +58,7 @@ class Play:
     round: int
     seed: int
     max_turns: int
+    patience: int  # repetitions of a turn, action and answer alike, that end an attempt as stuck; 0: none does
     temperature: float
     compose: Compose | None = None
 
@@ -131,7 +132,7 @@ def attempt(job: Job, settings: Play, world: World, react: Policy, actre: Policy
     explains = settings.compose is not None and settings.compose.reason == "actre"
     reasons = actre.open(first) if explains else None
     turns: list[Turn] = []
-    result, progress, end, invalid_in_row = None, 0.0, "max_turns", 0
+    result, progress, end, invalid_in_row, repeated = None, 0.0, "max_turns", 0, 0
 
     def own_turn(number: int):
         """The agent's own thoughts and action: (thought, action)."""
@@ -173,11 +174,17 @@ def attempt(job: Job, settings: Play, world: World, react: Policy, actre: Policy
             by = ("actre", "sampled") if sampled else ("react", "react")
             turns.append(Turn(thought, action, result.observation, *by, result.valid))
             invalid_in_row = 0 if result.valid else invalid_in_row + (not sampled)
-            last = result.done or number == settings.max_turns - 1
+            again = number > 0 and (action, result.observation) == (turns[-2].action, turns[-2].observation)
+            repeated = repeated + 1 if again else 0
+            stuck = 0 < settings.patience <= repeated
+            last = result.done or stuck or number == settings.max_turns - 1
             text = (last_observation_text if last else observation_text)(result.observation)
             react.extend(session, text)
             if result.done:
                 end = "success" if result.success else "finished"
+                break
+            if stuck:
+                end = "stuck"
                 break
             if explains:
                 actre.extend(reasons, text if sampled else actre_turn_text(turns[-1]) + text)

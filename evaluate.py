@@ -67,6 +67,8 @@ class Args:
     """Sampling temperature; 0 is greedy."""
     max_turns: int = 20
     """Turns after which an attempt ends."""
+    patience: int = 3
+    """An attempt ends as stuck when the same action has had the same answer so many times again; 0: never."""
     slots: int = 64
     """Attempts played at once."""
     context: int = 1024
@@ -153,7 +155,7 @@ def evaluate(args: Args, directory: Path, adapter: Path | None, number: int) -> 
     for ids, _ in tasks.values():
         require_tasks(world, ids)
     settings = Play(env=args.env, stage="evaluate", round=number, seed=args.seed, max_turns=args.max_turns,
-                    temperature=args.temperature)  # fmt: skip
+                    patience=args.patience, temperature=args.temperature)  # fmt: skip
     policy = LocalPolicy(args.model, adapter, weights=args.weights, slots=args.slots, context=args.context)
     path = directory / "trajectories.jsonl"
     with Writer(path) as writer:

@@ -51,6 +51,9 @@ class Args:
     """Sampling temperature; 0 is greedy (not stated in the paper; ReAct's own harness is greedy)."""
     max_turns: int = 20
     """Turns after which an attempt ends; a thought and its action are one turn (not stated in the paper)."""
+    patience: int = 3
+    """An attempt ends as stuck when the same action has had the same answer so many times again; 0: never (not in the
+    paper)."""
     slots: int = 64
     """Attempts played at once."""
     context: int = 1024
@@ -72,7 +75,7 @@ def main(args: Args) -> None:
     world = make_world(args.env, data=args.data, engine=args.engine)
     require_tasks(world, tasks)
     settings = Play(env=args.env, stage="rollout", round=number, seed=args.seed, max_turns=args.max_turns,
-                    temperature=args.temperature)  # fmt: skip
+                    patience=args.patience, temperature=args.temperature)  # fmt: skip
     react = LocalPolicy(args.model, adapter, weights=args.weights, slots=args.slots, context=args.context)
     path = directory / "trajectories.jsonl"
     with Writer(path) as writer:

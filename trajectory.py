@@ -33,7 +33,7 @@ import msgspec
 import numpy as np
 
 SCHEMA = 1
-End = Literal["success", "finished", "max_turns", "context_full", "env_error", "llm_error", "timeout"]
+End = Literal["success", "finished", "stuck", "max_turns", "context_full", "env_error", "llm_error", "timeout"]
 FAULTS = ("env_error", "llm_error", "timeout")  # evidence, never training data and never a failure of the agent
 
 

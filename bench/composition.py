@@ -45,8 +45,10 @@ class Args:
     """Base model."""
     data: str | None = None
     """The world's data."""
-    max_turns: int = 30
+    max_turns: int = 20
     """Turns of an attempt."""
+    patience: int = 3
+    """Repetitions of a turn that end an attempt; 0: none does."""
     slots: int = 64
     """Attempts at once."""
     seed: int = 0
@@ -61,7 +63,7 @@ def main(args: Args) -> None:
     def collect(jobs: Iterable[Job], temperature: float, compose: Compose | None) -> list[Trajectory]:
         done: list[Trajectory] = []
         settings = Play(env="alfworld", stage="composition", round=args.round, seed=args.seed, temperature=temperature,
-                        max_turns=args.max_turns, compose=compose)  # fmt: skip
+                        max_turns=args.max_turns, patience=args.patience, compose=compose)  # fmt: skip
         play(jobs, settings, lambda: make_world("alfworld", data=args.data), react, actre,
              lambda t: done.append(t) or ())  # fmt: skip
         return done

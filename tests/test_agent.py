@@ -14,8 +14,8 @@ from tests.helpers import OPENING
 
 
 def settings(**changes):
-    fields = {"env": "alfworld", "stage": "test", "round": 1, "seed": 0, "max_turns": 12, "temperature": 0.0}
-    return Play(**(fields | changes))
+    fields = {"env": "alfworld", "stage": "test", "round": 1, "seed": 0, "max_turns": 12, "patience": 0}
+    return Play(**({"temperature": 0.0} | fields | changes))
 
 
 class Room:
@@ -64,6 +64,15 @@ def test_turns_end_and_a_full_context_ends():
     assert (t.end, len(t.turns), t.success) == ("max_turns", 12, False)
     (t,) = run([" act[wave]\n"] * 3)  # the replay runs dry, which is how a policy says that its context is full
     assert (t.end, len(t.turns)) == ("context_full", 3)
+
+
+def test_patience_ends_an_attempt_that_goes_in_circles():
+    (t,) = run([" act[look]\n"] + [" act[wave]\n"] * 99, patience=3)
+    assert (t.end, [x.action for x in t.turns]) == ("stuck", ["look"] + ["wave"] * 4)
+    (t,) = run([" act[wave]\n", " act[wave]\n", " act[look]\n"] * 4, patience=2)  # never three alike in a row
+    assert (t.end, len(t.turns)) == ("max_turns", 12)
+    (t,) = run([" act[no]\n"] * 3 + [" act[win]\n"], patience=3, compose=Compose(probability=0.0, reason="empty"))
+    assert t.end == "success"  # the forced action comes before the patience ends
 
 
 def test_a_world_that_breaks_is_evidence_not_a_crash():
