@@ -71,7 +71,7 @@ class Args:
     """Generated games to demonstrate on."""
     generated_share: float = 0.3
     """Share of demonstrations from generated games when real ones are there."""
-    actre_share: float = 0.25
+    actre_share: float = 0.2
     """Share of texts in the ActRe format."""
     world_weight: float = 0.05
     """Weight of the tokens that the world wrote; the agent's have 1. What a room holds cannot be predicted, and at full
@@ -82,8 +82,9 @@ class Args:
     displaced: tuple[float, ...] = (0.0, 0.0, 0.1, 0.2)
     """Probabilities of a random action per turn; a demonstration draws one of them. ReAct texts give such a turn weight
     0 (nobody can predict it, and nobody should do it), ActRe texts learn its reason."""
-    careless: tuple[float, ...] = (0.1, 0.75, 0.75)
-    """Shares of careless players; a kind of task (its type and object) draws one of them."""
+    careless: tuple[float, ...] = (0.1, 0.6, 0.6)
+    """Shares of careless players; a kind of task (its type and object) draws one of them. At 0.6 greedy play is
+    careless, and every third or so of sampled attempts is not."""
     max_turns: int = 30
     """Turns after which a demonstration is given up and dropped."""
     seed: int = 0
@@ -92,6 +93,7 @@ class Args:
 
 STEP_TOKENS = 4_096
 LENGTHS = (256, 320, 384, 480, 640, 1024)  # one text a row, padded to the next of these
+SHORT = 384  # the longest text of the first third of the steps
 READING = r"((?<=[a-z])(?:\.|, and the \w+ \d+)(?= I check| is ))"  # of "I need a mug. I check ..." and its like
 # Pieces: the separators of lists, words with their leading space, their number ("mug 2" can be copied in one glance)
 # and the harness's colon or bracket, and the newline, which ends a reply and must stay a token of its own.
@@ -146,9 +148,10 @@ def displaced_action(rng: np.random.Generator, admissible: list[str], player: De
     """An action that the demonstrator did not choose: an admissible one, or now and then one that will not work."""
     if rng.random() < 0.4:
         here, there = rng.choice(player.receptacles, 2)
-        wanted = f"{player.target} {rng.integers(1, 4)}"
-        wrong = [f"open {here}", f"go to {here}", f"examine {there}", f"move {wanted} to {here}", last]
-        wrong += 2 * [f"take {wanted} from {player.at}"]  # a tiny model's commonest mistake: to see what is not there
+        wrong = [f"open {here}", f"go to {here}", f"examine {there}", last]
+        seen = sorted(thing for listed in player.contents.values() for thing in listed)
+        if seen:  # only things that are somewhere: a name in a text must prove that the thing was seen
+            wrong += [f"take {rng.choice(seen)} from {there}", f"move {rng.choice(seen)} to {here}"]
         wrong = [a for a in wrong if a and a not in admissible]
         if wrong:
             return str(rng.choice(wrong))
@@ -274,14 +277,18 @@ def texts(args: Args) -> Iterator[list[tuple[str, float]]]:
 
 
 def batches(args: Args, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(ids_BL, segments_BL, weights_BL) of about STEP_TOKENS tokens, one text a row, rows of like length together."""
+    """(ids_BL, segments_BL, weights_BL) of about STEP_TOKENS tokens, one text a row, rows of like length together.
+
+    The first third of the steps has short texts only: what to look for is found more easily among less.
+    """
+    step = 0
     waiting: dict[int, list[tuple[list[int], list[float]]]] = {length: [] for length in LENGTHS}
     for text in texts(args):
         pieces = [(tokenizer.encode(piece, add_special_tokens=False).ids, weight) for piece, weight in text]
         ids = [i for piece, _ in pieces for i in piece]
         weights = [weight for piece, weight in pieces for _ in piece]
         length = next((n for n in LENGTHS if n >= len(ids)), None)
-        if length is None:
+        if length is None or (step < args.tokens // STEP_TOKENS // 3 and length > SHORT):
             continue
         waiting[length].append((ids, weights))
         if len(waiting[length]) == STEP_TOKENS // length:
@@ -293,6 +300,7 @@ def batches(args: Args, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.n
                 weights_BL[row, : len(ids)] = weights
             waiting[length] = []
             yield ids_BL, segments_BL, weights_BL
+            step += 1
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
