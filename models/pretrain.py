@@ -149,8 +149,10 @@ def displaced_action(rng: np.random.Generator, admissible: list[str], player: De
     if rng.random() < 0.4:
         here, there = rng.choice(player.receptacles, 2)
         wrong = [f"open {here}", f"go to {here}", f"examine {there}", last]
+        if player.at:  # a tiny model's commonest mistake; rare here, for a name in a text is to prove that it was seen
+            wrong += [f"take {player.target} {rng.integers(1, 4)} from {player.at}"]
         seen = sorted(thing for listed in player.contents.values() for thing in listed)
-        if seen:  # only things that are somewhere: a name in a text must prove that the thing was seen
+        if seen:
             wrong += [f"take {rng.choice(seen)} from {there}", f"move {rng.choice(seen)} to {here}"]
         wrong = [a for a in wrong if a and a not in admissible]
         if wrong:
