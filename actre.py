@@ -62,9 +62,9 @@ class Args:
     """Who writes the reason of a sampled action: ActRe, a fixed sentence, or nobody."""
     budget: int = 4
     """Composed trajectories per failed task, at most (paper: 40 on ALFWorld, 20 on WebShop)."""
-    force: int | None = None
-    """Composed before stopping at the first success (default: the budget, as on ALFWorld; paper: 3 on WebShop)."""
-    temperature: float = 0.7
+    force: int = 1
+    """Composed before stopping at the first success (paper: the whole budget on ALFWorld, 3 on WebShop)."""
+    temperature: float = 1.0
     """Sampling temperature of the agent's own turns (not stated in the paper)."""
     max_turns: int = 20
     """Turns after which an attempt ends."""
@@ -81,7 +81,7 @@ class Args:
 def next_trial(args: Args, done: dict[int, bool]) -> list[int]:
     """Trials of a task to start, given the finished ones {trial: success}: all of `force` at once, then one by one
     until a success or the budget's end. The same whatever was finished before a resume."""
-    force = args.budget if args.force is None else min(args.force, args.budget)
+    force = min(args.force, args.budget)
     if not done:
         return list(range(force))
     missing = [trial for trial in range(force) if trial not in done]
@@ -118,8 +118,7 @@ def main(args: Args) -> None:
             writer.write(trajectory)
             done = finished[trajectory.task_id]
             done[trajectory.trial] = trajectory.success
-            force = args.budget if args.force is None else args.force
-            started = len(done) < min(force, args.budget)  # the forced ones are all under way already
+            started = len(done) < min(args.force, args.budget)  # the forced ones are all under way already
             return () if started else [Job(trajectory.task_id, trial) for trial in next_trial(args, done)]
 
         jobs = [Job(task, trial) for task in failed for trial in next_trial(args, finished[task])]

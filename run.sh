@@ -16,8 +16,8 @@ case "${1:-tiny}" in
   paper)
     common+=(--model "${MODEL:?MODEL must name the folder of Mistral-7B-Instruct-v0.2}")
     play+=(--patience 0)
-    compose+=(--probability 0.5 --budget 40)
-    train+=(--targets q v --rank 16 --alpha 32 --learning-rate 1e-4 --failure-reward -1 --weights nf4)
+    compose+=(--probability 0.5 --budget 40 --force 40)
+    train+=(--targets q v --rank 16 --alpha 32 --learning-rate 1e-4 --failure-reward -1 --world-weight 1 --weights nf4)
     epochs=(10 6) ;; # of round 0, of later rounds
   *) echo "run.sh: got '$1', expected nothing, 'tiny' or 'paper'" >&2; exit 2 ;;
 esac

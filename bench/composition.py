@@ -39,7 +39,7 @@ class Args:
     """sample/reason pairs, as actre.py's flags; p = 0 is measured with the first only."""
     trials: int = 2
     """Compositions per failed task and setting."""
-    temperature: float = 0.7
+    temperature: float = 1.0
     """Of the agent's own turns."""
     model: Path = Path("models/tiny-alfworld")
     """Base model."""
@@ -57,7 +57,7 @@ class Args:
 
 def main(args: Args) -> None:
     adapter = adapter_of_round(args.run, args.round)
-    react, actre = (LocalPolicy(args.model, a, slots=args.slots, context=1536) for a in (adapter, None))
+    react, actre = (LocalPolicy(args.model, a, slots=args.slots, context=1024) for a in (adapter, None))
     tasks, _ = pick_tasks(args.panel, args.limit)
 
     def collect(jobs: Iterable[Job], temperature: float, compose: Compose | None) -> list[Trajectory]:

@@ -57,7 +57,7 @@ class Args:
     """Folder to write; an existing model there is refused."""
     data: str | None = None
     """Folder with json_2.1.1 (default: $ALFWORLD_DATA; without either, generated games only)."""
-    tokens: int = 9_000_000
+    tokens: int = 15_000_000
     """Tokens to train on, padding included. 4,096 of them make one optimizer step."""
     width: int = 128
     """Hidden size; a multiple of 64."""
