@@ -81,7 +81,7 @@ class Args:
     """Largest global norm of the gradient of the mean over tokens (not stated in the paper)."""
     average: bool = True
     """Average the adapters at the ends of the epochs (paper: rounds 1-3); otherwise keep the last one."""
-    failure_reward: float = -0.1
+    failure_reward: float = -0.5
     """R_f, the weight of the policy's own failure of a task that was also solved (paper: -1; 0 is plain SFT).
     At -1 the tiny base's failures, a fifth of the data and twice as long as successes, drown the rest."""
     fractional: bool = False
