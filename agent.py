@@ -9,6 +9,7 @@ Left out: what becomes of a trajectory (the stages), text and tokens (trajectory
 
 from __future__ import annotations
 
+import itertools
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -119,6 +120,13 @@ def template_reason(action: str) -> str:
     return f"I try to {action}."
 
 
+def repetitions(turns: list[Turn]) -> int:
+    """How many turns just before the last one had its action and its observation."""
+    last = turns[-1]
+    alike = itertools.takewhile(lambda t: (t.action, t.observation) == (last.action, last.observation), turns[-2::-1])
+    return sum(1 for _ in alike)
+
+
 def attempt(job: Job, settings: Play, world: World, react: Policy, actre: Policy | None) -> Attempt:
     """Plays one task to its end and returns the trajectory. Yields Waiting, is sent the line (None: context full).
 
@@ -132,7 +140,7 @@ def attempt(job: Job, settings: Play, world: World, react: Policy, actre: Policy
     explains = settings.compose is not None and settings.compose.reason == "actre"
     reasons = actre.open(first) if explains else None
     turns: list[Turn] = []
-    result, progress, end, invalid_in_row, repeated = None, 0.0, "max_turns", 0, 0
+    result, progress, end, invalid_in_row = None, 0.0, "max_turns", 0
 
     def own_turn(number: int):
         """The agent's own thoughts and action: (thought, action)."""
@@ -174,17 +182,12 @@ def attempt(job: Job, settings: Play, world: World, react: Policy, actre: Policy
             by = ("actre", "sampled") if sampled else ("react", "react")
             turns.append(Turn(thought, action, result.observation, *by, result.valid))
             invalid_in_row = 0 if result.valid else invalid_in_row + (not sampled)
-            again = number > 0 and (action, result.observation) == (turns[-2].action, turns[-2].observation)
-            repeated = repeated + 1 if again else 0
-            stuck = 0 < settings.patience <= repeated
+            stuck = 0 < settings.patience <= repetitions(turns)
             last = result.done or stuck or number == settings.max_turns - 1
             text = (last_observation_text if last else observation_text)(result.observation)
             react.extend(session, text)
-            if result.done:
-                end = "success" if result.success else "finished"
-                break
-            if stuck:
-                end = "stuck"
+            if result.done or stuck:
+                end = "success" if result.success else "finished" if result.done else "stuck"
                 break
             if explains:
                 actre.extend(reasons, text if sampled else actre_turn_text(turns[-1]) + text)
