@@ -9,12 +9,12 @@ Left out: the KV cache (`lora/engine.py`), files (`lora/convert.py`), RoPE scali
     logprobs_BL = token_logprobs(model, ids_BL, segments_BL)
 
 Shapes: N layers, B rows, L tokens, M keys, T tokens of a chunk, D model, F feed-forward, H heads, K kv heads,
-G heads per kv head, C head dim, V vocabulary.
+Q queries of a kv head, C head dim, V vocabulary.
 """
 
 import dataclasses
+import functools
 import json
-import math
 from pathlib import Path
 
 import jax
@@ -25,9 +25,9 @@ from lora.linear import Linear
 
 # Logits are made for so many tokens at a time that a chunk holds at most this many numbers (128 MiB in float32).
 LOGITS_PER_CHUNK = 2**25
-# Rows and queries that attention takes at a time: the scores of one step then stay in a CPU's cache.
-ATTENTION_ROWS = 2
+# Queries that attention takes at a time, and the numbers of keys that it chooses from: scores stay in a CPU's cache.
 ATTENTION_BLOCK = 128
+ATTENTION_KEYS = (256, 512)
 # Up to so many layers the scan is unrolled: 15 % faster on a CPU, and small models compile quickly all the same.
 UNROLLED_LAYERS = 8
 
@@ -125,34 +125,45 @@ def visible(queries_BL: jax.Array, keys_BM: jax.Array, offset: int, window: int 
 def attention(q_BLHC: jax.Array, k_BLKC: jax.Array, v_BLKC: jax.Array, segments_BL: jax.Array, window: int | None):
     """Causal attention inside segments, H/K query heads on each key head, softmax in float32. Returns [B, L, H * C].
 
-    Few rows at a time, blocks of queries against the keys up to their own end, scores made again in the backward pass:
-    scores of a whole batch never exist, which is what bounds both memory and speed on a CPU.
+    A row at a time, and in it a block of queries against as many of the keys before its end as reach back to the start
+    of its first query's segment, rounded up to one of a few sizes. Scores are made again in the backward pass: those
+    of a whole row never exist, which is what bounds both memory and speed on a CPU.
     """
     B, L, H, C = q_BLHC.shape
-    K = k_BLKC.shape[2]
-    rows = math.gcd(B, ATTENTION_ROWS)
+    K, T = k_BLKC.shape[2], min(ATTENTION_BLOCK, L)
+    q_BLHC, k_BLKC, v_BLKC = (
+        jnp.pad(x, [(0, 0), (0, -L % T), (0, 0), (0, 0)]) for x in (q_BLHC * C**-0.5, k_BLKC, v_BLKC)
+    )
+    segments_BL = jnp.pad(segments_BL, [(0, 0), (0, -L % T)])
+    length = L + -L % T
+    sizes = [size for size in ATTENTION_KEYS if size < length] + [length]
 
-    @jax.checkpoint
-    def attend(chunk):
-        q_BLHC, k_BLKC, v_BLKC, segments_BL = chunk
-        q_BKGLC = (q_BLHC * C**-0.5).reshape(rows, L, K, H // K, C).transpose(0, 2, 3, 1, 4)
-        k_BKLC, v_BKLC = k_BLKC.swapaxes(1, 2), v_BLKC.swapaxes(1, 2)
-        outputs = []
-        for start in range(0, L, ATTENTION_BLOCK):
-            end = min(start + ATTENTION_BLOCK, L)
-            first = 0 if window is None else max(0, start - window + 1)
-            q = q_BKGLC[:, :, :, start:end].reshape(rows, K, -1, C)
-            scores = jnp.einsum("bkqc,bkmc->bkqm", q, k_BKLC[:, :, first:end], preferred_element_type=jnp.float32)
-            scores = scores.reshape(rows, K, H // K, end - start, end - first)
-            seen = visible(segments_BL[:, start:end], segments_BL[:, first:end], start - first, window)
-            scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
-            weights = jax.nn.softmax(scores, axis=-1).astype(v_BKLC.dtype).reshape(rows, K, -1, end - first)
-            output = jnp.einsum("bkqm,bkmc->bkqc", weights, v_BKLC[:, :, first:end])
-            outputs.append(output.reshape(rows, H, end - start, C))
-        return jnp.concatenate(outputs, axis=2).swapaxes(1, 2).reshape(rows, L, H * C)
+    def attend_row(row):
+        q_LHC, k_LKC, v_LKC, segments_L, back_L = row
+        q_NKQC = q_LHC.reshape(-1, T, K, H // K, C).transpose(0, 2, 3, 1, 4).reshape(-1, K, H // K * T, C)
+        k_KLC, v_KLC = k_LKC.swapaxes(0, 1), v_LKC.swapaxes(0, 1)
 
-    chunks = jax.tree.map(lambda x: x.reshape(B // rows, rows, *x.shape[1:]), (q_BLHC, k_BLKC, v_BLKC, segments_BL))
-    return jax.lax.map(attend, chunks).reshape(B, L, H * C)
+        def attend_to(size, start, q_KQC):
+            first = jnp.maximum(start + T - size, 0)
+            k_KMC, v_KMC = (jax.lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in (k_KLC, v_KLC))
+            segments_T = jax.lax.dynamic_slice_in_dim(segments_L, start, T)
+            segments_M = jax.lax.dynamic_slice_in_dim(segments_L, first, size)
+            scores_HTM = jnp.einsum("kqc,kmc->kqm", q_KQC, k_KMC, preferred_element_type=jnp.float32).reshape(H, T, -1)
+            seen_1TM = visible(segments_T[None], segments_M[None], start - first, window)
+            weights_HTM = jax.nn.softmax(jnp.where(seen_1TM, scores_HTM, jnp.finfo(jnp.float32).min))
+            return jnp.einsum("kqm,kmc->kqc", weights_HTM.astype(v_KMC.dtype).reshape(K, -1, size), v_KMC)
+
+        @jax.checkpoint
+        def attend_block(block):
+            start, q_KQC = block
+            size_index = jnp.searchsorted(jnp.array(sizes), T + back_L[start])
+            return jax.lax.switch(size_index, [functools.partial(attend_to, size) for size in sizes], start, q_KQC)
+
+        output_NKQC = jax.lax.map(attend_block, (jnp.arange(0, length, T), q_NKQC))
+        return output_NKQC.reshape(-1, H, T, C).swapaxes(1, 2).reshape(length, H * C)
+
+    rows = (q_BLHC, k_BLKC, v_BLKC, segments_BL, positions_in(segments_BL))
+    return jax.lax.map(attend_row, rows)[:, :L]
 
 
 class Layer(nnx.Module):

@@ -276,6 +276,31 @@ def test_packed_rows_give_the_logprobs_of_separate_rows(window):
             assert np.abs(got[1:] - expected).max(initial=0) < 1e-5
 
 
+@pytest.mark.parametrize("window", [None, 100])
+def test_attention_and_its_gradient_are_those_of_all_scores_at_once(window):
+    """Segments that need each number of keys, and a length that is no multiple of a block."""
+    lengths, (B, L, H, K, C) = ((90, 350, 250), (610, 3, 77)), (2, 700, 4, 2, 8)
+    segments = np.array([np.repeat([1, 2, 3, 0], [*n, L - sum(n)]) for n in lengths])
+    rng = np.random.default_rng(0)
+    q, k, v, wanted = (rng.normal(size=(B, L, n, C)).astype(np.float32) for n in (H, K, K, H))
+
+    def dense(q, k, v):
+        k, v = (jnp.repeat(x, H // K, axis=2) for x in (k, v))
+        scores = jnp.einsum("blhc,bmhc->bhlm", q, k) * C**-0.5
+        seen = mistral.visible(segments, segments, 0, window)
+        return jnp.einsum("bhlm,bmhc->blhc", jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30)), v)
+
+    def ours(q, k, v):
+        return mistral.attention(q, k, v, jnp.asarray(segments), window).reshape(B, L, H, C)
+
+    def value_and_grad(attend):
+        mask = (segments > 0)[:, :, None, None]
+        return jax.jit(jax.value_and_grad(lambda *x: (attend(*x) * wanted * mask).sum(), argnums=(0, 1, 2)))(q, k, v)
+
+    for one, other in zip(*(jax.tree.leaves(value_and_grad(attend)) for attend in (ours, dense)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
 def test_window_hides_what_is_older(monkeypatch):
     monkeypatch.setattr(mistral, "ATTENTION_BLOCK", 8)
     one_layer = Config(**{**vars(TINY), "num_hidden_layers": 1, "sliding_window": 6})

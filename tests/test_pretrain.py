@@ -76,21 +76,32 @@ def test_a_numbered_thing_is_one_token_and_starts_near_its_type():
     tokenizer = train_tokenizer(50 * lines, 400)
     assert " mug 2" in [tokenizer.decode([i]) for i in tokenizer.encode(lines[1]).ids]
     assert tokenizer.decode(tokenizer.encode("größe\u2028").ids) == "größe\u2028"
-    table = embeddings(tokenizer, 64, np.random.default_rng(0))
-    mug, mug_1, mug_2, need = (
-        table[tokenizer.encode(word).ids].squeeze(0) for word in (" mug", " mug 1", " mug 2", " need")
+    table, plain, numbered = embeddings(tokenizer, 256, np.random.default_rng(0))
+    mug, mug_1, mug_2, soap = (
+        table[tokenizer.encode(word).ids].squeeze(0) for word in (" mug", " mug 1", " mug 2", " soap")
     )
-    assert mug @ mug_1 > 0.5 and mug_1 @ mug_2 > 0.3 and abs(mug @ need) < 0.3
+    assert mug @ mug_1 > 0.3 and mug_1 @ mug_2 > 0.6 and mug @ soap > 0.2 and abs(soap @ mug_1) < 0.2
+    assert min(mug @ plain, soap @ plain, mug_1 @ numbered) > 0.4
+    assert max(abs(mug @ numbered), abs(mug_1 @ plain)) < 0.2
     np.testing.assert_allclose(np.linalg.norm(table, axis=1), 1, rtol=1e-5)
 
 
-def test_half_of_the_first_heads_attend_to_their_like_at_the_start():
-    config = Config(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-                    num_key_value_heads=2, head_dim=32)  # fmt: skip
+def test_half_of_the_first_heads_find_the_numbered_thing_of_a_plain_name_at_the_start():
+    config = Config(vocab_size=64, hidden_size=128, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                    num_key_value_heads=4, head_dim=32)  # fmt: skip
     model = Mistral(config, rngs=nnx.Rngs(0))
-    match_like_with_like(model)
-    same = np.isclose(model.layers.q.weight[...], model.layers.k.weight[...]).all(axis=2)
-    np.testing.assert_array_equal(same, np.array([32 * [True] + 32 * [False]] * 2 + [64 * [False]]))
+    rng = np.random.default_rng(0)
+    plain, numbered, *kinds = np.linalg.qr(rng.normal(size=(128, 12)))[0].T
+    match_like_with_like(model, plain, numbered)
+    q, k, v, o = (np.asarray(getattr(model.layers, name).weight[...]) for name in "qkvo")
+    names = [*(kind + 0.6 * numbered for kind in kinds), *(kind + 0.6 * plain for kind in kinds)]
+    names = np.array([128**0.5 * name / np.linalg.norm(name) for name in names])
+    for layer, found in ((0, True), (1, True), (2, False)):
+        scores = (names[10:] @ q[layer, :64].T) @ (names @ k[layer, :64].T).T
+        right = (scores.argmax(axis=1) == np.arange(10)).sum()
+        assert right >= 7 if found else right <= 3, (layer, right)
+        assert np.allclose(o[layer][:, :64] * 6**0.5, v[layer, :64].T) == found
+    assert not np.allclose(o[0][:, 64:] * 6**0.5, v[0, 64:].T)
 
 
 def test_the_words_that_read_a_list_weigh_more():
