@@ -8,13 +8,15 @@ base stays quantised. The adapter that is saved is the average over the epochs' 
     python train_pg.py                       # the current round of runs/a3t
     python train_pg.py --preview 3           # print three trajectories with their weights coloured, train nothing
 
-Left out: baselines, importance weights, KL, clipping of ratios (the paper has none), more than one device.
+Left out: baselines, importance weights, KL, clipping of ratios (the paper has none), weights split over devices (each
+has them all and takes its share of a step's rows).
 Shapes: N packed rows, B rows of a step, L tokens.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import defaultdict
@@ -29,6 +31,8 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
@@ -204,25 +208,34 @@ def objective(model, ids_BL: jax.Array, segments_BL: jax.Array, weights_BL: jax.
     return value, ((weights_BL > 0) * logprobs_BL).sum(), ((weights_BL < 0) * logprobs_BL).sum()
 
 
-def make_update(graph, optimizer: optax.GradientTransformation):
+def make_update(graph, optimizer: optax.GradientTransformation, mesh: Mesh):
     """The jitted optimizer step: (adapter, state, frozen, rate, batch) -> (adapter, state, metrics).
 
-    The rate is an argument: a schedule's length differs from round to round, and would be compiled anew with it.
+    Every device of the mesh takes its rows of the batch. The rate is an argument: a schedule's length differs from
+    round to round, and would be compiled anew with it.
     """
 
-    @jax.jit
-    def update(adapter, state, frozen, rate, ids_BL, segments_BL, weights_BL, trajectories):
+    def of_rows(adapter, frozen, ids_BL, segments_BL, weights_BL, trajectories):
         def loss(adapter):
             value, positive, negative = objective(
                 nnx.merge(graph, adapter, frozen), ids_BL, segments_BL, weights_BL, trajectories
             )
             return -value, (positive, negative)
 
-        (value, (positive, negative)), gradient = jax.value_and_grad(loss, has_aux=True)(adapter)
+        return jax.lax.psum(jax.value_and_grad(loss, has_aux=True)(adapter), "rows")
+
+    # check_vma would add a sum over devices of its own to the gradient of the adapter, which all of them share.
+    rows, whole = P("rows"), P()
+    of_batch = jax.shard_map(
+        of_rows, mesh=mesh, in_specs=(whole, whole, rows, rows, rows, whole), out_specs=whole, check_vma=False
+    )
+
+    @jax.jit
+    def update(adapter, state, frozen, rate, ids_BL, segments_BL, weights_BL, trajectories):
+        (value, sums), gradient = of_batch(adapter, frozen, ids_BL, segments_BL, weights_BL, trajectories)
         updates, state = optimizer.update(gradient, state, adapter)
         updates = jax.tree.map(lambda u: -rate * u, updates)
-        norm = optax.tree.norm(gradient)
-        return optax.apply_updates(adapter, updates), state, (value, positive, negative, norm)
+        return optax.apply_updates(adapter, updates), state, (value, *sums, optax.tree.norm(gradient))
 
     return update
 
@@ -247,8 +260,10 @@ def train(args: Args, number: int, packed: Packed, model, directory: Path) -> tu
     )
     optimizer = optax.chain(optax.clip_by_global_norm(args.clip), optax.scale_by_adam())
     graph, adapter, frozen = nnx.split(model, LoRAParam, ...)
-    update = make_update(graph, optimizer)
+    mesh = Mesh(jax.devices()[: math.gcd(args.batch_rows, jax.device_count())], ("rows",))
+    update = make_update(graph, optimizer, mesh)
     progress = {"adapter": adapter, "state": optimizer.init(adapter), "sum": jax.tree.map(jnp.zeros_like, adapter)}
+    progress, frozen = jax.device_put((progress, frozen), NamedSharding(mesh, P()))
 
     empty = np.zeros((1, args.row_length), np.int32)  # row -1
     ids_NL, segments_NL = (np.concatenate([a, empty]) for a in (packed.ids_NL, packed.segments_NL))
@@ -336,4 +351,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, tyro.cli(Args, description=__doc__))
+    args = tyro.cli(Args, description=__doc__)
+    jax.config.update("jax_num_cpu_devices", args.batch_rows)  # on a CPU a row each, however many cores there are
+    run_main(main, args)

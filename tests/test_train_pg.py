@@ -3,14 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
 from lora.convert import load_model
 from lora.linear import LoRAConfig, LoRAParam
 from lora.mistral import token_logprobs
 from tests.helpers import byte_tokenizer, trajectory, write_tiny_model
-from train_pg import Args, Example, batch_order, objective, pack_examples, select_round
+from train_pg import Args, Example, batch_order, make_update, objective, pack_examples, select_round
 
 WON = {"reward": 1.0, "success": True, "end": "success"}
 LOST = {"reward": 0.0, "success": False, "end": "max_turns"}
@@ -114,6 +116,21 @@ def test_weight_zero_gives_no_gradient_and_minus_one_the_negative(model):
     only_second = gradient(model, weights_BL * (batch()[1] == 2))
     others = gradient(model, weights_BL * (batch()[1] == 1))
     assert jnp.allclose(only_second + others, whole, atol=1e-5)
+
+
+def test_devices_that_share_the_rows_take_the_same_step(model):
+    graph, adapter, frozen = model
+    adapter = jax.tree.map(np.asarray, adapter)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+
+    def step(devices):
+        update = make_update(graph, optimizer, Mesh(jax.devices()[:devices], ("rows",)))
+        return update(adapter, optimizer.init(adapter), frozen, 1e-3, *batch(), 3.0)
+
+    one, two = (jax.tree.leaves(step(devices)) for devices in (1, 2))
+    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(jax.tree.leaves(adapter), two, strict=False))
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
 def test_padding_rows_change_nothing(model):
