@@ -60,7 +60,7 @@ class Args:
     """Sample uniformly over admissible commands, or over verbs first and then over the verb's commands."""
     reason: Literal["actre", "template", "empty"] = "actre"
     """Who writes the reason of a sampled action: ActRe, a fixed sentence, or nobody."""
-    budget: int = 4
+    budget: int = 3
     """Composed trajectories per failed task, at most (paper: 40 on ALFWorld, 20 on WebShop)."""
     force: int = 1
     """Composed before stopping at the first success (paper: the whole budget on ALFWorld, 3 on WebShop)."""

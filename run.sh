@@ -10,22 +10,21 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 RUN=${RUN:-runs/a3t} ROUNDS=${ROUNDS:-4} SEED=${SEED:-0}
-common=(--run "$RUN" --seed "$SEED") play=() compose=() train=() epochs=()
+common=(--run "$RUN" --seed "$SEED") play=() compose=() train=()
 case "${1:-tiny}" in
   tiny) common+=(--model "${MODEL:-models/tiny-alfworld}") ;;
   paper)
     common+=(--model "${MODEL:?MODEL must name the folder of Mistral-7B-Instruct-v0.2}")
     play+=(--patience 0)
     compose+=(--probability 0.5 --budget 40 --force 40)
-    train+=(--targets q v --rank 16 --alpha 32 --learning-rate 1e-4 --failure-reward -1 --world-weight 1 --weights nf4)
-    epochs=(10 6) ;; # of round 0, of later rounds
+    train+=(--targets q v --rank 16 --alpha 32 --learning-rate 1e-4 --epochs 10 6 --failure-reward -1 --world-weight 1
+            --weights nf4) ;;
   *) echo "run.sh: got '$1', expected nothing, 'tiny' or 'paper'" >&2; exit 2 ;;
 esac
 
 for ((round = 0; round < ROUNDS; round++)); do
   python rollout.py "${common[@]}" --round "$round" ${play[@]+"${play[@]}"}
   python actre.py "${common[@]}" --round "$round" ${play[@]+"${play[@]}"} ${compose[@]+"${compose[@]}"}
-  if [ ${#epochs[@]} -gt 0 ]; then passes=(--epochs "${epochs[$((round > 0))]}"); fi
-  python train_pg.py "${common[@]}" --round "$round" ${train[@]+"${train[@]}"} ${passes[@]+"${passes[@]}"}
+  python train_pg.py "${common[@]}" --round "$round" ${train[@]+"${train[@]}"}
   python evaluate.py "${common[@]}" --round "$round" ${play[@]+"${play[@]}"}
 done

@@ -75,8 +75,8 @@ class Args:
     """Start from fresh LoRA weights on the base, or from the previous round's adapter (not stated in the paper)."""
     learning_rate: float = 1e-3
     """Peak rate of Adam, after a warm-up over 3 % of the steps; cosine decay to a tenth (paper: 1e-4)."""
-    epochs: int = 2
-    """Passes over the data (paper: 10 in round 0, 6 later)."""
+    epochs: tuple[int, ...] = (2, 2, 1)
+    """Passes over the data in rounds 0, 1, ...; the last number holds for all later rounds too (paper: 10 6)."""
     batch_rows: int = 2
     """Packed rows of one optimizer step (not stated in the paper)."""
     row_length: int = 1280
@@ -252,9 +252,9 @@ def train(args: Args, number: int, packed: Packed, model, directory: Path) -> tu
 
     Raises StageError on a non-finite loss, naming the step.
     """
-    rows = len(packed.ids_NL)
+    rows, epochs = len(packed.ids_NL), args.epochs[min(number, len(args.epochs) - 1)]
     per_epoch = -(-rows // args.batch_rows)
-    steps = args.epochs * per_epoch
+    steps = epochs * per_epoch
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, args.learning_rate, max(1, round(0.03 * steps)), max(2, steps), 0.1 * args.learning_rate
     )
@@ -279,7 +279,7 @@ def train(args: Args, number: int, packed: Packed, model, directory: Path) -> tu
             progress = jax.tree.unflatten(jax.tree.structure(progress), leaves)
         keep_metrics(metrics_path, first * per_epoch)
         with open(metrics_path, "a") as metrics, tqdm(total=steps, initial=first * per_epoch, desc="train_pg") as bar:
-            for epoch in range(first, args.epochs):
+            for epoch in range(first, epochs):
                 adapter, state = progress["adapter"], progress["state"]
                 for index, members in enumerate(batch_order(args, number, epoch, rows)):
                     step, start = epoch * per_epoch + index + 1, time.time()
@@ -307,8 +307,8 @@ def train(args: Args, number: int, packed: Packed, model, directory: Path) -> tu
                 total = jax.tree.map(jnp.add, progress["sum"], adapter)
                 progress = {"adapter": adapter, "state": state, "sum": total}
                 checkpointer.save(epoch + 1, {"leaves": jax.tree.leaves(progress)})
-    final = jax.tree.map(lambda x: x / args.epochs, progress["sum"]) if args.average else progress["adapter"]
-    return nnx.merge(graph, final, frozen), {"epochs": args.epochs, "steps": steps, "rows": rows}
+    final = jax.tree.map(lambda x: x / epochs, progress["sum"]) if args.average else progress["adapter"]
+    return nnx.merge(graph, final, frozen), {"epochs": epochs, "steps": steps, "rows": rows}
 
 
 def keep_metrics(path: Path, steps: int) -> None:

@@ -36,8 +36,8 @@ from flax import nnx
 from lora.linear import TARGETS
 from lora.mistral import Mistral, rms_norm, rotation
 
-# Places of the first block of the cache; each later one is as large as all before it, so that attention reads at most
-# twice what its longest row needs, in few compiled shapes.
+# Places of the first block of the cache; later ones end at 1.5, 2, 3, 4, 6, ... times as many, so that attention reads
+# at most half more than its longest row needs, in few compiled shapes.
 FIRST_BLOCK = 256
 # Places of a tile of the cache.
 TILE = 64
@@ -245,13 +245,13 @@ class Engine:
     Dense and in float32, they are the values of the NF4 base exactly and the adapter's to rounding. With `merge=False`
     NF4 is decoded at every step and the adapter stays apart: for when memory is short. `rows` is how many slots make a
     group: all of a group's rows decode even if one is asked, and groups run beside each other; `prefill_rows` is how
-    many of a group's rows prefill together. 16 and 1 are right for a small model on a CPU, all slots for an
+    many of a group's rows prefill together. 8 and 1 are right for a small model on a CPU, all slots for an
     accelerator.
     """
 
     def __init__(
         self, model: Mistral, *, slots: int = 64, context: int = 1024, max_new_tokens: int = 64, stop_id: int,
-        merge: bool = True, rows: int = 16, prefill_rows: int = 1,
+        merge: bool = True, rows: int = 8, prefill_rows: int = 1,
     ):  # fmt: skip
         config = model.config
         longest = config.max_position_embeddings
@@ -273,8 +273,8 @@ class Engine:
 
         tiles = -(-context // TILE)
         self._ends = [min(FIRST_BLOCK // TILE, tiles)]  # where each block of the cache ends, in tiles
-        while self._ends[-1] < tiles:
-            self._ends.append(min(2 * self._ends[-1], tiles))
+        while (end := self._ends[-1]) < tiles:
+            self._ends.append(min(-(-3 * end // 2) if end & (end - 1) == 0 else 4 * end // 3, tiles))
         self._rows, self._prefill_rows = min(rows, slots), min(prefill_rows, rows, slots)
         K, C, dtype = config.num_key_value_heads, config.head_dim, model.embed.dtype
         self._cache = [  # of each group, layer, block

@@ -34,7 +34,7 @@ def generated_games(monkeypatch):
 def play_round(run: Path, number: int, **changes) -> None:
     rollout.main(rollout.Args(run=run, limit=10, temperature=0.3, **SMALL))
     actre.main(actre.Args(run=run, budget=2, **SMALL))
-    train_pg.main(train_pg.Args(run=run, epochs=2, batch_rows=2, **changes))
+    train_pg.main(train_pg.Args(run=run, epochs=(2,), batch_rows=2, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_a_killed_training_resumes_to_the_same_adapter(unbroken, tmp_path):
     flags = ["--epochs", "2", "--batch-rows", "2"]
     kill_when(["train_pg.py", "--run", str(tmp_path), *flags], directory / "metrics.jsonl", steps // 2 + 1)
     assert not (directory / "adapter").exists()
-    train_pg.main(train_pg.Args(run=tmp_path, epochs=2, batch_rows=2))
+    train_pg.main(train_pg.Args(run=tmp_path, epochs=(2,), batch_rows=2))
     for name in ("adapter/adapter_model.safetensors", "packed.npz"):
         assert (directory / name).read_bytes() == (round_directory(unbroken, 0) / "train_pg" / name).read_bytes(), name
 
@@ -162,5 +162,5 @@ def test_an_adapter_of_another_base_is_refused(unbroken, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(unbroken, tmp_path):
     copy_inputs(unbroken, tmp_path, 0)
     with pytest.raises(StageError, match="step [0-9]+: loss .*--learning-rate"):
-        train_pg.main(train_pg.Args(run=tmp_path, epochs=4, batch_rows=2, learning_rate=1e30))
+        train_pg.main(train_pg.Args(run=tmp_path, epochs=(4,), batch_rows=2, learning_rate=1e30))
     assert not (round_directory(tmp_path, 0) / "train_pg/done.json").exists()
