@@ -131,11 +131,11 @@ def attention(q_BLHC: jax.Array, k_BLKC: jax.Array, v_BLKC: jax.Array, segments_
     """
     B, L, H, C = q_BLHC.shape
     K, T = k_BLKC.shape[2], min(ATTENTION_BLOCK, L)
-    q_BLHC, k_BLKC, v_BLKC = (
-        jnp.pad(x, [(0, 0), (0, -L % T), (0, 0), (0, 0)]) for x in (q_BLHC * C**-0.5, k_BLKC, v_BLKC)
+    length = -(-L // T) * T
+    q_BLHC, k_BLKC, v_BLKC, segments_BL = (
+        jnp.pad(x, [(0, 0), (0, length - L)] + [(0, 0)] * (x.ndim - 2))
+        for x in (q_BLHC * C**-0.5, k_BLKC, v_BLKC, segments_BL)
     )
-    segments_BL = jnp.pad(segments_BL, [(0, 0), (0, -L % T)])
-    length = L + -L % T
     sizes = [size for size in ATTENTION_KEYS if size < length] + [length]
 
     def attend_row(row):

@@ -245,8 +245,8 @@ def embeddings(tokenizer: Tokenizer, width: int, rng: np.random.Generator) -> tu
         for pattern, direction in zip((r" [a-z]+", r".* \d+"), directions, strict=True):
             if re.fullmatch(pattern, text):
                 table[token] += 0.85 * direction  # 0.6 of the length of a name of two words
-    unit_D, unit_V1 = (np.linalg.norm(x, axis=1, keepdims=True) for x in (directions, table))
-    return table / unit_V1, *(directions / unit_D)
+    table, directions = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (table, directions))
+    return table, *directions
 
 
 def match_like_with_like(model: Mistral, plain_D: np.ndarray, numbered_D: np.ndarray) -> None:
