@@ -319,6 +319,9 @@ def keep_metrics(path: Path, steps: int) -> None:
 
 
 def main(args: Args) -> None:
+    if min(args.epochs, default=0) < 1 or args.batch_rows < 1:
+        raise ValueError(f"--epochs {args.epochs} and --batch-rows {args.batch_rows} must be numbers of at least 1; "
+                         "--epochs needs one or more of them")  # fmt: skip
     number = current_round(args.run) if args.round is None else args.round
     examples, hashes = collect(args, number)
     tokenizer = load_tokenizer(args.model)

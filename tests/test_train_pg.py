@@ -12,7 +12,7 @@ from lora.convert import load_model
 from lora.linear import LoRAConfig, LoRAParam
 from lora.mistral import token_logprobs
 from tests.helpers import byte_tokenizer, trajectory, write_tiny_model
-from train_pg import Args, Example, batch_order, make_update, objective, pack_examples, select_round
+from train_pg import Args, Example, batch_order, main, make_update, objective, pack_examples, select_round
 
 WON = {"reward": 1.0, "success": True, "end": "success"}
 LOST = {"reward": 0.0, "success": False, "end": "max_turns"}
@@ -147,6 +147,12 @@ def test_all_weights_zero_is_an_error():
     examples = [Example(trajectory(), 0.0, "f", 1)]
     with pytest.raises(ValueError, match="nothing to train on"):
         pack_examples(examples, Args(), lambda text: byte_tokenizer().encode(text).ids)
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": ()}, {"epochs": (2, 0)}, {"batch_rows": 0}])
+def test_nothing_to_pass_over_is_an_error(wrong, tmp_path):
+    with pytest.raises(ValueError, match="at least 1"):
+        main(Args(run=tmp_path, **wrong))
 
 
 def test_every_row_is_seen_once_an_epoch_in_another_order_each_time():
