@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer
 
 from envs.demonstrator import Demonstrator
 from lora.convert import load_adapter, load_model
@@ -48,12 +48,12 @@ class Policy(Protocol):
         ...
 
 
-def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(model_dir: str | Path) -> Tokenizer:
     """The tokenizer.json of a Hugging Face folder; FileNotFoundError names the path that was looked for."""
     path = Path(model_dir) / "tokenizer.json"
     if not path.exists():
         raise FileNotFoundError(f"no {path}; expected a Hugging Face model folder with tokenizer.json")
-    return PreTrainedTokenizerFast(tokenizer_file=str(path))
+    return Tokenizer.from_file(str(path))
 
 
 class LocalPolicy:
@@ -82,7 +82,7 @@ class LocalPolicy:
         self._sampled: dict[int, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def open(self, text: str) -> int:
         session = self._engine.open()

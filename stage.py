@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "alfworld")
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy", "alfworld")
 
 
 class StageError(Exception):

@@ -325,9 +325,9 @@ def main(args: Args) -> None:
     number = current_round(args.run) if args.round is None else args.round
     examples, hashes = collect(args, number)
     tokenizer = load_tokenizer(args.model)
-    packed = pack_examples(examples, args, lambda text: tokenizer.encode(text, add_special_tokens=False))
+    packed = pack_examples(examples, args, lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
     if args.preview:
-        return preview(packed, examples, tokenizer.decode, args.preview)
+        return preview(packed, examples, lambda ids: tokenizer.decode(ids, skip_special_tokens=False), args.preview)
     directory = round_directory(args.run, number) / "train_pg"
     stage = Stage(directory, args, {"inputs": hashes, "base": base_sha(args.model)})
     if stage.finished:

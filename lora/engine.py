@@ -70,6 +70,19 @@ class Asked(NamedTuple):
     seed: np.ndarray
 
 
+class Static:
+    """A layer's graph as a static argument of jit: it is hashed once, not at every call, which takes 0.3 ms each."""
+
+    def __init__(self, graph: nnx.GraphDef):
+        self.graph, self._hash = graph, hash(graph)
+
+    def __hash__(self):
+        return self._hash
+
+    def __eq__(self, other):
+        return self is other or (isinstance(other, Static) and self.graph == other.graph)
+
+
 def attend(q_RTHC, past, lengths_R, k_RKCP, v_RKPC, at, window):
     """Attention of T new tokens over the cache (places before the row's length) and the buffer (up to themselves).
 
@@ -158,6 +171,29 @@ def empty_buffer(config, rows: int, places: int, dtype):
     return jnp.zeros((rows, K, C, places), dtype), jnp.zeros((rows, K, places, C), dtype)
 
 
+@jax.jit
+def look_up(embed, ids_BT):
+    """Embeddings [B, T, D]; one call of a compiled program, where indexing outside of jit makes several."""
+    return embed[ids_BT]
+
+
+@jax.jit
+def unstack(stacked):
+    """One tree for each place of the first axis of a tree's arrays."""
+    return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(len(jax.tree.leaves(stacked)[0]))]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "rows", "sizes", "dtype"))
+def empty_cache(config, rows: int, sizes: tuple[int, ...], dtype):
+    """Zeros for the keys and values of a group: of each layer, of each block with its number of tiles."""
+    K, C = config.num_key_value_heads, config.head_dim
+    shapes = [((rows, K, size, C, TILE), (rows, K, size, TILE, C)) for size in sizes]
+    return [
+        [(jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for keys, values in shapes]
+        for _ in range(config.num_hidden_layers)
+    ]
+
+
 @functools.partial(jax.jit, static_argnames=("graph", "config"), donate_argnames="x_BTD")
 def prefill_layer(graph, config, weights, x_BTD, past, rows_B, lengths_B):
     """A layer over chunks [B, T, D] that follow what rows of the blocks `past` hold: its output and their buffer.
@@ -168,7 +204,7 @@ def prefill_layer(graph, config, weights, x_BTD, past, rows_B, lengths_B):
     turn = rotation(lengths_B[:, None] + jnp.arange(T), config)
     past = jax.tree.map(lambda x: x[rows_B], past)
     buffer = empty_buffer(config, B, T, x_BTD.dtype)
-    return run_layer(nnx.merge(graph, weights), config, x_BTD, turn, past, lengths_B, buffer, 0)
+    return run_layer(nnx.merge(graph.graph, weights), config, x_BTD, turn, past, lengths_B, buffer, 0)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config", "places", "stop_id"))
@@ -187,7 +223,7 @@ def decode(graph, config, view: View, past, lengths_R, asked: Asked, *, places: 
         for weights, blocks, fresh in zip(view.layers, past, buffer, strict=True):
             # Weights that wait for the layer's input cannot be decoded from NF4 before the loop and all be held there.
             weights, x_RTD = jax.lax.optimization_barrier((weights, x_RTD))
-            x_RTD, fresh = run_layer(nnx.merge(graph, weights), config, x_RTD, turn, blocks, lengths_R, fresh, t)
+            x_RTD, fresh = run_layer(nnx.merge(graph.graph, weights), config, x_RTD, turn, blocks, lengths_R, fresh, t)
             filled.append(fresh)
         hidden_RD = rms_norm(x_RTD[:, 0], view.norm, config.rms_norm_eps)
         logits_RV = jnp.dot(hidden_RD, view.head_DV, preferred_element_type=jnp.float32)
@@ -267,26 +303,18 @@ class Engine:
         if merge:
             for name in TARGETS:
                 setattr(layers, name, getattr(layers, name).merged(model.embed.dtype))
-        self._graph, stacked = nnx.split(layers)
-        per_layer = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(config.num_hidden_layers)]
-        self._view = View(model.embed[...], model.norm[...], model.unembed().T, per_layer)
+        graph, stacked = nnx.split(layers)
+        self._graph = Static(graph)
+        self._view = View(model.embed[...], model.norm[...], model.unembed().T, unstack(stacked))
 
         tiles = -(-context // TILE)
         self._ends = [min(FIRST_BLOCK // TILE, tiles)]  # where each block of the cache ends, in tiles
         while (end := self._ends[-1]) < tiles:
             self._ends.append(min(-(-3 * end // 2) if end & (end - 1) == 0 else 4 * end // 3, tiles))
         self._rows, self._prefill_rows = min(rows, slots), min(prefill_rows, rows, slots)
-        K, C, dtype = config.num_key_value_heads, config.head_dim, model.embed.dtype
-        self._cache = [  # of each group, layer, block
-            [
-                [
-                    (jnp.zeros((self._rows, K, size, C, TILE), dtype), jnp.zeros((self._rows, K, size, TILE, C), dtype))
-                    for size in np.diff([0, *self._ends]).tolist()
-                ]
-                for _ in range(config.num_hidden_layers)
-            ]
-            for _ in range(-(-slots // self._rows))
-        ]
+        sizes = tuple(np.diff([0, *self._ends]).tolist())
+        groups = -(-slots // self._rows)
+        self._cache = [empty_cache(config, self._rows, sizes, model.embed.dtype) for _ in range(groups)]
         # XLA:CPU runs what one thread dispatches in order; groups run beside each other from threads of their own.
         self._pool = ThreadPoolExecutor(min(len(self._cache), os.cpu_count() or 1))
         self._lengths: dict[int, int] = {}  # places in the cache, per open session
@@ -365,12 +393,13 @@ class Engine:
                     ids_BT[index, : len(chunk)] = chunk
                     rows_B[index], counts_B[index] = session % self._rows, len(chunk)
                     lengths_B[index] = self._lengths[session]
-                reached = self._reach(members)
-                x_BTD = self._view.embed[ids_BT]
+                # Every other reach, so that there are half as many shapes to compile: a chunk reads few rows.
+                reached, touched = self._reach(members) | 1, self._touched(lengths_B, counts_B)
+                x_BTD = look_up(self._view.embed, ids_BT)
                 for layer, weights in enumerate(self._view.layers):
                     past = self._cache[group][layer][:reached]
                     x_BTD, fresh = prefill_layer(self._graph, self._config, weights, x_BTD, past, rows_B, lengths_B)
-                    self._append(group, layer, fresh, rows_B, lengths_B, counts_B, counts_B)
+                    self._append(group, layer, touched, fresh, rows_B, lengths_B, counts_B)
                 for session, count in zip(members, counts_B.tolist(), strict=False):
                     self._lengths[session] += count
                     del self._queued[session][:count]
@@ -391,8 +420,9 @@ class Engine:
             self._graph, self._config, self._view, past, lengths_R, asked,
             places=self.max_new_tokens, stop_id=self.stop_id,
         )  # fmt: skip
+        touched = self._touched(lengths_R, asked.limit)
         for layer, fresh in enumerate(buffer):
-            self._append(group, layer, fresh, rows_R, lengths_R, counts_R, asked.limit)
+            self._append(group, layer, touched, fresh, rows_R, lengths_R, counts_R)
         return ids_RP, logprobs_RP, counts_R
 
     def _reach(self, sessions: list[int]) -> int:
@@ -400,10 +430,14 @@ class Engine:
         longest = max(self._lengths[session] for session in sessions)
         return int(np.searchsorted([0, *self._ends], -(-longest // TILE)))
 
-    def _append(self, group: int, layer: int, buffer, rows_B, lengths_B, counts_B, limit_B) -> None:
-        """Writes a layer's buffer into the blocks that it can lie in, `counts_B` places of at most `limit_B`."""
+    def _touched(self, lengths_B, limit_B) -> list[tuple[int, int]]:
+        """The blocks, with their first places, that at most `limit_B` new places of some rows can lie in."""
         first, last = lengths_B[limit_B > 0].min(), (lengths_B + limit_B)[limit_B > 0].max()
+        spans = enumerate(itertools.pairwise(end * TILE for end in [0, *self._ends]))
+        return [(index, start) for index, (start, end) in spans if first < end and last > start]
+
+    def _append(self, group: int, layer: int, touched: list[tuple[int, int]], buffer, rows_B, lengths_B, counts_B):
+        """Writes the first `counts_B` places of a layer's buffer into the blocks that they can lie in."""
         blocks = self._cache[group][layer]
-        for index, (start, end) in enumerate(itertools.pairwise([0, *self._ends])):
-            if first < end * TILE and last > start * TILE:
-                blocks[index] = append(blocks[index], buffer, start * TILE, rows_B, lengths_B, counts_B)
+        for index, start in touched:
+            blocks[index] = append(blocks[index], buffer, start, rows_B, lengths_B, counts_B)

@@ -127,14 +127,8 @@ class Linear(nnx.Module):
 
     def merged(self, dtype: jnp.dtype) -> "Merged":
         """Base and adapter as one dense frozen layer in `dtype`; this layer stays as it is."""
-        if self.codes is None:
-            weight = self.weight[...]
-        else:
-            weight = nf4.dequantize(self.codes[...], self.absmax[...])
-            weight = weight.reshape(*weight.shape[:-2], -1)
-        if self.a is not None:
-            weight = weight + self.scale * (self.b[...] @ self.a[...])
-        return Merged(weight.swapaxes(-1, -2).astype(dtype))
+        arrays = (None if x is None else x[...] for x in (self.weight, self.codes, self.absmax, self.a, self.b))
+        return Merged(merge(*arrays, self.scale, dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.codes is not None:
@@ -142,6 +136,17 @@ class Linear(nnx.Module):
             return qlora_matmul(x, self.codes[...], self.absmax[...], a, b, self.scale)
         y = dense_matmul(x, self.weight[...])
         return y if self.a is None else y + adapter_matmul(x, self.a[...], self.b[...], self.scale)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def merge(weight, codes, absmax, a, b, scale: float, dtype: jnp.dtype) -> jax.Array:
+    """W^T [N, I, O] of a weight [N, O, I] or its NF4 codes and absmax, and of an adapter, if there is one."""
+    if codes is not None:
+        weight = nf4.dequantize(codes, absmax)
+        weight = weight.reshape(*weight.shape[:-2], -1)
+    if a is not None:
+        weight = weight + scale * (b @ a)
+    return weight.swapaxes(-1, -2).astype(dtype)
 
 
 class Merged(nnx.Module):
