@@ -25,9 +25,8 @@ from lora.linear import Linear
 
 # Logits are made for so many tokens at a time that a chunk holds at most this many numbers (128 MiB in float32).
 LOGITS_PER_CHUNK = 2**25
-# Queries that attention takes at a time, and the numbers of keys that it chooses from: scores stay in a CPU's cache.
+# Queries and keys that attention takes at a time: the scores of a pair of blocks stay in a CPU's cache.
 ATTENTION_BLOCK = 128
-ATTENTION_KEYS = (256, 512)
 # Up to so many layers the scan is unrolled: 15 % faster on a CPU, and small models compile quickly all the same.
 UNROLLED_LAYERS = 8
 
@@ -125,45 +124,93 @@ def visible(queries_BL: jax.Array, keys_BM: jax.Array, offset: int, window: int 
 def attention(q_BLHC: jax.Array, k_BLKC: jax.Array, v_BLKC: jax.Array, segments_BL: jax.Array, window: int | None):
     """Causal attention inside segments, H/K query heads on each key head, softmax in float32. Returns [B, L, H * C].
 
-    A row at a time, and in it a block of queries against as many of the keys before its end as reach back to the start
-    of its first query's segment, rounded up to one of a few sizes. Scores are made again in the backward pass: those
-    of a whole row never exist, which is what bounds both memory and speed on a CPU.
+    A row at a time, in blocks of T tokens: `attend_row`. Padding sees nothing outside its own block.
     """
-    B, L, H, C = q_BLHC.shape
+    L, H, C = q_BLHC.shape[1:]
     K, T = k_BLKC.shape[2], min(ATTENTION_BLOCK, L)
-    length = -(-L // T) * T
-    q_BLHC, k_BLKC, v_BLKC, segments_BL = (
-        jnp.pad(x, [(0, 0), (0, length - L)] + [(0, 0)] * (x.ndim - 2))
-        for x in (q_BLHC * C**-0.5, k_BLKC, v_BLKC, segments_BL)
-    )
-    sizes = [size for size in ATTENTION_KEYS if size < length] + [length]
+    N = -(-L // T)
 
-    def attend_row(row):
-        q_LHC, k_LKC, v_LKC, segments_L, back_L = row
-        q_NKQC = q_LHC.reshape(-1, T, K, H // K, C).transpose(0, 2, 3, 1, 4).reshape(-1, K, H // K * T, C)
-        k_KLC, v_KLC = k_LKC.swapaxes(0, 1), v_LKC.swapaxes(0, 1)
+    def attend(row):
+        q_LHC, k_LKC, v_LKC, segments_L = (jnp.pad(x, [(0, N * T - L)] + [(0, 0)] * (x.ndim - 1)) for x in row)
+        q_NKQC = (q_LHC * C**-0.5).reshape(N, T, K, H // K, C).transpose(0, 2, 3, 1, 4).reshape(N, K, -1, C)
+        k_NKTC, v_NKTC = (x.reshape(N, T, K, C).swapaxes(1, 2) for x in (k_LKC, v_LKC))
+        start_L = jnp.arange(N * T) - positions_in(segments_L[None])[0]
+        first_N = jnp.where(segments_L[::T] == 0, jnp.arange(N), start_L[::T] // T)
+        out_NKQC = attend_row(q_NKQC, k_NKTC, v_NKTC, segments_L.reshape(N, T), first_N, window)
+        return out_NKQC.reshape(N, H, T, C).swapaxes(1, 2).reshape(N * T, H * C)[:L]
 
-        def attend_to(size, start, q_KQC):
-            first = jnp.maximum(start + T - size, 0)
-            k_KMC, v_KMC = (jax.lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in (k_KLC, v_KLC))
-            segments_T = jax.lax.dynamic_slice_in_dim(segments_L, start, T)
-            segments_M = jax.lax.dynamic_slice_in_dim(segments_L, first, size)
-            scores_HTM = jnp.einsum("kqc,kmc->kqm", q_KQC, k_KMC, preferred_element_type=jnp.float32).reshape(H, T, -1)
-            seen_1TM = visible(segments_T[None], segments_M[None], start - first, window)
-            weights_HTM = jax.nn.softmax(jnp.where(seen_1TM, scores_HTM, jnp.finfo(jnp.float32).min))
-            return jnp.einsum("kqm,kmc->kqc", weights_HTM.astype(v_KMC.dtype).reshape(K, -1, size), v_KMC)
+    return jax.lax.map(attend, (q_BLHC, k_BLKC, v_BLKC, segments_BL))
 
-        @jax.checkpoint
-        def attend_block(block):
-            start, q_KQC = block
-            size_index = jnp.searchsorted(jnp.array(sizes), T + back_L[start])
-            return jax.lax.switch(size_index, [functools.partial(attend_to, size) for size in sizes], start, q_KQC)
 
-        output_NKQC = jax.lax.map(attend_block, (jnp.arange(0, length, T), q_NKQC))
-        return output_NKQC.reshape(-1, H, T, C).swapaxes(1, 2).reshape(length, H * C)
+def block_scores(q_KQC, k_KTC, segments_T, segments_M, offset, window):
+    """Scores [K, Q, T] float32 of a block of queries on a block of keys `offset` places before; hidden ones smallest."""
+    K, Q, T = *q_KQC.shape[:2], len(segments_M)
+    scores_KXTM = jnp.einsum("kqc,kmc->kqm", q_KQC, k_KTC, preferred_element_type=jnp.float32).reshape(K, -1, T, T)
+    seen_TM = visible(segments_T[None], segments_M[None], offset, window)[0]
+    return jnp.where(seen_TM, scores_KXTM, jnp.finfo(jnp.float32).min).reshape(K, Q, T)
 
-    rows = (q_BLHC, k_BLKC, v_BLKC, segments_BL, positions_in(segments_BL))
-    return jax.lax.map(attend_row, rows)[:, :L]
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def attend_row(q_NKQC, k_NKTC, v_NKTC, segments_NT, first_N, window):
+    """Attention of one row, whose query block n reads key blocks first_N[n] to n. Returns [N, K, Q, C].
+
+    Scores exist for one pair of blocks at a time, in the backward pass too, which makes them again from the logarithm of
+    each query's sum. Source: FlashAttention-2 (arXiv 2307.08691), as loops for a CPU.
+    """
+    return attend_row_forward(q_NKQC, k_NKTC, v_NKTC, segments_NT, first_N, window)[0]
+
+
+def attend_row_forward(q_NKQC, k_NKTC, v_NKTC, segments_NT, first_N, window):
+    N, K, Q, C = q_NKQC.shape
+    T = segments_NT.shape[1]
+
+    def query_block(n):
+        def key_block(m, state):
+            top_KQ1, total_KQ1, out_KQC = state
+            scores_KQT = block_scores(q_NKQC[n], k_NKTC[m], segments_NT[n], segments_NT[m], (n - m) * T, window)
+            higher_KQ1 = jnp.maximum(top_KQ1, scores_KQT.max(axis=-1, keepdims=True))
+            weights_KQT, shrink_KQ1 = jnp.exp(scores_KQT - higher_KQ1), jnp.exp(top_KQ1 - higher_KQ1)
+            read = jnp.einsum("kqt,ktc->kqc", weights_KQT.astype(v_NKTC.dtype), v_NKTC[m])
+            total_KQ1 = total_KQ1 * shrink_KQ1 + weights_KQT.sum(axis=-1, keepdims=True)
+            return higher_KQ1, total_KQ1, out_KQC * shrink_KQ1 + read
+
+        # A block in which a query sees nothing counts as if it saw all of it, until its own place outweighs that by far.
+        start = jnp.full((K, Q, 1), -jnp.inf), jnp.zeros((K, Q, 1)), jnp.zeros((K, Q, C))
+        top_KQ1, total_KQ1, out_KQC = jax.lax.fori_loop(first_N[n], n + 1, key_block, start)
+        return (out_KQC / total_KQ1).astype(q_NKQC.dtype), top_KQ1 + jnp.log(total_KQ1)
+
+    out_NKQC, logsum_NKQ1 = jax.lax.map(query_block, jnp.arange(N))
+    return out_NKQC, (q_NKQC, k_NKTC, v_NKTC, segments_NT, first_N, out_NKQC, logsum_NKQ1)
+
+
+def attend_row_backward(window, saved, d_out_NKQC):
+    q_NKQC, k_NKTC, v_NKTC, segments_NT, first_N, out_NKQC, logsum_NKQ1 = saved
+    N, T = segments_NT.shape
+
+    def query_block(d_keys, n):
+        q_KQC, d_out_KQC = q_NKQC[n], d_out_NKQC[n]
+        common_KQ1 = (d_out_KQC * out_NKQC[n]).sum(axis=-1, keepdims=True)
+
+        def key_block(m, state):
+            d_q_KQC, d_k_NKTC, d_v_NKTC = state
+            scores_KQT = block_scores(q_KQC, k_NKTC[m], segments_NT[n], segments_NT[m], (n - m) * T, window)
+            weights_KQT = jnp.exp(scores_KQT - logsum_NKQ1[n])
+            d_weights_KQT = jnp.einsum("kqc,ktc->kqt", d_out_KQC, v_NKTC[m])
+            d_scores_KQT = weights_KQT * (d_weights_KQT - common_KQ1)
+            d_k_NKTC = d_k_NKTC.at[m].add(jnp.einsum("kqt,kqc->ktc", d_scores_KQT, q_KQC))
+            d_v_NKTC = d_v_NKTC.at[m].add(jnp.einsum("kqt,kqc->ktc", weights_KQT, d_out_KQC))
+            return d_q_KQC + jnp.einsum("kqt,ktc->kqc", d_scores_KQT, k_NKTC[m]), d_k_NKTC, d_v_NKTC
+
+        d_q_KQC, *d_keys = jax.lax.fori_loop(first_N[n], n + 1, key_block, (jnp.zeros(q_KQC.shape), *d_keys))
+        return tuple(d_keys), d_q_KQC
+
+    empty = jnp.zeros(k_NKTC.shape), jnp.zeros(v_NKTC.shape)
+    (d_k_NKTC, d_v_NKTC), d_q_NKQC = jax.lax.scan(query_block, empty, jnp.arange(N))
+    gradients = zip((d_q_NKQC, d_k_NKTC, d_v_NKTC), (q_NKQC, k_NKTC, v_NKTC), strict=True)
+    return *(d.astype(x.dtype) for d, x in gradients), None, None
+
+
+attend_row.defvjp(attend_row_forward, attend_row_backward)
 
 
 class Layer(nnx.Module):
