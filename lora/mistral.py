@@ -143,7 +143,7 @@ def attention(q_BLHC: jax.Array, k_BLKC: jax.Array, v_BLKC: jax.Array, segments_
 
 
 def block_scores(q_KQC, k_KTC, segments_T, segments_M, offset, window):
-    """Scores [K, Q, T] float32 of a block of queries on a block of keys `offset` places before; hidden ones smallest."""
+    """Scores [K, Q, T] float32 of a block of queries on keys `offset` places before it; hidden ones the smallest."""
     K, Q, T = *q_KQC.shape[:2], len(segments_M)
     scores_KXTM = jnp.einsum("kqc,kmc->kqm", q_KQC, k_KTC, preferred_element_type=jnp.float32).reshape(K, -1, T, T)
     seen_TM = visible(segments_T[None], segments_M[None], offset, window)[0]
@@ -154,8 +154,8 @@ def block_scores(q_KQC, k_KTC, segments_T, segments_M, offset, window):
 def attend_row(q_NKQC, k_NKTC, v_NKTC, segments_NT, first_N, window):
     """Attention of one row, whose query block n reads key blocks first_N[n] to n. Returns [N, K, Q, C].
 
-    Scores exist for one pair of blocks at a time, in the backward pass too, which makes them again from the logarithm of
-    each query's sum. Source: FlashAttention-2 (arXiv 2307.08691), as loops for a CPU.
+    Scores exist for one pair of blocks at a time, in the backward pass too, which makes them again with the
+    logarithm of each query's sum. Source: FlashAttention-2 (arXiv 2307.08691), as loops for a CPU.
     """
     return attend_row_forward(q_NKQC, k_NKTC, v_NKTC, segments_NT, first_N, window)[0]
 
@@ -174,7 +174,7 @@ def attend_row_forward(q_NKQC, k_NKTC, v_NKTC, segments_NT, first_N, window):
             total_KQ1 = total_KQ1 * shrink_KQ1 + weights_KQT.sum(axis=-1, keepdims=True)
             return higher_KQ1, total_KQ1, out_KQC * shrink_KQ1 + read
 
-        # A block in which a query sees nothing counts as if it saw all of it, until its own place outweighs that by far.
+        # A block in which a query sees nothing counts as if it saw all of it, until its own place outweighs that.
         start = jnp.full((K, Q, 1), -jnp.inf), jnp.zeros((K, Q, 1)), jnp.zeros((K, Q, C))
         top_KQ1, total_KQ1, out_KQC = jax.lax.fori_loop(first_N[n], n + 1, key_block, start)
         return (out_KQC / total_KQ1).astype(q_NKQC.dtype), top_KQ1 + jnp.log(total_KQ1)
