@@ -5,18 +5,20 @@
 #   ./run.sh            the embedded default: the tiny base on real games ($ALFWORLD_DATA) or generated ones
 #   ./run.sh paper      A3T's configuration on Mistral-7B-Instruct-v0.2 (real games; MODEL=folder of the weights)
 #
-# Environment: RUN (directory of the run), ROUNDS (4), SEED (0), MODEL.
+# Environment: RUN (directory of the run), ROUNDS (4), SEED (0), MODEL, BUDGET (compositions per failed task: 3; paper: 40).
 set -euo pipefail
 cd "$(dirname "$0")"
 
 RUN=${RUN:-runs/a3t} ROUNDS=${ROUNDS:-4} SEED=${SEED:-0}
 common=(--run "$RUN" --seed "$SEED") play=() compose=() train=()
 case "${1:-tiny}" in
-  tiny) common+=(--model "${MODEL:-models/tiny-alfworld}") ;;
+  tiny)
+    common+=(--model "${MODEL:-models/tiny-alfworld}")
+    compose+=(--budget "${BUDGET:-3}") ;;
   paper)
     common+=(--model "${MODEL:?MODEL must name the folder of Mistral-7B-Instruct-v0.2}")
     play+=(--patience 0)
-    compose+=(--probability 0.5 --budget 40 --force 40)
+    compose+=(--probability 0.5 --budget "${BUDGET:-40}" --force "${BUDGET:-40}")
     train+=(--targets q v --rank 16 --alpha 32 --learning-rate 1e-4 --epochs 10 6 --failure-reward -1 --world-weight 1
             --weights nf4) ;;
   *) echo "run.sh: got '$1', expected nothing, 'tiny' or 'paper'" >&2; exit 2 ;;
