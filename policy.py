@@ -49,11 +49,14 @@ class Policy(Protocol):
 
 
 def load_tokenizer(model_dir: str | Path) -> Tokenizer:
-    """The tokenizer.json of a Hugging Face folder; FileNotFoundError names the path that was looked for."""
+    """The tokenizer.json of a Hugging Face folder. Raises FileNotFoundError, or ValueError if it is none."""
     path = Path(model_dir) / "tokenizer.json"
     if not path.exists():
         raise FileNotFoundError(f"no {path}; expected a Hugging Face model folder with tokenizer.json")
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} is not a whole tokenizer.json ({error}); copy it from the model again") from error
 
 
 class LocalPolicy:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from lora import engine as engine_module
 from lora.convert import load_model, save_model
-from lora.engine import Asked, Engine, Static, View, append, decode, empty_buffer, sample
+from lora.engine import Asked, Engine, Graph, View, append, decode, empty_buffer, sample
 from lora.linear import LoRAConfig, LoRAParam
 from lora.mistral import Config, Mistral, token_logprobs
 
@@ -249,7 +249,7 @@ def test_nothing_of_the_size_of_the_cache_is_copied(monkeypatch):
     size = sum(x.nbytes for x in block)
     ints = np.zeros(rows, np.int32)
     asked = Asked(ints, ints, ints.astype(np.float32), ints.astype(np.uint32))
-    decoding = decode.lower(Static(graph), TINY, view, [[block]] * 2, ints, asked, places=T, stop_id=STOP).compile()
+    decoding = decode.lower(Graph(graph), TINY, view, [[block]] * 2, ints, asked, places=T, stop_id=STOP).compile()
     scores = rows * H * 1024 * 4
     assert decoding.memory_analysis().temp_size_in_bytes < 4 * scores < size
     writing = append.lower(block, empty_buffer(TINY, rows, T, jnp.float32), 0, ints, ints, ints).compile()

@@ -16,6 +16,7 @@ import actre
 import evaluate
 import rollout
 import train_pg
+from policy import load_tokenizer
 from stage import StageError, read_json, round_directory
 from tests.helpers import write_tiny_model
 from trajectory import read_trajectories
@@ -148,6 +149,9 @@ def test_bad_input_is_named(unbroken, tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"trajectories\.jsonl:10: the line is cut off"):
         train_pg.main(train_pg.Args(run=tmp_path))
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "mod')
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a whole"):
+        load_tokenizer(tmp_path)
 
 
 def test_an_adapter_of_another_base_is_refused(unbroken, tmp_path):
