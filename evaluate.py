@@ -90,18 +90,24 @@ def wilson(won: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return middle - half, middle + half
 
 
+def success_by_type(trajectories: list[Trajectory]) -> dict[str, dict[str, int]]:
+    """{"Pick": {"success": 3, "n": 5}, ...} over ALFWorld's six task types."""
+    by_type = {name: {"success": 0, "n": 0} for name in SHORT.values()}
+    for trajectory in trajectories:
+        counts = by_type[SHORT[task_type(trajectory.task_id)]]
+        counts["success"] += trajectory.success
+        counts["n"] += 1
+    return by_type
+
+
 def score(trajectories: list[Trajectory]) -> dict[str, Any]:
     """Success with n and interval, by type, mean turns, invalid actions, ends. Faults are counted, never scored."""
     rows = [t for t in trajectories if t.end not in FAULTS]
     won = sum(t.success for t in rows)
     turns = [turn for t in rows for turn in t.turns]
-    by_type = {}
-    for kind in TASK_TYPES:
-        of_type = [t for t in rows if task_type(t.task_id) == kind]
-        by_type[SHORT[kind]] = {"success": sum(t.success for t in of_type), "n": len(of_type)}
     return {
         "success": won, "n": len(rows), "rate": round(won / max(1, len(rows)), 4),
-        "wilson95": [round(x, 4) for x in wilson(won, len(rows))], "types": by_type,
+        "wilson95": [round(x, 4) for x in wilson(won, len(rows))], "types": success_by_type(rows),
         "mean_turns": round(len(turns) / max(1, len(rows)), 2),
         "invalid_action_rate": round(sum(not t.valid for t in turns) / max(1, len(turns)), 4),
         "ends": dict(Counter(t.end for t in trajectories)),

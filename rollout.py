@@ -19,6 +19,7 @@ import tyro
 from agent import Job, Play, play, require_tasks
 from envs.base import make_world
 from envs.panel import default_panels, pick_tasks
+from evaluate import success_by_type
 from lora.convert import base_sha
 from policy import LocalPolicy
 from stage import Stage, adapter_of_round, adapter_sha, current_round, round_directory, run_main
@@ -92,7 +93,8 @@ def main(args: Args) -> None:
     trajectories = sort_file(path)
     won = sum(t.success for t in trajectories)
     turns = sum(len(t.turns) for t in trajectories) / len(trajectories)
-    stage.finish({"round": number, "trajectories": len(trajectories), "success": won, "mean_turns": round(turns, 2),
+    stage.finish({"round": number, "trajectories": len(trajectories), "success": won,
+                  "types": success_by_type(trajectories), "mean_turns": round(turns, 2),
                   "ids": sum(len(t.ids) for t in trajectories)})  # fmt: skip
     print(f"rollout round {number}: {won}/{len(trajectories)} won, {turns:.1f} turns each -> {path}")
 

@@ -61,6 +61,8 @@ def test_two_rounds_leave_every_artifact(unbroken):
     assert (round_directory(unbroken, 0) / "actre/trajectories.jsonl").read_bytes() == b""
     rows = list(read_trajectories(round_directory(unbroken, 1) / "rollout/trajectories.jsonl"))
     assert len(rows) == 10 and {t.round for t in rows} == {1} and all(t.ids and sum(t.sampled) for t in rows)
+    types = read_json(round_directory(unbroken, 1) / "rollout/done.json")["types"].values()
+    assert sum(t["n"] for t in types) == 10 and sum(t["success"] for t in types) == sum(t.success for t in rows)
     composed = list(read_trajectories(round_directory(unbroken, 1) / "actre/trajectories.jsonl"))
     failed = {t.task_id for t in rows if not t.success}
     assert {t.task_id for t in composed} == failed and len(composed) == 2 * len(failed)
