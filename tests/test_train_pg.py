@@ -79,14 +79,20 @@ def batch():
     return ids_BL, segments_BL, weights_BL
 
 
-def gradient(model, weights_BL, trajectories=3.0):
+@pytest.fixture
+def gradient(model):
+    """gradient(weights_BL): the objective's gradient of the adapter, as one vector."""
     graph, adapter, frozen = model
     ids_BL, segments_BL, _ = batch()
 
-    def value(adapter):
-        return objective(nnx.merge(graph, adapter, frozen), ids_BL, segments_BL, weights_BL, trajectories)[0]
+    @jax.jit
+    def of_adapter(adapter, weights_BL):
+        def value(adapter):
+            return objective(nnx.merge(graph, adapter, frozen), ids_BL, segments_BL, weights_BL, 3.0)[0]
 
-    return jnp.concatenate([g.ravel() for g in jax.tree.leaves(jax.grad(value)(adapter))])
+        return jnp.concatenate([g.ravel() for g in jax.tree.leaves(jax.grad(value)(adapter))])
+
+    return lambda weights_BL: of_adapter(adapter, weights_BL)
 
 
 def test_the_objective_is_ten_lines_of_numpy(model):
@@ -107,14 +113,14 @@ def test_the_objective_is_ten_lines_of_numpy(model):
     assert float(positive - negative) == pytest.approx(total, rel=1e-4) and negative < 0 and positive < 0
 
 
-def test_weight_zero_gives_no_gradient_and_minus_one_the_negative(model):
+def test_weight_zero_gives_no_gradient_and_minus_one_the_negative(gradient):
     _, _, weights_BL = batch()
-    whole = gradient(model, weights_BL)
+    whole = gradient(weights_BL)
     assert float(jnp.abs(whole).max()) > 1e-3
-    assert float(jnp.abs(gradient(model, 0 * weights_BL)).max()) == 0.0
-    assert jnp.array_equal(gradient(model, -weights_BL), -whole)
-    only_second = gradient(model, weights_BL * (batch()[1] == 2))
-    others = gradient(model, weights_BL * (batch()[1] == 1))
+    assert float(jnp.abs(gradient(0 * weights_BL)).max()) == 0.0
+    assert jnp.array_equal(gradient(-weights_BL), -whole)
+    only_second = gradient(weights_BL * (batch()[1] == 2))
+    others = gradient(weights_BL * (batch()[1] == 1))
     assert jnp.allclose(only_second + others, whole, atol=1e-5)
 
 
