@@ -23,7 +23,7 @@ import tyro
 
 from agent import Compose, Job, Play, play
 from envs.base import make_world
-from lora.convert import base_sha
+from lora.checkpoint import base_sha
 from policy import LocalPolicy
 from stage import (
     Stage,

@@ -23,7 +23,7 @@ from agent import Job, Play, play, require_tasks
 from envs.alfworld import TASK_TYPES, task_type
 from envs.base import make_world
 from envs.panel import default_panels, pick_tasks
-from lora.convert import base_sha
+from lora.checkpoint import base_sha
 from policy import LocalPolicy
 from stage import (
     Stage,

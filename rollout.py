@@ -20,7 +20,7 @@ from agent import Job, Play, play, require_tasks
 from envs.base import make_world
 from envs.panel import default_panels, pick_tasks
 from evaluate import success_by_type
-from lora.convert import base_sha
+from lora.checkpoint import base_sha
 from policy import LocalPolicy
 from stage import Stage, adapter_of_round, adapter_sha, current_round, round_directory, run_main
 from trajectory import Trajectory, Writer, sort_file

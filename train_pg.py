@@ -8,9 +8,8 @@ base stays quantised. The adapter that is saved is the average over the epochs' 
     python train_pg.py                       # the current round of runs/a3t
     python train_pg.py --preview 3           # print three trajectories with their weights coloured, train nothing
 
-Left out: baselines, importance weights, KL, clipping of ratios (the paper has none), weights split over devices (each
-has them all and takes its share of a step's rows).
-Shapes: N packed rows, B rows of a step, L tokens.
+Left out: baselines, importance weights, KL, clipping of ratios (the paper has none).
+Shapes: N packed rows, S microbatches of B rows, L tokens.
 """
 
 from __future__ import annotations
@@ -31,14 +30,18 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
-from lora.convert import base_sha, load_adapter, load_model, save_adapter
+from lora.checkpoint import base_sha
+from lora.convert import adapter_name, load_adapter, load_model, save_adapter
+from lora.device import lora_step_flops, peak_flops, peak_memory
 from lora.linear import LoRAConfig, LoRAParam
 from lora.mistral import token_logprobs
+from lora.sharding import AXES, ROWS, join_processes, make_mesh, specs_of
 from policy import load_tokenizer
 from stage import (
     Stage,
@@ -63,14 +66,18 @@ class Args:
     """Round to train (default: the first one that is not trained yet)."""
     model: Path = Path("models/tiny-alfworld")
     """Base model, a Hugging Face folder."""
-    weights: Literal["nf4", "fp32"] = "nf4"
-    """How the frozen base is held."""
+    weights: Literal["nf4", "nf4-dq", "bf16", "fp32"] = "nf4"
+    """How the frozen base is held (paper: 4 bits, taken as nf4; nf4-dq also quantises its scales)."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Activations (default: bfloat16 for --weights bf16, else float32; an accelerator wants bfloat16)."""
     rank: int = 16
     """LoRA rank (paper: 16)."""
     alpha: float = 32.0
     """LoRA alpha; the update is scaled by alpha / rank (paper: 32)."""
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
     """Projections that carry an adapter (paper: q v)."""
+    dropout: float = 0.0
+    """Share of an adapter's input that is left out in training (not stated in the paper)."""
     init: Literal["base", "previous"] = "base"
     """Start from fresh LoRA weights on the base, or from the previous round's adapter (not stated in the paper)."""
     learning_rate: float = 1e-3
@@ -79,8 +86,18 @@ class Args:
     """Passes over the data in rounds 0, 1, ...; the last number holds for all later rounds too (paper: 10 6)."""
     batch_rows: int = 2
     """Packed rows of one optimizer step (not stated in the paper)."""
+    device_rows: int = 1
+    """Rows that a device takes at once; the others of a step follow, and gradients are summed."""
+    mesh: tuple[int, int, int] = (-1, 1, 1)
+    """Devices along data, fsdp and tensor (lora/sharding.py); data -1: as many as divide the rows of a step."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What layers keep for the backward pass: everything, their input alone, or that and their matmuls."""
+    attention: Literal["blocks", "splash", "cudnn", "xla"] | None = None
+    """Implementation of attention (default: the best of the device; lora/attention.py)."""
     row_length: int = 1280
     """Tokens of a packed row; no trajectory may be longer (the context and a last observation)."""
+    weight_decay: float = 0.0
+    """AdamW's decay of the adapter (not stated in the paper)."""
     clip: float = 1.0
     """Largest global norm of the gradient of the mean over tokens (not stated in the paper)."""
     average: bool = True
@@ -88,6 +105,8 @@ class Args:
     failure_reward: float = -0.5
     """R_f, the weight of the policy's own failure of a task that was also solved (paper: -1; 0 is plain SFT).
     At -1 the tiny base's failures, a fifth of the data and twice as long as successes, drown the rest."""
+    floor: float = -20.0
+    """Stop where the mean log-probability of a step's failures falls below this: at R_f < 0 the loss has no bound."""
     fractional: bool = False
     """Weight each own trajectory by the world's reward instead of binarising it."""
     threshold: float = 1.0
@@ -198,46 +217,80 @@ def preview(packed: Packed, examples: list[Example], decode: Callable[[list[int]
 # ---- the objective ---------------------------------------------------------------------------------------------------
 
 
-def objective(model, ids_BL: jax.Array, segments_BL: jax.Array, weights_BL: jax.Array, trajectories: jax.Array):
+class Batch(NamedTuple):
+    """Packed rows, [B, L] each: token ids, segments (0 = padding), weights."""
+
+    ids: jax.Array
+    segments: jax.Array
+    weights: jax.Array
+
+
+def objective(model, batch: Batch, trajectories: jax.Array, **how):
     """sum(w * log p) / trajectories, to be maximised, and the log-likelihood of + and - tokens apart (sums).
 
-    The first token of a segment has no context and log-probability 0.
+    The first token of a segment has no context and log-probability 0. `how`: see `token_logprobs`.
     """
-    logprobs_BL = token_logprobs(model, ids_BL, segments_BL)
-    value = (weights_BL * logprobs_BL).sum() / trajectories
-    return value, ((weights_BL > 0) * logprobs_BL).sum(), ((weights_BL < 0) * logprobs_BL).sum()
+    logprobs_BL = token_logprobs(model, batch.ids, batch.segments, **how)
+    value = (batch.weights * logprobs_BL).sum() / trajectories
+    return value, ((batch.weights > 0) * logprobs_BL).sum(), ((batch.weights < 0) * logprobs_BL).sum()
 
 
-def make_update(graph, optimizer: optax.GradientTransformation, mesh: Mesh):
-    """The jitted optimizer step: (adapter, state, frozen, rate, batch) -> (adapter, state, metrics).
+def make_update(graph, optimizer: optax.GradientTransformation, mesh: Mesh, adapter, frozen, **how):
+    """The jitted optimizer step: (adapter, state, frozen, rate, batch, trajectories, key) -> (adapter, state, metrics).
 
-    Every device of the mesh takes its rows of the batch. The rate is an argument: a schedule's length differs from
-    round to round, and would be compiled anew with it.
+    `batch` is [S, B, L]: every device takes its share of the B rows, one S after the other, and the gradients are
+    summed (gradient accumulation). `adapter` and `frozen` say how they lie on the mesh. The rate is an argument: a
+    schedule's length differs from round to round, and would be compiled anew with it. `key` is that of LoRA dropout,
+    or None.
     """
+    places = specs_of(adapter)
 
-    def of_rows(adapter, frozen, ids_BL, segments_BL, weights_BL, trajectories):
-        def loss(adapter):
-            value, positive, negative = objective(
-                nnx.merge(graph, adapter, frozen), ids_BL, segments_BL, weights_BL, trajectories
-            )
+    def of_device(adapter, frozen, batch, trajectories, key):
+        def loss(adapter, rows, index):
+            if key is not None:
+                index = index * jax.lax.axis_size(("data", "fsdp")) + jax.lax.axis_index(("data", "fsdp"))
+            row_key = None if key is None else jax.random.fold_in(key, index)
+            model = nnx.merge(graph, adapter, frozen)
+            value, positive, negative = objective(model, rows, trajectories, key=row_key, **how)
             return -value, (positive, negative)
 
-        return jax.lax.psum(jax.value_and_grad(loss, has_aux=True)(adapter), "rows")
+        def add(total, rows_and_index):
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss, has_aux=True)(adapter, *rows_and_index)), None
 
-    # check_vma would add a sum over devices of its own to the gradient of the adapter, which all of them share.
-    rows, whole = P("rows"), P()
+        nothing = ((0.0, (0.0, 0.0)), jax.tree.map(jnp.zeros_like, adapter))
+        numbers = jnp.arange(len(batch.ids))
+        (sums, gradient), _ = jax.lax.scan(add, jax.tree.map(jnp.asarray, nothing), (batch, numbers))
+
+        def over_devices(gradient, place):
+            """Devices that hold the same part of an adapter have each a part of its gradient."""
+            return jax.lax.psum(gradient, tuple(axis for axis in AXES if axis not in place))
+
+        return jax.lax.psum(sums, ("data", "fsdp")), jax.tree.map(over_devices, gradient, places)
+
+    # check_vma would add sums over devices of its own to the gradient of what they share; here they are written out.
     of_batch = jax.shard_map(
-        of_rows, mesh=mesh, in_specs=(whole, whole, rows, rows, rows, whole), out_specs=whole, check_vma=False
-    )
+        of_device, mesh=mesh, in_specs=(places, specs_of(frozen), P(None, *ROWS), P(), P()),
+        out_specs=(P(), places), check_vma=False,
+    )  # fmt: skip
 
     @jax.jit
-    def update(adapter, state, frozen, rate, ids_BL, segments_BL, weights_BL, trajectories):
-        (value, sums), gradient = of_batch(adapter, frozen, ids_BL, segments_BL, weights_BL, trajectories)
+    def update(adapter, state, frozen, rate, batch, trajectories, key):
+        (value, sums), gradient = of_batch(adapter, frozen, batch, trajectories, key)
         updates, state = optimizer.update(gradient, state, adapter)
         updates = jax.tree.map(lambda u: -rate * u, updates)
         return optax.apply_updates(adapter, updates), state, (value, *sums, optax.tree.norm(gradient))
 
     return update
+
+
+def initial_state(optimizer: optax.GradientTransformation, adapter, mesh: Mesh):
+    """The optimizer's state, its moments beside the arrays that they are of."""
+    whole = NamedSharding(mesh, P())
+    places = jax.tree.map(lambda x: x.sharding, adapter)
+    shape = jax.eval_shape(optimizer.init, adapter)
+    places = optax.tree.map_params(optimizer, lambda _, place: place, shape, places,
+                                   transform_non_params=lambda _: whole)  # fmt: skip
+    return jax.jit(optimizer.init, out_shardings=places)(adapter)
 
 
 def batch_order(args: Args, number: int, epoch: int, rows: int) -> list[np.ndarray]:
@@ -247,10 +300,31 @@ def batch_order(args: Args, number: int, epoch: int, rows: int) -> list[np.ndarr
     return np.split(order, len(order) // args.batch_rows)
 
 
-def train(args: Args, number: int, packed: Packed, model, directory: Path) -> tuple[object, dict]:
-    """Runs all epochs, resuming from the last whole one. Returns the adapter to save and counts for done.json.
+def mesh_of(args: Args) -> Mesh:
+    """The mesh of the arguments; the data axis, if it is -1, divides the rows of a step.
 
-    Raises StageError on a non-finite loss, naming the step.
+    Raises ValueError if the devices, or the rows of a step, cannot be divided so.
+    """
+    data, fsdp, tensor = args.mesh
+    if data == -1:
+        rows, devices = args.batch_rows // (args.device_rows * fsdp), jax.device_count() // (fsdp * tensor)
+        data = max(1, math.gcd(rows, devices))
+    at_once = data * fsdp * args.device_rows
+    if args.batch_rows % at_once:
+        raise ValueError(
+            f"--batch-rows {args.batch_rows} is no multiple of data x fsdp x --device-rows = {data} x {fsdp} x "
+            f"{args.device_rows}: give a multiple of {at_once}."
+        )
+    return make_mesh((data, fsdp, tensor))
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def train(args: Args, number: int, packed: Packed, model, mesh: Mesh, directory: Path) -> tuple[object, dict]:
+    """Runs all epochs, resuming from the last whole one. Returns the model to save and counts for done.json.
+
+    Raises StageError, naming the step, on a non-finite loss or where the likelihood of the failures has run away.
     """
     rows, epochs = len(packed.ids_NL), args.epochs[min(number, len(args.epochs) - 1)]
     per_epoch = -(-rows // args.batch_rows)
@@ -258,57 +332,89 @@ def train(args: Args, number: int, packed: Packed, model, directory: Path) -> tu
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, args.learning_rate, max(1, round(0.03 * steps)), max(2, steps), 0.1 * args.learning_rate
     )
-    optimizer = optax.chain(optax.clip_by_global_norm(args.clip), optax.scale_by_adam())
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(args.clip), optax.scale_by_adam(), optax.add_decayed_weights(args.weight_decay)
+    )
     graph, adapter, frozen = nnx.split(model, LoRAParam, ...)
-    mesh = Mesh(jax.devices()[: math.gcd(args.batch_rows, jax.device_count())], ("rows",))
-    update = make_update(graph, optimizer, mesh)
-    progress = {"adapter": adapter, "state": optimizer.init(adapter), "sum": jax.tree.map(jnp.zeros_like, adapter)}
-    progress, frozen = jax.device_put((progress, frozen), NamedSharding(mesh, P()))
+    update = make_update(graph, optimizer, mesh, adapter, frozen, implementation=args.attention, remat=args.remat)
+    nothing = jax.tree.map(lambda x: jnp.zeros_like(x, device=x.sharding), adapter)
+    progress = {"adapter": adapter, "state": initial_state(optimizer, adapter, mesh), "sum": nothing}
 
     empty = np.zeros((1, args.row_length), np.int32)  # row -1
-    ids_NL, segments_NL = (np.concatenate([a, empty]) for a in (packed.ids_NL, packed.segments_NL))
-    weights_NL = np.concatenate([packed.weights_NL, empty.astype(np.float32)])
-    trajectories_N = segments_NL.max(axis=1)
+    whole = Batch(*(np.concatenate([a, empty.astype(a.dtype)]) for a in packed[:3]))
+    at_once = mesh.shape["data"] * mesh.shape["fsdp"] * args.device_rows
+    place = NamedSharding(mesh, P(None, *ROWS))
+    peak = peak_flops(mesh.size)
+
+    def batch_of(members: np.ndarray) -> Batch:
+        rows = (x[members].reshape(-1, at_once, args.row_length) for x in whole)
+        return Batch(*(jax.make_array_from_callback(x.shape, place, lambda index, x=x: x[index]) for x in rows))
 
     metrics_path, checkpoints = directory / "metrics.jsonl", directory / "checkpoints"
-    with ocp.training.Checkpointer(checkpoints.resolve()) as checkpointer:
+    latest = ocp.training.preservation_policies.LatestN(1)
+    with ocp.training.Checkpointer(checkpoints.resolve(), preservation_policy=latest) as checkpointer:
         first = 0
         if checkpointer.latest is not None:
             first = checkpointer.latest.step
             leaves = checkpointer.load(first, {"leaves": jax.tree.leaves(progress)})["leaves"]
             progress = jax.tree.unflatten(jax.tree.structure(progress), leaves)
-        keep_metrics(metrics_path, first * per_epoch)
-        with open(metrics_path, "a") as metrics, tqdm(total=steps, initial=first * per_epoch, desc="train_pg") as bar:
+        if chief():
+            keep_metrics(metrics_path, first * per_epoch)
+        with (
+            open(metrics_path if chief() else os.devnull, "a") as metrics,
+            tqdm(total=steps, initial=first * per_epoch, desc="train_pg", disable=not chief()) as bar,
+        ):
             for epoch in range(first, epochs):
                 adapter, state = progress["adapter"], progress["state"]
                 for index, members in enumerate(batch_order(args, number, epoch, rows)):
                     step, start = epoch * per_epoch + index + 1, time.time()
-                    batch = (ids_NL[members], segments_NL[members], weights_NL[members])
-                    rate, trajectories = schedule(step - 1), np.float32(max(1, trajectories_N[members].sum()))
-                    adapter, state, values = update(adapter, state, frozen, rate, *batch, trajectories)
+                    segments, weights = whole.segments[members], whole.weights[members]
+                    trajectories = np.float32(max(1, segments.max(axis=1).sum()))
+                    key = jax.random.key(draw_seed(args.seed, "dropout", number, step)) if args.dropout else None
+                    adapter, state, values = update(
+                        adapter, state, frozen, schedule(step - 1), batch_of(members), trajectories, key
+                    )
                     loss, positive, negative, norm = (float(v) for v in values)
-                    if not np.isfinite([loss, norm]).all():
-                        raise StageError(
-                            f"step {step}: loss {loss}, gradient norm {norm}. Lower --learning-rate (now "
-                            f"{args.learning_rate:g}) or raise --failure-reward (now {args.failure_reward:g}), then "
-                            f"remove {directory} and run again."
-                        )
-                    tokens = int((batch[1] > 0).sum())
+                    tokens, seconds = int((segments > 0).sum()), time.time() - start
+                    flops = lora_step_flops(model.config, tokens) / seconds
                     line = {
                         "step": step, "epoch": epoch, "loss": loss, "gradient_norm": norm,
-                        "logprob_positive": positive / max(1, int((batch[2] > 0).sum())),
-                        "logprob_negative": negative / max(1, int((batch[2] < 0).sum())),
-                        "tokens": tokens, "seconds": round(time.time() - start, 4),
+                        "logprob_positive": positive / max(1, int((weights > 0).sum())),
+                        "logprob_negative": negative / max(1, int((weights < 0).sum())),
+                        "tokens": tokens, "seconds": round(seconds, 4), "tokens_per_s": round(tokens / seconds, 1),
+                        "mfu": peak and round(flops / peak, 4), "peak_memory": peak_memory(),
                     }  # fmt: skip
+                    check_step(args, line, directory)
                     metrics.write(json.dumps(line) + "\n")
                     metrics.flush()
-                    bar.set_postfix(loss=f"{loss:.2f}", positive=f"{line['logprob_positive']:.4f}", refresh=False)
+                    bar.set_postfix(loss=f"{loss:.2f}", positive=f"{line['logprob_positive']:.4f}",
+                                    tokens_per_s=f"{tokens / seconds:.0f}", refresh=False)  # fmt: skip
                     bar.update()
                 total = jax.tree.map(jnp.add, progress["sum"], adapter)
                 progress = {"adapter": adapter, "state": state, "sum": total}
                 checkpointer.save(epoch + 1, {"leaves": jax.tree.leaves(progress)})
     final = jax.tree.map(lambda x: x / epochs, progress["sum"]) if args.average else progress["adapter"]
     return nnx.merge(graph, final, frozen), {"epochs": epochs, "steps": steps, "rows": rows}
+
+
+def check_step(args: Args, line: dict, directory: Path) -> None:
+    """Raises StageError if a step's numbers are not finite or its failures have become too unlikely."""
+    found = None
+    if not np.isfinite([line["loss"], line["gradient_norm"]]).all():
+        found = f"loss {line['loss']}, gradient norm {line['gradient_norm']}"
+    elif line["logprob_negative"] < args.floor:
+        found = (f"the mean log-probability of the failures' tokens is {line['logprob_negative']:.1f}, under --floor "
+                 f"{args.floor:g}: at R_f < 0 the loss has no lower bound, and this one runs away")  # fmt: skip
+    if found:
+        raise StageError(
+            f"step {line['step']}: {found}. Lower --learning-rate (now {args.learning_rate:g}) or raise "
+            f"--failure-reward (now {args.failure_reward:g}), then remove {directory} and run again."
+        )
+
+
+def chief() -> bool:
+    """Whether this is the process that writes files."""
+    return jax.process_index() == 0
 
 
 def keep_metrics(path: Path, steps: int) -> None:
@@ -319,41 +425,49 @@ def keep_metrics(path: Path, steps: int) -> None:
 
 
 def main(args: Args) -> None:
-    if min(args.epochs, default=0) < 1 or args.batch_rows < 1:
-        raise ValueError(f"--epochs {args.epochs} and --batch-rows {args.batch_rows} must be numbers of at least 1; "
-                         "--epochs needs one or more of them")  # fmt: skip
+    if min(args.epochs, default=0) < 1 or min(args.batch_rows, args.device_rows) < 1:
+        raise ValueError(f"--epochs {args.epochs}, --batch-rows {args.batch_rows} and --device-rows {args.device_rows} "
+                         "must be numbers of at least 1; --epochs needs one or more of them")  # fmt: skip
     number = current_round(args.run) if args.round is None else args.round
     examples, hashes = collect(args, number)
     tokenizer = load_tokenizer(args.model)
     packed = pack_examples(examples, args, lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
     if args.preview:
         return preview(packed, examples, lambda ids: tokenizer.decode(ids, skip_special_tokens=False), args.preview)
+    mesh = mesh_of(args)
     directory = round_directory(args.run, number) / "train_pg"
-    stage = Stage(directory, args, {"inputs": hashes, "base": base_sha(args.model)})
-    if stage.finished:
+    stage = Stage(directory, args, {"inputs": hashes, "base": base_sha(args.model)}) if chief() else None
+    finished = stage is not None and stage.finished
+    if multihost_utils.broadcast_one_to_all(np.array(finished)):
         return None
-    save_packed(directory, packed, examples)
+    if stage:
+        save_packed(directory, packed, examples)
     previous = adapter_of_round(args.run, number) if args.init == "previous" else None
-    lora = LoRAConfig(rank=args.rank, alpha=args.alpha, targets=args.targets)
+    lora = LoRAConfig(rank=args.rank, alpha=args.alpha, targets=args.targets, dropout=args.dropout)
+    dtype = None if args.dtype is None else jnp.dtype(args.dtype)
     if previous is None:
         seed = draw_seed(args.seed, "train_pg", number)
-        model = load_model(args.model, weights=args.weights, lora=lora, seed=seed)
+        model = load_model(args.model, weights=args.weights, lora=lora, seed=seed, dtype=dtype, mesh=mesh)
     else:
-        model = load_adapter(args.model, previous, weights=args.weights)
-    model, counts = train(args, number, packed, model, directory)
+        model = load_adapter(args.model, previous, weights=args.weights, dtype=dtype, mesh=mesh)
+    model, counts = train(args, number, packed, model, mesh, directory)
     save_adapter(directory / "adapter", model, args.model)
+    if not stage:
+        return None
     failed = sum(e.weight < 0 for e in examples)
+    name = adapter_name(args.run.name, number, directory / "adapter")
     summary = {
-        "round": number, "sequences": len(examples), "sequences_failed": failed,
+        "round": number, "adapter": name, "sequences": len(examples), "sequences_failed": failed,
         "tokens": int((packed.segments_NL > 0).sum()), **counts,
     }  # fmt: skip
     stage.finish(summary)
     print(f"train_pg round {number}: {len(examples)} trajectories ({failed} failed), {counts['steps']} steps "
-          f"-> {directory / 'adapter'}")  # fmt: skip
+          f"-> {directory / 'adapter'} ({name})")  # fmt: skip
     return None
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     jax.config.update("jax_num_cpu_devices", args.batch_rows)  # on a CPU a row each, however many cores there are
+    join_processes()
     run_main(main, args)

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora.linear import TARGETS
+from lora.linear import FUSED
 from lora.mistral import Mistral, rms_norm, rotation
 
 # Places of the first block of the cache; later ones end at 1.5, 2, 3, 4, 6, ... times as many, so that attention reads
@@ -304,7 +304,7 @@ class Engine:
         self._config = config
         layers = nnx.clone(model.layers)
         if merge:
-            for name in TARGETS:
+            for name in FUSED:
                 setattr(layers, name, getattr(layers, name).merged(model.embed.dtype))
         graph, stacked = nnx.split(layers)
         self._graph = Graph(graph)

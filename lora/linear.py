@@ -1,38 +1,51 @@
-"""Linear layers without bias, their NF4 form, and the LoRA adapter beside either: y = x W^T + alpha/r (x A^T) B^T.
+"""Linear layers without bias, their NF4 form, and LoRA adapters beside either: y = x W^T + alpha/r (x A^T) B^T.
 
-Weights keep the [out, in] layout of Hugging Face files, A [r, in] and B [out, r] that of PEFT. The base is frozen when
-it is NF4 (`Quantized`), and by choosing `LoRAParam` for the optimizer when it is dense.
-Left out: LoRA dropout, rank-stabilised scaling.
+Layers that read the same input are one here: q|k|v and gate|up, which NF4 holds as one weight, bit by bit the weights
+that they were; a part's adapter is its own. Weights keep the [out, in] layout of Hugging Face files, A [r, in] and
+B [out, r] that of PEFT. The base is frozen when it is NF4 (`Quantized`), and by choosing `LoRAParam` for the optimizer
+when it is dense.
+Left out: rank-stabilised scaling.
 
-Shapes: N layers, I in-features, O out-features, R LoRA rank, G NF4 blocks of an in-row; "..." is rows of tokens.
+Shapes: N layers, O out-features, I in-features, R LoRA rank, G NF4 blocks of an in-row, M blocks of absmax; "..." is
+rows of tokens.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lora import nf4
+from lora.sharding import gather, my_part
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+# The linear layers of a decoder layer, and what they are made of.
+FUSED = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """Rank and alpha of the adapters, and the linear layers that get one (A3T: r 16, alpha 32 on q and v)."""
+    """Rank and alpha of the adapters, and the linear layers that get one (A3T: r 16, alpha 32 on q and v).
+
+    `dropout` is the share of an adapter's input that is left out in training, where a key is given.
+    """
 
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[str, ...] = ("q", "v")
+    dropout: float = 0.0
 
     def __post_init__(self):
         unknown = [target for target in self.targets if target not in TARGETS]
-        if unknown or not self.targets or self.rank < 1:
+        if unknown or not self.targets or self.rank < 1 or not 0 <= self.dropout < 1:
             raise ValueError(
-                f"LoRAConfig got rank {self.rank} and targets {self.targets}; expected a rank of at least 1 and at "
-                f"least one target among {TARGETS}."
+                f"LoRAConfig got rank {self.rank}, targets {self.targets} and dropout {self.dropout}; expected a rank "
+                f"of at least 1, at least one target among {TARGETS} and a dropout from 0 to below 1."
             )
 
 
@@ -42,6 +55,19 @@ class LoRAParam(nnx.Param):
 
 class Quantized(nnx.Variable):
     """Codes or absmax of a frozen NF4 weight."""
+
+
+class NF4(NamedTuple):
+    """A weight in NF4: codes uint4 [O, G, 64], and absmax float32 [O, G] or, double-quantised, None.
+
+    Then absmax_codes are uint8 [M, 256], nested and offset float32 [M]. Stacked over layers there is an N before all.
+    """
+
+    codes: jax.Array
+    absmax: jax.Array | None
+    absmax_codes: jax.Array | None = None
+    nested: jax.Array | None = None
+    offset: jax.Array | None = None
 
 
 @jax.custom_vjp
@@ -64,16 +90,42 @@ def _dense_backward(residuals, dy):
 dense_matmul.defvjp(_dense_forward, _dense_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def qlora_matmul(x, codes, absmax, a, b, scale):
-    """x W^T + scale (x A^T) B^T for x [..., I], W in NF4 (codes [O, G, 64], absmax [O, G]), A [R, I], B [O, R].
+def decode(base: NF4, rows: tuple[int, ...], groups: int, dtype: jnp.dtype) -> jax.Array:
+    """The weight [O, G, 64] of an NF4 base whose parts have `rows` out-features each and `groups` blocks in a row.
 
-    Without an adapter a and b are None. W is decoded again in the backward pass: decoded weights as residuals would
-    keep the whole base in full precision.
+    On a mesh base and weight are this device's share of them; along `fsdp` the codes are gathered, not the weight.
     """
-    weight_OGK = nf4.dequantize(codes, absmax, x.dtype)
-    y = jnp.einsum("...gk,ogk->...o", x.reshape(*x.shape[:-1], *codes.shape[-2:]), weight_OGK)
-    return y if a is None else y + adapter_matmul(x, a, b, scale)
+    base = jax.tree.map(gather, base)
+    absmax = base.absmax
+    if absmax is None:
+        share = sum(rows) // len(base.codes)  # devices along `tensor`, where they split out-features
+        local = [count // share for count in rows]
+        absmax = nf4.decode_absmax(base.absmax_codes, base.nested, base.offset, local, groups)
+        absmax = my_part(absmax, base.codes.shape[1], axis=1)
+    return nf4.dequantize(base.codes, absmax, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def nf4_matmul(x, base, rows, groups):
+    """x W^T for x [..., I] and a frozen W in NF4 (see `decode`).
+
+    W is decoded again in the backward pass: decoded weights as residuals would keep the whole base in full precision.
+    """
+    weight_OGK = decode(base, rows, groups, x.dtype)
+    return jnp.einsum("...gk,ogk->...o", x.reshape(*x.shape[:-1], *weight_OGK.shape[1:]), weight_OGK)
+
+
+def _nf4_forward(x, base, rows, groups):
+    return nf4_matmul(x, base, rows, groups), base
+
+
+def _nf4_backward(rows, groups, base, dy):
+    weight_OGK = decode(base, rows, groups, dy.dtype)
+    dx = jnp.einsum("...o,ogk->...gk", dy, weight_OGK)
+    return dx.reshape(*dx.shape[:-2], -1), None
+
+
+nf4_matmul.defvjp(_nf4_forward, _nf4_backward)
 
 
 def adapter_matmul(x, a, b, scale):
@@ -81,79 +133,94 @@ def adapter_matmul(x, a, b, scale):
     return (x @ a.T.astype(x.dtype)) @ (scale * b).T.astype(x.dtype)
 
 
-def _qlora_forward(x, codes, absmax, a, b, scale):
-    return qlora_matmul(x, codes, absmax, a, b, scale), (x, codes, absmax, a, b)
-
-
-def _qlora_backward(scale, residuals, dy):
-    x, codes, absmax, a, b = residuals
-    weight_OGK = nf4.dequantize(codes, absmax, dy.dtype)
-    dx = jnp.einsum("...o,ogk->...gk", dy, weight_OGK).reshape(x.shape)
-    if a is None:
-        return dx, None, None, None, None
-    _, adapter_vjp = jax.vjp(lambda x, a, b: adapter_matmul(x, a, b, scale), x, a, b)
-    dx_adapter, da, db = adapter_vjp(dy)
-    return dx + dx_adapter, None, None, da, db
-
-
-qlora_matmul.defvjp(_qlora_forward, _qlora_backward)
-
-
 class Linear(nnx.Module):
-    """One linear layer of every decoder layer: arrays are [N, ...], or without N inside the scan over layers.
+    """One (fused) linear layer of every decoder layer: arrays are [N, ...], or without N inside the scan over layers.
 
-    Made dense and trainable. `quantize` swaps the weight for NF4; `add_adapter` adds A and B.
+    Made dense and trainable, a weight for each part ({"q": O, "k": O, ...}). `quantize` swaps the weights for NF4;
+    `add_adapter` adds A and B to some parts.
     """
 
-    def __init__(self, shape: tuple[int, int, int], *, std: float, rngs: nnx.Rngs):
-        self.weight = nnx.Param(std * rngs.params.normal(shape, jnp.float32))
-        self.codes = nnx.data(None)
-        self.absmax = nnx.data(None)
-        self.a = nnx.data(None)
-        self.b = nnx.data(None)
-        self.scale = 0.0
+    def __init__(self, layers: int, parts: dict[str, int], inputs: int, *, std: float, rngs: nnx.Rngs):
+        self.parts, self.rows, self.inputs = tuple(parts), tuple(parts.values()), inputs
+        self.weight = nnx.Dict({
+            part: nnx.Param(std * rngs.params.normal((layers, rows, inputs), jnp.float32))
+            for part, rows in parts.items()
+        })  # fmt: skip
+        self.codes, self.absmax = nnx.data(None), nnx.data(None)
+        self.absmax_codes, self.nested, self.offset = nnx.data(None), nnx.data(None), nnx.data(None)
+        self.a, self.b = nnx.Dict(), nnx.Dict()
+        self.scale = self.dropout = 0.0
 
-    def quantize(self, codes: jax.Array, absmax: jax.Array) -> None:
-        """Replaces the weight by NF4 codes uint4 [N, O, G, 64] and absmax float32 [N, O, G]."""
-        self.codes, self.absmax, self.weight = Quantized(codes), Quantized(absmax), nnx.data(None)
+    @property
+    def quantized(self) -> bool:
+        return self.codes is not None
 
-    def add_adapter(self, shape: tuple[int, int, int], lora: LoRAConfig, rngs: nnx.Rngs) -> None:
-        """Adds A, uniform within 1/sqrt(in) as PEFT draws it, and B = 0 for a weight of shape [N, O, I]."""
-        layers, out_features, in_features = shape
-        bound = in_features**-0.5
-        a = rngs.params.uniform((layers, lora.rank, in_features), jnp.float32, minval=-bound, maxval=bound)
-        self.a, self.b = LoRAParam(a), LoRAParam(jnp.zeros((layers, out_features, lora.rank)))
-        self.scale = lora.alpha / lora.rank
+    def quantize(self, base: NF4) -> None:
+        """Replaces the weights by an NF4 base [N, ...] of all parts one after the other."""
+        self.weight = nnx.Dict()
+        for field, array in base._asdict().items():
+            setattr(self, field, nnx.data(None) if array is None else Quantized(array))
+
+    def base(self) -> NF4:
+        """The NF4 base."""
+        fields = ((field, getattr(self, field)) for field in NF4._fields)
+        return NF4(**{field: None if variable is None else variable[...] for field, variable in fields})
+
+    def add_adapter(self, part: str, a: jax.Array, b: jax.Array, lora: LoRAConfig) -> None:
+        """Puts A [N, R, I] and B [N, O, R] beside a part."""
+        self.a[part], self.b[part] = LoRAParam(a), LoRAParam(b)
+        self.scale, self.dropout = lora.alpha / lora.rank, lora.dropout
 
     def merged(self, dtype: jnp.dtype) -> "Merged":
-        """Base and adapter as one dense frozen layer in `dtype`; this layer stays as it is."""
-        arrays = (None if x is None else x[...] for x in (self.weight, self.codes, self.absmax, self.a, self.b))
-        return Merged(merge(*arrays, self.scale, dtype))
+        """Base and adapters as one dense frozen layer in `dtype`; this layer stays as it is."""
+        weight, a, b = ({part: x[...] for part, x in holder.items()} for holder in (self.weight, self.a, self.b))
+        base = self.base() if self.quantized else weight
+        return Merged(merge(base, a, b, self.scale, self.parts, self.rows, dtype), self.rows)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        if self.codes is not None:
-            a, b = (None, None) if self.a is None else (self.a[...], self.b[...])
-            return qlora_matmul(x, self.codes[...], self.absmax[...], a, b, self.scale)
-        y = dense_matmul(x, self.weight[...])
-        return y if self.a is None else y + adapter_matmul(x, self.a[...], self.b[...], self.scale)
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> list[jax.Array]:
+        """What each part makes of x [..., I]; with a key, the adapters see x with some of it dropped."""
+        if self.quantized:
+            y = nf4_matmul(x, self.base(), self.rows, self.inputs // nf4.BLOCK)
+            share = sum(self.rows) // y.shape[-1]
+            out = split(y, [count // share for count in self.rows])
+        else:
+            out = [dense_matmul(x, gather(self.weight[part][...])) for part in self.parts]
+        for index, part in enumerate(self.parts):
+            if part in self.a:
+                seen = x if key is None else drop(x, self.dropout, jax.random.fold_in(key, index))
+                out[index] += adapter_matmul(seen, self.a[part][...], self.b[part][...], self.scale)
+        return out
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def merge(weight, codes, absmax, a, b, scale: float, dtype: jnp.dtype) -> jax.Array:
-    """W^T [N, I, O] of a weight [N, O, I] or its NF4 codes and absmax, and of an adapter, if there is one."""
-    if codes is not None:
-        weight = nf4.dequantize(codes, absmax)
-        weight = weight.reshape(*weight.shape[:-2], -1)
-    if a is not None:
-        weight = weight + scale * (b @ a)
-    return weight.swapaxes(-1, -2).astype(dtype)
+def split(x: jax.Array, sizes: Sequence[int], axis: int = -1) -> list[jax.Array]:
+    """An axis cut into pieces of those sizes."""
+    return jnp.split(x, np.cumsum(sizes)[:-1], axis)
+
+
+def drop(x: jax.Array, share: float, key: jax.Array) -> jax.Array:
+    """x with a share of its numbers set to 0 and the others raised to keep the mean."""
+    return jnp.where(jax.random.bernoulli(key, 1 - share, x.shape), x / (1 - share), 0).astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("parts", "rows", "dtype"))
+def merge(base, a, b, scale, parts, rows, dtype: jnp.dtype) -> jax.Array:
+    """W^T [N, I, O] of all parts, from an NF4 base or dense weights by part [N, O, I], and of the adapters added."""
+    if isinstance(base, NF4):
+        groups = base.codes.shape[2]
+        whole_NOGK = jax.vmap(lambda base: decode(base, rows, groups, jnp.float32))(base)
+        pieces = split(whole_NOGK.reshape(*whole_NOGK.shape[:2], -1), rows, axis=1)
+    else:
+        pieces = [base[part] for part in parts]
+    pieces = [w + scale * (b[part] @ a[part]) if part in a else w for part, w in zip(parts, pieces, strict=True)]
+    return jnp.concatenate(pieces, axis=1).swapaxes(1, 2).astype(dtype)
 
 
 class Merged(nnx.Module):
     """A dense layer for sampling, kept as W^T [N, I, O]: a CPU multiplies few rows with it up to four times faster."""
 
-    def __init__(self, weight_NIO: jax.Array):
-        self.weight = nnx.Variable(weight_NIO)
+    def __init__(self, weight_NIO: jax.Array, rows: tuple[int, ...]):
+        self.weight, self.rows = nnx.Variable(weight_NIO), rows
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x @ self.weight[...]
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> list[jax.Array]:
+        """What each part makes of x; there are no adapters to drop anything from."""
+        return split(x @ self.weight[...], self.rows)

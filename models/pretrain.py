@@ -257,7 +257,8 @@ def match_like_with_like(model: Mistral, plain_D: np.ndarray, numbered_D: np.nda
     be found, by a gradient that is next to nothing until they are: after thousands of steps a base still guessed.
     """
     half = model.config.num_attention_heads // 2 * model.config.head_dim
-    q, k, v, o = (getattr(model.layers, name).weight for name in "qkvo")
+    q, k, v = (model.layers.qkv.weight[part] for part in "qkv")
+    o = model.layers.o.weight["o"]
     match = q[...][:2, :half]
     k[...] = k[...].at[:2, :half].set(match)
     as_numbered_DD = jnp.eye(len(plain_D)) + jnp.outer(numbered_D - plain_D, plain_D)

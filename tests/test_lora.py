@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora import mistral, nf4
-from lora.convert import base_sha, load_adapter, load_model, save_adapter, save_model
-from lora.linear import TARGETS, LoRAConfig, LoRAParam, qlora_matmul
+from lora import attention, mistral, nf4
+from lora.checkpoint import base_sha
+from lora.convert import load_adapter, load_model, save_adapter, save_model
+from lora.linear import FUSED, NF4, TARGETS, LoRAConfig, LoRAParam, adapter_matmul, nf4_matmul
 from lora.mistral import Config, Mistral, token_logprobs
 
 TINY = Config(
@@ -133,21 +134,22 @@ def test_adapter_is_alpha_over_rank_times_b_a(base_dir, weights):
     """A forgotten or doubled alpha/r, or A and B swapped, shows against one dense product in numpy."""
     model = with_random_adapter(load_model(base_dir, weights=weights, lora=ALL))
     layer = nnx.merge(*(lambda graph, state: (graph, jax.tree.map(lambda x: x[1], state)))(*nnx.split(model.layers)))
-    for target in TARGETS:
-        linear = getattr(layer, target)
-        dense = dense_weight(linear)
-        full = dense + 12.0 / 4 * np.asarray(linear.b[...]) @ np.asarray(linear.a[...])
-        x = np.random.default_rng(1).standard_normal((2, 3, dense.shape[1])).astype(np.float32)
-        assert np.abs(np.asarray(linear(jnp.asarray(x))) - x @ full.T).max() < 1e-4
-        assert np.abs(x @ (full - dense).T).max() > 1  # else this test says nothing
+    for name, parts in FUSED.items():
+        linear = getattr(layer, name)
+        x = np.random.default_rng(1).standard_normal((2, 3, linear.inputs)).astype(np.float32)
+        for part, got in zip(parts, linear(jnp.asarray(x)), strict=True):
+            dense = dense_weight(linear, part)
+            full = dense + 12.0 / 4 * np.asarray(linear.b[part][...]) @ np.asarray(linear.a[part][...])
+            assert np.abs(np.asarray(got) - x @ full.T).max() < 1e-4
+            assert np.abs(x @ (full - dense).T).max() > 1  # else this test says nothing
 
 
-def dense_weight(linear) -> np.ndarray:
-    """The base's weight [O, I] as numpy computes it."""
-    if linear.codes is None:
-        return np.asarray(linear.weight[...])
+def dense_weight(linear, part: str) -> np.ndarray:
+    """The base's weight [O, I] of a part as numpy computes it."""
+    if not linear.quantized:
+        return np.asarray(linear.weight[part][...])
     weight = nf4.VALUES[np.asarray(linear.codes[...], np.uint8)] * np.asarray(linear.absmax[...])[..., None]
-    return weight.reshape(weight.shape[0], -1)
+    return np.split(weight.reshape(len(weight), -1), np.cumsum(linear.rows)[:-1])[linear.parts.index(part)]
 
 
 def test_qlora_gradients_are_those_of_the_dense_layer():
@@ -158,7 +160,7 @@ def test_qlora_gradients_are_those_of_the_dense_layer():
     x, a, b = (jnp.asarray(random.standard_normal(s), jnp.float32) for s in ((2, 5, 128), (4, 128), (48, 4)))
 
     def ours(x, a, b):
-        return jnp.sin(qlora_matmul(x, codes, absmax, a, b, 3.0)).sum()
+        return jnp.sin(nf4_matmul(x, NF4(codes, absmax), (48,), 2) + adapter_matmul(x, a, b, 3.0)).sum()
 
     def dense(x, a, b):
         return jnp.sin(x @ (weight + 3.0 * b @ a).T).sum()
@@ -180,9 +182,9 @@ def test_gradients_reach_a_and_b_and_nothing_else(base_dir, weights):
         return token_logprobs(nnx.merge(graph, adapter, frozen), ids, jnp.ones_like(ids)).sum()
 
     fresh = dict(nnx.to_flat_state(gradient_of(adapter)))
-    assert {path[1:] for path in fresh} == {(t, side) for t in lora.targets for side in "ab"}
+    assert {path[2:] for path in fresh} == {(side, t) for t in lora.targets for side in "ab"}
     for path, gradient in fresh.items():  # B is zero at the start, so A has none yet
-        assert (np.abs(gradient[...]).max() > 0) == (path[-1] == "b")
+        assert (np.abs(gradient[...]).max() > 0) == (path[2] == "b")
     _, adapter, _ = nnx.split(with_random_adapter(model), LoRAParam, ...)
     for gradient in jax.tree.leaves(gradient_of(adapter)):
         assert (np.abs(gradient).max(axis=(1, 2)) > 0).all()  # in every layer
@@ -192,10 +194,11 @@ def test_fresh_adapter_changes_nothing_and_comes_from_its_seed(base_dir):
     plain = load_model(base_dir, weights="nf4")
     one, two = (load_model(base_dir, weights="nf4", lora=LoRAConfig(rank=4), seed=seed) for seed in (1, 2))
     assert np.array_equal(logits_of(plain, random_ids(1, 7)), logits_of(one, random_ids(1, 7)))
-    assert not np.array_equal(one.layers.q.a[...], two.layers.q.a[...])
     again = load_model(base_dir, weights="nf4", lora=LoRAConfig(rank=4, targets=("v", "q")), seed=1)
-    assert np.array_equal(one.layers.q.a[...], again.layers.q.a[...])
-    assert np.abs(one.layers.q.a[...]).max() <= 64**-0.5 < 2 * np.abs(one.layers.q.a[...]).max()
+    one, two, again = (model.layers.qkv.a["q"][...] for model in (one, two, again))
+    assert not np.array_equal(one, two)
+    assert np.array_equal(one, again)
+    assert np.abs(one).max() <= 64**-0.5 < 2 * np.abs(one).max()
 
 
 def test_no_decoded_weight_is_kept_for_the_backward_pass(base_dir):
@@ -213,7 +216,7 @@ def test_no_decoded_weight_is_kept_for_the_backward_pass(base_dir):
         for equation in jaxpr.eqns if equation.primitive.name == "scan" for variable in equation.outvars
     }  # fmt: skip
     N = TINY.num_hidden_layers
-    weights = {getattr(model.layers, t).codes.shape for t in TARGETS}
+    weights = {getattr(model.layers, name).codes.shape for name in FUSED}
     weights |= {(N, shape[1], shape[2] * shape[3]) for shape in weights}
     assert any(shape[:1] == (N,) for _, shape in crossing)  # there are residuals, and none is a weight
     assert not [shape for dtype, shape in crossing if shape in weights and dtype.startswith(("float", "bfloat"))]
@@ -240,8 +243,8 @@ def test_bfloat16_activations_keep_the_adapter_and_its_gradient_in_float32(base_
 def test_merge_is_the_same_model(base_dir):
     model = with_random_adapter(load_model(base_dir, weights="nf4", lora=ALL))
     expected = logits_of(model, random_ids(2, 11))
-    for target in TARGETS:
-        setattr(model.layers, target, getattr(model.layers, target).merged(jnp.float32))
+    for name in FUSED:
+        setattr(model.layers, name, getattr(model.layers, name).merged(jnp.float32))
     assert not jax.tree.leaves(nnx.state(model, LoRAParam))
     assert np.abs(logits_of(model, random_ids(2, 11)) - expected).max() < 1e-4
 
@@ -287,11 +290,11 @@ def test_attention_and_its_gradient_are_those_of_all_scores_at_once(window):
     def dense(q, k, v):
         k, v = (jnp.repeat(x, H // K, axis=2) for x in (k, v))
         scores = jnp.einsum("blhc,bmhc->bhlm", q, k) * C**-0.5
-        seen = mistral.visible(segments, segments, 0, window)
+        seen = attention.visible(segments, segments, 0, window)
         return jnp.einsum("bhlm,bmhc->blhc", jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30)), v)
 
     def ours(q, k, v):
-        return mistral.attention(q, k, v, jnp.asarray(segments), window).reshape(B, L, H, C)
+        return attention.attention(q, k, v, jnp.asarray(segments), window, "blocks").reshape(B, L, H, C)
 
     def value_and_grad(attend):
         mask = (segments > 0)[:, :, None, None]
@@ -302,7 +305,7 @@ def test_attention_and_its_gradient_are_those_of_all_scores_at_once(window):
 
 
 def test_window_hides_what_is_older(monkeypatch):
-    monkeypatch.setattr(mistral, "ATTENTION_BLOCK", 8)
+    monkeypatch.setattr(attention, "ATTENTION_BLOCK", 8)
     one_layer = Config(**{**vars(TINY), "num_hidden_layers": 1, "sliding_window": 6})
     model = Mistral(one_layer, rngs=nnx.Rngs(0))
     ids = random_ids(1, 30)
@@ -324,7 +327,7 @@ def test_chunked_logits_and_remat_change_nothing(monkeypatch):
 
     whole, gradient = value_and_grad()
     monkeypatch.setattr(mistral, "LOGITS_PER_CHUNK", 7 * TINY.vocab_size)
-    chunked, chunked_gradient = value_and_grad(remat=True)
+    chunked, chunked_gradient = value_and_grad(remat="full")
     assert abs(whole - chunked) < 1e-3
     for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(chunked_gradient), strict=True):
         assert jnp.abs(one - other).max() < 1e-3

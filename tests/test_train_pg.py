@@ -6,13 +6,25 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora.convert import load_model
 from lora.linear import LoRAConfig, LoRAParam
 from lora.mistral import token_logprobs
+from lora.sharding import make_mesh
 from tests.helpers import byte_tokenizer, trajectory, write_tiny_model
-from train_pg import Args, Example, batch_order, main, make_update, objective, pack_examples, select_round
+from train_pg import (
+    Args,
+    Batch,
+    Example,
+    batch_order,
+    initial_state,
+    main,
+    make_update,
+    objective,
+    pack_examples,
+    select_round,
+)
 
 WON = {"reward": 1.0, "success": True, "end": "success"}
 LOST = {"reward": 0.0, "success": False, "end": "max_turns"}
@@ -88,7 +100,7 @@ def gradient(model):
     @jax.jit
     def of_adapter(adapter, weights_BL):
         def value(adapter):
-            return objective(nnx.merge(graph, adapter, frozen), ids_BL, segments_BL, weights_BL, 3.0)[0]
+            return objective(nnx.merge(graph, adapter, frozen), Batch(ids_BL, segments_BL, weights_BL), 3.0)[0]
 
         return jnp.concatenate([g.ravel() for g in jax.tree.leaves(jax.grad(value)(adapter))])
 
@@ -108,7 +120,7 @@ def test_the_objective_is_ten_lines_of_numpy(model):
             logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             picked = logprobs[np.arange(len(alone[0]) - 1), alone[0][1:]]
             total += (weights_BL[row_number][where][1:] * picked).sum()
-    value, positive, negative = objective(merged, ids_BL, segments_BL, weights_BL, 3.0)
+    value, positive, negative = objective(merged, Batch(*batch()), 3.0)
     assert float(value) == pytest.approx(total / 3.0, rel=1e-4)
     assert float(positive - negative) == pytest.approx(total, rel=1e-4) and negative < 0 and positive < 0
 
@@ -130,8 +142,11 @@ def test_devices_that_share_the_rows_take_the_same_step(model):
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
 
     def step(devices):
-        update = make_update(graph, optimizer, Mesh(jax.devices()[:devices], ("rows",)))
-        return update(adapter, optimizer.init(adapter), frozen, 1e-3, *batch(), 3.0)
+        mesh = make_mesh((devices, 1, 1))
+        places = jax.device_put((adapter, frozen), NamedSharding(mesh, PartitionSpec()))
+        update = make_update(graph, optimizer, mesh, *places)
+        rows = Batch(*(x.reshape(2 // devices, devices, -1) for x in batch()))
+        return update(places[0], initial_state(optimizer, places[0], mesh), places[1], 1e-3, rows, 3.0, None)
 
     one, two = (jax.tree.leaves(step(devices)) for devices in (1, 2))
     assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(jax.tree.leaves(adapter), two, strict=False))

@@ -1,0 +1,184 @@
+"""Causal attention over packed rows: `attention`, by the best implementation of the device.
+
+Several texts share a row: `segments` numbers them from 1, 0 is padding; a query sees its own segment only, up to
+itself, and no further back than the window if there is one. What is computed at padding is of no account.
+
+    blocks   pairs of blocks one after another, scores never whole (FlashAttention-2, arXiv 2307.08691): for a CPU
+    splash   the Pallas kernel that JAX brings for TPUs
+    cudnn    cuDNN's fused kernel, for 16-bit activations on a GPU
+    xla      all scores at once: any device, memory quadratic in the row's length
+
+Shapes: B rows, L tokens, M keys, N blocks of T tokens, H heads, K kv heads, Q queries of a kv head's block, C head dim.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+Implementation = Literal["blocks", "splash", "cudnn", "xla"]
+# Queries and keys that `blocks` takes at a time: the scores of a pair of blocks stay in a CPU's cache.
+ATTENTION_BLOCK = 128
+# Largest tile of `splash`; a row is filled up to a multiple of the smallest.
+SPLASH_TILE, SPLASH_STEP = 512, 128
+
+
+def best_implementation(platform: str, dtype: jnp.dtype) -> Implementation:
+    """The fastest implementation for "cpu", "tpu" or "gpu" and the dtype of the activations."""
+    if platform == "gpu":
+        return "cudnn" if dtype in (jnp.bfloat16, jnp.float16) else "xla"
+    return "splash" if platform == "tpu" else "blocks"
+
+
+def attention(
+    q_BLHC: jax.Array, k_BLKC: jax.Array, v_BLKC: jax.Array, segments_BL: jax.Array, window: int | None,
+    implementation: Implementation,
+) -> jax.Array:  # fmt: skip
+    """Causal attention inside segments, H/K query heads on each key head, softmax in float32. Returns [B, L, H * C]."""
+    if implementation == "blocks":
+        return attend_in_blocks(q_BLHC, k_BLKC, v_BLKC, segments_BL, window)
+    if implementation == "splash":
+        return attend_splash(q_BLHC, k_BLKC, v_BLKC, segments_BL, window)
+    out_BLHC = jax.nn.dot_product_attention(
+        q_BLHC, k_BLKC, v_BLKC, mask=visible(segments_BL, segments_BL, 0, window)[:, None],
+        implementation=implementation,
+    )  # fmt: skip
+    return out_BLHC.reshape(*out_BLHC.shape[:2], -1)
+
+
+def positions_in(segments_BL: jax.Array) -> jax.Array:
+    """Position of each token inside its own segment [B, L] int32: a new segment number starts again at 0."""
+    index_L = jnp.arange(segments_BL.shape[1], dtype=jnp.int32)
+    new_BL = jnp.diff(segments_BL, axis=1, prepend=segments_BL[:, :1] - 1) != 0
+    return index_L - jax.lax.cummax(jnp.where(new_BL, index_L, 0), axis=1)
+
+
+def visible(queries_BL: jax.Array, keys_BM: jax.Array, offset: int, window: int | None) -> jax.Array:
+    """Which key each query sees [B, L, M] bool: same segment number, not later than itself, inside the window.
+
+    `offset` is the place of the first query among the keys. Padding sees padding, so that no row of scores is empty.
+    """
+    distance_LM = jnp.arange(queries_BL.shape[1])[:, None] + offset - jnp.arange(keys_BM.shape[1])
+    near_LM = distance_LM >= 0 if window is None else (distance_LM >= 0) & (distance_LM < window)
+    return near_LM & (queries_BL[:, :, None] == keys_BM[:, None, :])
+
+
+# ---- splash ----------------------------------------------------------------------------------------------------------
+
+
+def attend_splash(q_BLHC, k_BLKC, v_BLKC, segments_BL, window, *, interpret: bool = False) -> jax.Array:
+    """`attention` by the TPU kernel; `interpret` runs it on a CPU, for tests."""
+    B, L, H, C = q_BLHC.shape
+    filled = -(-L // SPLASH_STEP) * SPLASH_STEP
+    tile = next(size for size in range(min(SPLASH_TILE, filled), 0, -SPLASH_STEP) if filled % size == 0)
+    seen = (filled, filled)
+    mask = splash_mask.CausalMask(seen) if window is None else splash_mask.LocalMask(seen, (window - 1, 0), 0)
+    sizes = splash_kernel.BlockSizes(
+        block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile
+    )
+    kernel = splash_kernel.make_splash_mha(
+        splash_mask.MultiHeadMask([mask] * H), head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret
+    )
+
+    def attend(q_LHC, k_LKC, v_LKC, segments_L):
+        q, k, v = (jnp.pad(x, ((0, filled - L), (0, 0), (0, 0))).swapaxes(0, 1) for x in (q_LHC, k_LKC, v_LKC))
+        segments = jnp.pad(segments_L, (0, filled - L))
+        out_HLC = kernel(q * C**-0.5, k, v, segment_ids=splash_kernel.SegmentIds(segments, segments))
+        return out_HLC.swapaxes(0, 1)[:L].reshape(L, H * C)
+
+    return jax.vmap(attend)(q_BLHC, k_BLKC, v_BLKC, segments_BL)
+
+
+# ---- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def attend_in_blocks(q_BLHC, k_BLKC, v_BLKC, segments_BL, window) -> jax.Array:
+    """`attention` a row at a time, in blocks of T tokens: `attend_row`. Padding sees nothing outside its own block."""
+    L, H, C = q_BLHC.shape[1:]
+    K, T = k_BLKC.shape[2], min(ATTENTION_BLOCK, L)
+    N = -(-L // T)
+
+    def attend(row):
+        q_LHC, k_LKC, v_LKC, segments_L = (jnp.pad(x, [(0, N * T - L)] + [(0, 0)] * (x.ndim - 1)) for x in row)
+        q_NKQC = (q_LHC * C**-0.5).reshape(N, T, K, H // K, C).transpose(0, 2, 3, 1, 4).reshape(N, K, -1, C)
+        k_NKTC, v_NKTC = (x.reshape(N, T, K, C).swapaxes(1, 2) for x in (k_LKC, v_LKC))
+        start_L = jnp.arange(N * T) - positions_in(segments_L[None])[0]
+        first_N = jnp.where(segments_L[::T] == 0, jnp.arange(N), start_L[::T] // T)
+        out_NKQC = attend_row(q_NKQC, k_NKTC, v_NKTC, segments_L.reshape(N, T), first_N, window)
+        return out_NKQC.reshape(N, H, T, C).swapaxes(1, 2).reshape(N * T, H * C)[:L]
+
+    return jax.lax.map(attend, (q_BLHC, k_BLKC, v_BLKC, segments_BL))
+
+
+def block_scores(q_KQC, k_KTC, segments_T, segments_M, offset, window):
+    """Scores [K, Q, T] float32 of a block of queries on keys `offset` places before it; hidden ones the smallest."""
+    K, Q, T = *q_KQC.shape[:2], len(segments_M)
+    scores_KXTM = jnp.einsum("kqc,kmc->kqm", q_KQC, k_KTC, preferred_element_type=jnp.float32).reshape(K, -1, T, T)
+    seen_TM = visible(segments_T[None], segments_M[None], offset, window)[0]
+    return jnp.where(seen_TM, scores_KXTM, jnp.finfo(jnp.float32).min).reshape(K, Q, T)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def attend_row(q_NKQC, k_NKTC, v_NKTC, segments_NT, first_N, window):
+    """Attention of one row, whose query block n reads key blocks first_N[n] to n. Returns [N, K, Q, C].
+
+    Scores exist for one pair of blocks at a time, in the backward pass too, which makes them again with the
+    logarithm of each query's sum. Source: FlashAttention-2 (arXiv 2307.08691), as loops for a CPU.
+    """
+    return attend_row_forward(q_NKQC, k_NKTC, v_NKTC, segments_NT, first_N, window)[0]
+
+
+def attend_row_forward(q_NKQC, k_NKTC, v_NKTC, segments_NT, first_N, window):
+    N, K, Q, C = q_NKQC.shape
+    T = segments_NT.shape[1]
+
+    def query_block(n):
+        def key_block(m, state):
+            top_KQ1, total_KQ1, out_KQC = state
+            scores_KQT = block_scores(q_NKQC[n], k_NKTC[m], segments_NT[n], segments_NT[m], (n - m) * T, window)
+            higher_KQ1 = jnp.maximum(top_KQ1, scores_KQT.max(axis=-1, keepdims=True))
+            weights_KQT, shrink_KQ1 = jnp.exp(scores_KQT - higher_KQ1), jnp.exp(top_KQ1 - higher_KQ1)
+            read = jnp.einsum("kqt,ktc->kqc", weights_KQT.astype(v_NKTC.dtype), v_NKTC[m])
+            total_KQ1 = total_KQ1 * shrink_KQ1 + weights_KQT.sum(axis=-1, keepdims=True)
+            return higher_KQ1, total_KQ1, out_KQC * shrink_KQ1 + read
+
+        # A block in which a query sees nothing counts as if it saw all of it, until its own place outweighs that.
+        start = jnp.full((K, Q, 1), -jnp.inf), jnp.zeros((K, Q, 1)), jnp.zeros((K, Q, C))
+        top_KQ1, total_KQ1, out_KQC = jax.lax.fori_loop(first_N[n], n + 1, key_block, start)
+        return (out_KQC / total_KQ1).astype(q_NKQC.dtype), top_KQ1 + jnp.log(total_KQ1)
+
+    out_NKQC, logsum_NKQ1 = jax.lax.map(query_block, jnp.arange(N))
+    return out_NKQC, (q_NKQC, k_NKTC, v_NKTC, segments_NT, first_N, out_NKQC, logsum_NKQ1)
+
+
+def attend_row_backward(window, saved, d_out_NKQC):
+    q_NKQC, k_NKTC, v_NKTC, segments_NT, first_N, out_NKQC, logsum_NKQ1 = saved
+    N, T = segments_NT.shape
+
+    def query_block(d_keys, n):
+        q_KQC, d_out_KQC = q_NKQC[n], d_out_NKQC[n]
+        common_KQ1 = (d_out_KQC * out_NKQC[n]).sum(axis=-1, keepdims=True)
+
+        def key_block(m, state):
+            d_q_KQC, d_k_NKTC, d_v_NKTC = state
+            scores_KQT = block_scores(q_KQC, k_NKTC[m], segments_NT[n], segments_NT[m], (n - m) * T, window)
+            weights_KQT = jnp.exp(scores_KQT - logsum_NKQ1[n])
+            d_weights_KQT = jnp.einsum("kqc,ktc->kqt", d_out_KQC, v_NKTC[m])
+            d_scores_KQT = weights_KQT * (d_weights_KQT - common_KQ1)
+            d_k_NKTC = d_k_NKTC.at[m].add(jnp.einsum("kqt,kqc->ktc", d_scores_KQT, q_KQC))
+            d_v_NKTC = d_v_NKTC.at[m].add(jnp.einsum("kqt,kqc->ktc", weights_KQT, d_out_KQC))
+            return d_q_KQC + jnp.einsum("kqt,ktc->kqc", d_scores_KQT, k_NKTC[m]), d_k_NKTC, d_v_NKTC
+
+        d_q_KQC, *d_keys = jax.lax.fori_loop(first_N[n], n + 1, key_block, (jnp.zeros(q_KQC.shape), *d_keys))
+        return tuple(d_keys), d_q_KQC
+
+    empty = jnp.zeros(k_NKTC.shape), jnp.zeros(v_NKTC.shape)
+    (d_k_NKTC, d_v_NKTC), d_q_NKQC = jax.lax.scan(query_block, empty, jnp.arange(N))
+    gradients = zip((d_q_NKQC, d_k_NKTC, d_v_NKTC), (q_NKQC, k_NKTC, v_NKTC), strict=True)
+    return *(d.astype(x.dtype) for d, x in gradients), None, None
+
+
+attend_row.defvjp(attend_row_forward, attend_row_backward)

@@ -1,0 +1,272 @@
+"""Files of a base model: Hugging Face folders of safetensors, dense (fp32, bf16, fp16) or in bitsandbytes' 4 bits.
+
+Tensors are read and written one at a time, so that nothing needs more memory than the largest of them and what it
+becomes. Our quantised bases are bitsandbytes folders too: transformers loads the very same 4-bit base.
+
+    checkpoint = Checkpoint("mistral-7b")                       # names are compared with config.json, all at once
+    weight = checkpoint.dense("model.layers.0.mlp.up_proj.weight")
+    stored = checkpoint.nf4("model.layers.0.mlp.up_proj.weight", double=False)
+
+Shapes: O out-features, I in-features, G NF4 blocks of an in-row, M blocks of absmax.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes  # noqa: F401  gives numpy bfloat16, which safetensors reads and writes with it
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lora import nf4
+from lora.mistral import Config
+
+HF_NAMES = {target: f"self_attn.{target}_proj" for target in ("q", "k", "v", "o")}
+HF_NAMES |= {target: f"mlp.{target}_proj" for target in ("gate", "up", "down")}
+HF_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+# In config.json of what we make from another checkpoint: the sha256 of that one.
+BASE_SHA = "base_model_sha256"
+# What bitsandbytes keeps beside a 4-bit weight; the last one is JSON as bytes.
+STATE = "quant_state.bitsandbytes__nf4"
+# A checkpoint is cut into files of some so many bytes.
+FILE_BYTES = 2**31
+# Files beside the weights that a model made from this one needs too.
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*")
+
+
+class Stored(NamedTuple):
+    """A weight in NF4 on the host: packed uint8 [O, G, 32]; absmax float32 [O, G], or uint8 [M, 256] with its scales
+    nested float32 [M] and its mean offset."""
+
+    packed: np.ndarray
+    absmax: np.ndarray
+    nested: np.ndarray | None = None
+    offset: np.float32 | None = None
+
+
+def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor name of a dense checkpoint of such a model -> its shape."""
+    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (V, D)
+    of_layer = {"q": (queries, D), "k": (keys, D), "v": (keys, D), "o": (D, queries), "gate": (F, D), "up": (F, D),
+                "down": (D, F), "attention_norm": (D,), "mlp_norm": (D,)}  # fmt: skip
+    for layer in range(config.num_hidden_layers):
+        shapes |= {layer_tensor(layer, ours): shape for ours, shape in of_layer.items()}
+    return shapes
+
+
+def layer_tensor(layer: int, ours: str) -> str:
+    """The name in a checkpoint of a layer's tensor: "q" ... "down", "attention_norm" or "mlp_norm"."""
+    return f"model.layers.{layer}.{(HF_NAMES | HF_NORMS)[ours]}.weight"
+
+
+def is_linear(name: str) -> bool:
+    """Whether a tensor is one that NF4 quantises: embeddings, head and norms are not."""
+    return name.startswith("model.layers.") and name.endswith("_proj.weight")
+
+
+class Checkpoint:
+    """A folder with `config.json` and safetensors files, opened tensor by tensor.
+
+    Raises FileNotFoundError without weights, ValueError for a broken file, a shape that is not config.json's, and once
+    for all missing and all unexpected tensors.
+    """
+
+    def __init__(self, model_dir: str | Path):
+        self.folder = Path(model_dir)
+        self.config = Config.read(model_dir)
+        self._files: dict[str, Path] = {}
+        for path in weight_files(model_dir):
+            try:
+                with safe_open(path, framework="np") as file:
+                    self._files |= dict.fromkeys(file.keys(), path)
+            except SafetensorError as error:
+                raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again.") from error
+        self.shapes = tensor_shapes(self.config)
+        self.quantized = {name for name in self.shapes if f"{name}.{STATE}" in self._files}
+        odd = sorted(n for n in self._files if ".quant_state.bitsandbytes__" in n and not n.endswith(STATE))
+        if odd:
+            raise ValueError(f"{model_dir}: {odd[0]} is of a 4-bit type other than NF4; quantise the model to NF4.")
+        expected = set(self.shapes)
+        for name in self.quantized:
+            nested = ("nested_absmax", "nested_quant_map") if f"{name}.nested_absmax" in self._files else ()
+            expected |= {f"{name}.{part}" for part in (STATE, "absmax", "quant_map", *nested)}
+        found = [name for name in self._files if not name.endswith("rotary_emb.inv_freq")]  # old files: a constant
+        check_names(model_dir, found, expected)
+
+    def _read(self, name: str) -> np.ndarray:
+        with safe_open(self._files[name], framework="np") as file:
+            return file.get_tensor(name)
+
+    def dense(self, name: str) -> np.ndarray:
+        """A tensor as it is stored, or in float32 if it is stored in 4 bits."""
+        if name in self.quantized:
+            return decoded(self.nf4(name, double=None)).reshape(self.shapes[name])
+        array = self._read(name)
+        if array.shape != self.shapes[name]:
+            raise ValueError(
+                f"{self._files[name]}: {name} has shape {array.shape}, config.json says {self.shapes[name]}."
+            )
+        return array
+
+    def nf4(self, name: str, double: bool | None) -> Stored:
+        """A linear layer's weight in NF4: the stored bits, or quantised now.
+
+        `double`: with double quantisation or without; None: as it is stored. Statistics that are stored the other way
+        are converted: what was double-quantised keeps its values, only its absmax are written out.
+        """
+        if name not in self.quantized:
+            codes, absmax = nf4.quantize(self.dense(name))
+            stored = Stored(nf4.pack(codes), absmax)
+        else:
+            stored = self._stored(name)
+        if double and stored.nested is None:
+            return Stored(stored.packed, *nf4.double_quantize(stored.absmax))
+        if double is False and stored.nested is not None:
+            return Stored(stored.packed, absmax_of(stored))
+        return stored
+
+    def _stored(self, name: str) -> Stored:
+        state = json.loads(self._read(f"{name}.{STATE}").tobytes())
+        rows, columns = self.shapes[name]
+        sizes = state["blocksize"], state.get("nested_blocksize", nf4.NESTED_BLOCK)
+        if (tuple(state["shape"]), sizes) != ((rows, columns), (nf4.BLOCK, nf4.NESTED_BLOCK)):
+            raise ValueError(
+                f"{self.folder}: {name} is stored as {state}; expected shape {(rows, columns)}, blocksize {nf4.BLOCK} "
+                f"and nested_blocksize {nf4.NESTED_BLOCK}."
+            )
+        packed, absmax = self._read(name), self._read(f"{name}.absmax")
+        packed = packed.reshape(rows, columns // nf4.BLOCK, nf4.BLOCK // 2)
+        if "nested_offset" not in state:
+            return Stored(packed, absmax.reshape(packed.shape[:2]))
+        nested = self._read(f"{name}.nested_absmax")
+        absmax = np.pad(absmax, (0, nested.size * nf4.NESTED_BLOCK - absmax.size)).reshape(-1, nf4.NESTED_BLOCK)
+        return Stored(packed, absmax, nested, np.float32(state["nested_offset"]))
+
+
+def absmax_of(stored: Stored) -> np.ndarray:
+    """absmax float32 [O, G] of a weight in NF4, with the roundings of bitsandbytes."""
+    if stored.nested is None:
+        return stored.absmax
+    values = nf4.NESTED_VALUES[stored.absmax] * stored.nested[:, None] + stored.offset
+    rows, groups = stored.packed.shape[:2]
+    return values.reshape(-1)[: rows * groups].reshape(rows, groups)
+
+
+def decoded(stored: Stored) -> np.ndarray:
+    """The weight float32 [O, G, 64]."""
+    return nf4.VALUES[nf4.unpack(stored.packed)] * absmax_of(stored)[..., None]
+
+
+def weight_files(model_dir: str | Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those that its index names, or all model*.safetensors, sorted.
+
+    Raises FileNotFoundError if there is none, or not all that the index names.
+    """
+    folder = Path(model_dir)
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+    files = sorted(folder / name for name in names) or sorted(folder.glob("model*.safetensors"))
+    lost = [path.name for path in files if not path.exists()]
+    if lost or not files:
+        raise FileNotFoundError(
+            f"{model_dir}: no {', '.join(lost) or 'model*.safetensors'} there; expected a whole Hugging Face folder."
+        )
+    return files
+
+
+def base_sha(model_dir: str | Path) -> str:
+    """sha256, in hex, of the bytes of a checkpoint's safetensors files in the order of their names.
+
+    A base that we quantised remembers that of the one it was made from: adapters belong to both.
+    """
+    config = Path(model_dir) / "config.json"
+    if config.exists() and (known := json.loads(config.read_text()).get(BASE_SHA)):
+        return known
+    digest = hashlib.sha256()
+    for path in weight_files(model_dir):
+        with path.open("rb") as file:
+            while piece := file.read(2**24):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def check_names(where: str | Path, found: Iterable[str], expected: Iterable[str]) -> None:
+    """Raises ValueError that lists all missing and all unexpected tensor names."""
+    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unexpected:
+        raise ValueError(
+            f"{where}: the tensors are not those that its config describes. Missing: {', '.join(missing) or 'none'}. "
+            f"Unexpected: {', '.join(unexpected) or 'none'}."
+        )
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def bitsandbytes_tensors(name: str, stored: Stored, shape: tuple[int, ...], dtype: str) -> dict[str, np.ndarray]:
+    """The tensors that bitsandbytes saves for a 4-bit weight; `dtype` is what transformers computes with."""
+    state = {"quant_type": "nf4", "blocksize": nf4.BLOCK, "dtype": dtype, "shape": list(shape)}
+    tensors = {name: stored.packed.reshape(-1, 1), f"{name}.quant_map": nf4.VALUES}
+    count = stored.packed.size * 2 // nf4.BLOCK
+    tensors[f"{name}.absmax"] = stored.absmax.reshape(-1)[:count]
+    if stored.nested is not None:
+        state |= {"nested_blocksize": nf4.NESTED_BLOCK, "nested_dtype": "float32",
+                  "nested_offset": float(stored.offset)}  # fmt: skip
+        tensors |= {f"{name}.nested_absmax": stored.nested, f"{name}.nested_quant_map": nf4.NESTED_VALUES}
+    tensors[f"{name}.{STATE}"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    return tensors
+
+
+def write_checkpoint(out_dir: str | Path, tensors: Iterable[tuple[str, np.ndarray]], config: dict) -> None:
+    """Writes a folder that transformers loads: tensors in files of some 2 GiB as they come, config.json last."""
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    names: list[list[str]] = []
+    waiting: dict[str, np.ndarray] = {}
+    total = 0
+
+    def flush() -> None:
+        save_file(waiting, out_dir / f"part-{len(names)}.tmp", metadata={"format": "pt"})
+        names.append(list(waiting))
+        waiting.clear()
+
+    for name, array in tensors:
+        if waiting and sum(a.nbytes for a in waiting.values()) + array.nbytes > FILE_BYTES:
+            flush()
+        waiting[name] = np.ascontiguousarray(array)
+        total += array.nbytes
+    flush()
+    files = [f"model-{i + 1:05d}-of-{len(names):05d}.safetensors" for i in range(len(names))]
+    if len(files) == 1:
+        files = ["model.safetensors"]
+    else:
+        weight_map = {name: file for file, held in zip(files, names, strict=True) for name in held}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (out_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for number, file in enumerate(files):
+        os.replace(out_dir / f"part-{number}.tmp", out_dir / file)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    replace_file(out_dir / "config.json", lambda path: path.write_text(text))
+
+
+def copy_companions(model_dir: str | Path, out_dir: str | Path) -> None:
+    """Copies tokenizer, chat template and generation settings, where there are any."""
+    for pattern in COMPANIONS:
+        for path in Path(model_dir).glob(pattern):
+            shutil.copy(path, Path(out_dir) / path.name)
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill a file beside `path` and moves it there, so that a killed run leaves no half file."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
