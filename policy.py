@@ -16,11 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from tokenizers import Tokenizer
-
 from envs.demonstrator import Demonstrator
 from lora.convert import load_adapter, load_model
 from lora.engine import Engine
+from lora.tokenizer import load_tokenizer
 from trajectory import act_line, parse_reply, think_line
 
 
@@ -46,17 +45,6 @@ class Policy(Protocol):
     def close(self, session: int) -> tuple[list[int], list[int]]:
         """Ends the session; its token ids as played and which of them the model sampled (empty: text only)."""
         ...
-
-
-def load_tokenizer(model_dir: str | Path) -> Tokenizer:
-    """The tokenizer.json of a Hugging Face folder. Raises FileNotFoundError, or ValueError if it is none."""
-    path = Path(model_dir) / "tokenizer.json"
-    if not path.exists():
-        raise FileNotFoundError(f"no {path}; expected a Hugging Face model folder with tokenizer.json")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} is not a whole tokenizer.json ({error}); copy it from the model again") from error
 
 
 class LocalPolicy:

@@ -42,7 +42,7 @@ from lora.device import lora_step_flops, peak_flops, peak_memory
 from lora.linear import LoRAConfig, LoRAParam
 from lora.mistral import token_logprobs
 from lora.sharding import AXES, ROWS, join_processes, make_mesh, specs_of
-from policy import load_tokenizer
+from lora.tokenizer import load_tokenizer
 from stage import (
     Stage,
     StageError,
@@ -283,14 +283,18 @@ def make_update(graph, optimizer: optax.GradientTransformation, mesh: Mesh, adap
     return update
 
 
-def initial_state(optimizer: optax.GradientTransformation, adapter, mesh: Mesh):
-    """The optimizer's state, its moments beside the arrays that they are of."""
-    whole = NamedSharding(mesh, P())
+def state_places(optimizer: optax.GradientTransformation, adapter, mesh: Mesh):
+    """Where the optimizer's state lies: its moments beside the arrays that they are of."""
     places = jax.tree.map(lambda x: x.sharding, adapter)
-    shape = jax.eval_shape(optimizer.init, adapter)
-    places = optax.tree.map_params(optimizer, lambda _, place: place, shape, places,
-                                   transform_non_params=lambda _: whole)  # fmt: skip
-    return jax.jit(optimizer.init, out_shardings=places)(adapter)
+    return optax.tree.map_params(
+        optimizer, lambda _, place: place, jax.eval_shape(optimizer.init, adapter), places,
+        transform_non_params=lambda _: NamedSharding(mesh, P()),
+    )  # fmt: skip
+
+
+def initial_state(optimizer: optax.GradientTransformation, adapter, mesh: Mesh):
+    """The optimizer's state before the first step."""
+    return jax.jit(optimizer.init, out_shardings=state_places(optimizer, adapter, mesh))(adapter)
 
 
 def batch_order(args: Args, number: int, epoch: int, rows: int) -> list[np.ndarray]:

@@ -120,9 +120,12 @@ def _nf4_forward(x, base, rows, groups):
 
 
 def _nf4_backward(rows, groups, base, dy):
+    # Remat computes the forward product again beside this one: XLA would decode once for both and keep it in memory.
+    base, dy = jax.lax.optimization_barrier((base, dy))
     weight_OGK = decode(base, rows, groups, dy.dtype)
-    dx = jnp.einsum("...o,ogk->...gk", dy, weight_OGK)
-    return dx.reshape(*dx.shape[:-2], -1), None
+    # A product of blocks, left so until it is made: as one of [T, I] XLA:TPU does not decode inside it (LOG.md).
+    dx_GTK = jax.lax.optimization_barrier(jnp.einsum("to,ogk->gtk", dy.reshape(-1, dy.shape[-1]), weight_OGK))
+    return dx_GTK.swapaxes(0, 1).reshape(*dy.shape[:-1], -1), None
 
 
 nf4_matmul.defvjp(_nf4_forward, _nf4_backward)

@@ -1,0 +1,75 @@
+"""Model shapes that several benchmarks share, as arrays that are only described, or filled with random numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lora import nf4
+from lora.convert import adapter_shapes
+from lora.linear import FUSED, NF4, LoRAConfig
+from lora.mistral import Config, Mistral
+from lora.sharding import check_divisible, spec_of
+
+MISTRAL_7B = Config(
+    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128, max_position_embeddings=32768, rope_theta=1e6,
+)  # fmt: skip
+# 101 M parameters: the same family at a size that a laptop trains.
+MISTRAL_100M = Config(
+    vocab_size=32000, hidden_size=640, intermediate_size=1792, num_hidden_layers=12, num_attention_heads=10,
+    num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, rope_theta=1e6,
+)  # fmt: skip
+
+
+def described(config: Config, lora: LoRAConfig, mesh: Mesh, *, double: bool = False, dtype=jnp.bfloat16) -> Mistral:
+    """A model in NF4 with an adapter whose arrays are ShapeDtypeStructs that lie on the mesh as real ones would."""
+
+    def array(shape, dtype, spec, name):
+        check_divisible(name, shape, spec, mesh.shape)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    model = nnx.eval_shape(lambda: Mistral(config, rngs=nnx.Rngs(0)))
+    for holder in (model, model.layers):
+        for name in ("embed", "norm", "head", "attention_norm", "mlp_norm"):
+            if (old := getattr(holder, name, None)) is not None:
+                setattr(holder, name, nnx.Param(array(old.shape, dtype, P(), name)))
+    N, shapes = config.num_hidden_layers, adapter_shapes(config, lora)
+    for name, parts in FUSED.items():
+        linear = getattr(model.layers, name)
+        G = linear.inputs // nf4.BLOCK
+        M = sum(-(-rows * G // nf4.NESTED_BLOCK) for rows in linear.rows)
+        fields = {"codes": ((N, sum(linear.rows), G, nf4.BLOCK), jnp.uint4)}
+        if double:
+            fields |= {"absmax_codes": ((N, M, nf4.NESTED_BLOCK), jnp.uint8), "nested": ((N, M), jnp.float32),
+                       "offset": ((N, M), jnp.float32)}  # fmt: skip
+        else:
+            fields["absmax"] = ((N, sum(linear.rows), G), jnp.float32)
+        made = {field: array(*how, spec_of(name, field), f"{name}.{field}") for field, how in fields.items()}
+        linear.quantize(NF4(made.pop("codes"), made.pop("absmax", None), **made))
+        for part in (part for part in parts if part in lora.targets):
+            a, b = (array(shapes[part, side], jnp.float32, spec_of(name, side), part) for side in "ab")
+            linear.add_adapter(part, a, b, lora)
+    return model
+
+
+def random_like(tree, seed: int = 0):
+    """Random arrays in place of descriptions: small normal floats, uniform codes; made where they lie."""
+    leaves, structure = jax.tree.flatten(tree)
+
+    def fill(leaf, number):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            return jax.random.bits(key, leaf.shape, jnp.uint8).astype(leaf.dtype)
+        return (0.02 * jnp.abs(jax.random.normal(key, leaf.shape, jnp.float32))).astype(leaf.dtype)
+
+    filled = (jax.jit(fill, out_shardings=leaf.sharding, static_argnums=0)(leaf, n) for n, leaf in enumerate(leaves))
+    return jax.tree.unflatten(structure, list(filled))
+
+
+def parameters(config: Config) -> int:
+    """Every weight of a model of that shape."""
+    shapes = jax.eval_shape(lambda: nnx.state(Mistral(config, rngs=nnx.Rngs(0))))
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes))

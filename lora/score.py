@@ -1,0 +1,63 @@
+"""Log-probabilities of a text under a model: for parity tests, and to compare bases, precisions and adapters.
+
+    python -m lora.score --model models/tiny-alfworld --weights nf4 --text FILE
+
+Prints one JSON object: `ids` of the text (with what the tokenizer puts before it, such as <s>), `logprobs` of each id
+after the first, natural logarithms, and their `sum`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+
+from lora.convert import Weights, load_adapter, load_model
+from lora.mistral import token_logprobs
+from lora.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    model: Path
+    """Hugging Face folder."""
+    text: Path
+    """File of UTF-8 text, taken whole, its last newline included."""
+    adapter: Path | None = None
+    """LoRA adapter in PEFT's layout."""
+    weights: Weights = "nf4"
+    """Form of the linear layers: fp32, bf16 (activations too), NF4, or NF4 with double quantisation."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Activations (default: bfloat16 for --weights bf16, else float32)."""
+
+
+def score(args: Args) -> dict:
+    """The JSON object. Raises ValueError for a text of fewer than two tokens or more than the model's positions."""
+    ids = load_tokenizer(args.model).encode(args.text.read_text(encoding="utf-8")).ids
+    dtype = None if args.dtype is None else jnp.dtype(args.dtype)
+    if args.adapter is None:
+        model = load_model(args.model, weights=args.weights, dtype=dtype)
+    else:
+        model = load_adapter(args.model, args.adapter, args.weights, dtype=dtype)
+    if not 2 <= len(ids) <= model.config.max_position_embeddings:
+        raise ValueError(
+            f"{args.text} is {len(ids)} tokens, expected 2 to {model.config.max_position_embeddings}, the model's "
+            "max_position_embeddings."
+        )
+    graph, state = nnx.split(model)
+    ids_BL = np.array([ids], np.int32)
+    logprobs_BL = jax.jit(lambda state: token_logprobs(nnx.merge(graph, state), ids_BL, np.ones_like(ids_BL)))(state)
+    logprobs = np.asarray(logprobs_BL)[0, 1:].tolist()
+    return {"ids": ids, "logprobs": logprobs, "sum": float(np.sum(logprobs))}
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(score(tyro.cli(Args, description=__doc__))))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
