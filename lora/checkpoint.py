@@ -194,7 +194,7 @@ def base_sha(model_dir: str | Path) -> str:
     digest = hashlib.sha256()
     for path in weight_files(model_dir):
         with path.open("rb") as file:
-            while piece := file.read(2**24):
+            while piece := file.read(2**20):
                 digest.update(piece)
     return digest.hexdigest()
 

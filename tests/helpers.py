@@ -1,11 +1,16 @@
-"""What several tests need: hand-made trajectories and a tiny random model with a tokenizer."""
+"""What several tests need: hand-made trajectories and tiny random models, with a tokenizer or without."""
 
+import functools
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lora.convert import save_model
+from lora.linear import LoRAParam
 from lora.mistral import Config, Mistral
 from trajectory import Trajectory, Turn
 
@@ -13,6 +18,35 @@ OPENING = (
     "You are in the middle of a room. Looking quickly around you, you see a desk 1, and a shelf 1.\n\n"
     "Your task is to: put a mug in desk."
 )
+
+TINY = Config(
+    vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=32, rope_theta=1e6,
+)  # fmt: skip
+
+
+def random_ids(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, TINY.vocab_size, shape).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graph, state, ids_BL):
+    model = nnx.merge(graph, state)
+    return model.logits(model(ids_BL, jnp.ones_like(ids_BL)))
+
+
+def logits_of(model: Mistral, ids_BL: np.ndarray) -> np.ndarray:
+    """Logits [B, L, V] of rows that are one text each."""
+    return np.asarray(_logits(*nnx.split(model), ids_BL))
+
+
+def with_random_adapter(model: Mistral) -> Mistral:
+    """The model with both A and B away from zero."""
+    graph, adapter, rest = nnx.split(model, LoRAParam, ...)
+    leaves, tree = jax.tree.flatten(adapter)
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    leaves = [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return nnx.merge(graph, jax.tree.unflatten(tree, leaves), rest)
 
 
 def turn(thought: str, action: str, observation: str, **changes) -> Turn:
@@ -35,9 +69,9 @@ def trajectory(**changes) -> Trajectory:
     return Trajectory(**(fields | changes))
 
 
-def byte_tokenizer() -> Tokenizer:
-    """One token per byte: any text, and a newline that is one token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+def byte_tokenizer(size: int = 256) -> Tokenizer:
+    """One token per byte, or per each of the first few: any text, and a newline that is one token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:size]
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

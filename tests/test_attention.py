@@ -1,0 +1,51 @@
+"""Attention over packed rows: every implementation that runs on a CPU against all scores at once."""
+
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora import attention
+
+
+@pytest.mark.parametrize("implementation", ["blocks", "xla", "splash"])
+@pytest.mark.parametrize("window", [None, 100])
+def test_attention_and_its_gradient_are_those_of_all_scores_at_once(window, implementation, monkeypatch):
+    """Segments that need each number of keys, and a length that is no multiple of a block.
+
+    The TPU's kernel is interpreted; that it compiles for a TPU is `bench/tpu_compile.py`'s and tests/test_tpu.py's.
+    """
+    monkeypatch.setattr(attention, "attend_splash", functools.partial(attention.attend_splash, interpret=True))
+    monkeypatch.setattr(attention, "SPLASH_TILE", 128)
+    lengths, (B, L, H, K, C) = ((90, 350, 250), (610, 3, 77)), (2, 700, 4, 2, 8)
+    segments = np.array([np.repeat([1, 2, 3, 0], [*n, L - sum(n)]) for n in lengths])
+    rng = np.random.default_rng(0)
+    q, k, v, wanted = (rng.normal(size=(B, L, n, C)).astype(np.float32) for n in (H, K, K, H))
+
+    def dense(q, k, v):
+        k, v = (jnp.repeat(x, H // K, axis=2) for x in (k, v))
+        scores = jnp.einsum("blhc,bmhc->bhlm", q, k) * C**-0.5
+        seen = attention.visible(segments, segments, 0, window)
+        return jnp.einsum("bhlm,bmhc->blhc", jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30)), v)
+
+    def ours(q, k, v):
+        return attention.attention(q, k, v, jnp.asarray(segments), window, implementation).reshape(B, L, H, C)
+
+    def value_and_grad(attend):
+        mask = (segments > 0)[:, :, None, None]
+        return jax.jit(jax.value_and_grad(lambda *x: (attend(*x) * wanted * mask).sum(), argnums=(0, 1, 2)))(q, k, v)
+
+    for one, other in zip(*(jax.tree.leaves(value_and_grad(attend)) for attend in (ours, dense)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+
+
+def test_the_device_chooses():
+    assert attention.best_implementation("cpu", jnp.float32) == "blocks"
+    assert attention.best_implementation("tpu", jnp.bfloat16) == "splash"
+    assert attention.best_implementation("gpu", jnp.bfloat16) == "cudnn"
+    assert attention.best_implementation("gpu", jnp.float32) == "xla"

@@ -1,0 +1,352 @@
+"""Files in and out: against transformers, bitsandbytes and PEFT; broken, foreign and wrong ones."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from lora import checkpoint
+from lora.checkpoint import base_sha, layer_tensor
+from lora.convert import Args, adapter_name, load_adapter, load_model, main, save_adapter, save_model
+from lora.linear import FUSED, TARGETS, LoRAConfig, decode
+from lora.mistral import Config, Mistral
+from tests.helpers import TINY, byte_tokenizer, logits_of, random_ids, with_random_adapter
+
+ALL = LoRAConfig(rank=4, alpha=12.0, targets=TARGETS)
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory):
+    """A random base in Hugging Face layout, saved by us."""
+    folder = tmp_path_factory.mktemp("base")
+    save_model(Mistral(TINY, rngs=nnx.Rngs(0)), folder)
+    return folder
+
+
+def test_width_that_is_no_multiple_of_64_names_the_layer_and_the_way_out(tmp_path):
+    odd = Config(**{**vars(TINY), "intermediate_size": 96})
+    save_model(Mistral(odd, rngs=nnx.Rngs(0)), tmp_path)
+    with pytest.raises(ValueError, match="'down' has 96 inputs.*multiple of 64.*fp32"):
+        load_model(tmp_path, weights="nf4")
+    assert logits_of(load_model(tmp_path, weights="fp32"), random_ids(1, 5)).shape == (1, 5, TINY.vocab_size)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True, "num_key_value_heads": 4}, {"sliding_window": 7}]
+)
+def test_transformers_reads_ours_and_we_read_theirs(tmp_path, changes):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    ours = Mistral(Config(**{**vars(TINY), **changes}), rngs=nnx.Rngs(1))
+    save_model(ours, tmp_path / "ours")
+    ids = random_ids(2, 23)
+    theirs = transformers.MistralForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits.numpy()
+    assert np.abs(logits_of(ours, ids) - expected).max() < 1e-4
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = load_model(tmp_path / "theirs", weights="fp32")
+    assert again.config == ours.config
+    assert np.abs(logits_of(again, ids) - expected).max() < 1e-4
+
+
+def test_bfloat16_files_are_read(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    save_model(Mistral(TINY, rngs=nnx.Rngs(1)), tmp_path / "ours")
+    theirs = transformers.MistralForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.bfloat16)
+    theirs.save_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        expected = theirs.float()(torch.tensor(random_ids(1, 9))).logits.numpy()
+    assert np.abs(logits_of(load_model(tmp_path / "theirs", weights="fp32"), random_ids(1, 9)) - expected).max() < 1e-4
+
+
+def test_config_of_transformers_4_and_of_other_models(tmp_path, base_dir):
+    raw = json.loads((base_dir / "config.json").read_text())
+    old = {key: value for key, value in raw.items() if key not in ("rope_parameters", "head_dim")}
+    (tmp_path / "config.json").write_text(json.dumps(old | {"rope_theta": 5e5, "num_attention_heads": 2}))
+    config = Config.read(tmp_path)
+    assert (config.rope_theta, config.head_dim) == (5e5, 32)
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"model_type": "llama"}))
+    with pytest.raises(ValueError, match="llama.*expected.*mistral"):
+        Config.read(tmp_path)
+
+
+def test_checkpoint_of_another_shape_names_every_tensor(base_dir, tmp_path):
+    config = json.loads((base_dir / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes((base_dir / "model.safetensors").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    with pytest.raises(ValueError, match=r"Missing: model\.layers\.3\.input_layernorm.*layers\.3\.self_attn\.v_proj"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 98}))
+    with pytest.raises(ValueError, match=r"embed_tokens.*\(97, 64\).*\(98, 64\)"):
+        load_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match="safetensors"):
+        base_sha(tmp_path / "nothing")
+
+
+def test_adapter_comes_back_as_it_was_and_only_on_its_base(base_dir, tmp_path):
+    model = with_random_adapter(load_model(base_dir, weights="nf4", lora=ALL))
+    save_adapter(tmp_path / "adapter", model, base_dir)
+    assert not list((tmp_path / "adapter").glob("*.tmp"))
+    again = load_adapter(base_dir, tmp_path / "adapter", "nf4")
+    assert np.array_equal(logits_of(again, random_ids(2, 9)), logits_of(model, random_ids(2, 9)))
+    save_model(Mistral(TINY, rngs=nnx.Rngs(9)), tmp_path / "other")
+    with pytest.raises(ValueError, match="trained on another base"):
+        load_adapter(tmp_path / "other", tmp_path / "adapter", "nf4")
+    with pytest.raises(ValueError, match="without an adapter"):
+        save_adapter(tmp_path / "none", load_model(base_dir), base_dir)
+    with pytest.raises(ValueError, match="quantised or adapted"):
+        save_model(model, tmp_path / "none")
+
+
+def test_adapter_that_we_do_not_compute_is_refused(base_dir, tmp_path):
+    save_adapter(tmp_path, load_model(base_dir, lora=LoRAConfig()), base_dir)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    odd = {"use_rslora": True, "target_modules": ["lm_head"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | odd))
+    with pytest.raises(ValueError, match="use_rslora=True.*lm_head.*expected a plain LoRA"):
+        load_adapter(base_dir, tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj", "k_proj"]}))
+    with pytest.raises(ValueError, match="Missing: .*k_proj.*Unexpected: .*v_proj"):
+        load_adapter(base_dir, tmp_path)
+
+
+def test_peft_and_we_agree_on_each_other_s_adapters(base_dir, tmp_path):
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    ids = random_ids(2, 13)
+
+    def theirs(folder):
+        base = transformers.MistralForCausalLM.from_pretrained(base_dir)
+        with torch.no_grad():
+            return peft.PeftModel.from_pretrained(base, folder).eval()(torch.tensor(ids)).logits.numpy()
+
+    lora = LoRAConfig(rank=4, alpha=12.0, targets=("q", "v", "o", "up", "down"))
+    model = with_random_adapter(load_model(base_dir, weights="fp32", lora=lora))
+    save_adapter(tmp_path / "ours", model, base_dir)
+    assert np.abs(theirs(tmp_path / "ours") - logits_of(model, ids)).max() < 1e-4
+
+    base = transformers.MistralForCausalLM.from_pretrained(base_dir)
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["k_proj", "gate_proj"], init_lora_weights=False)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "theirs")
+    loaded = load_adapter(base_dir, tmp_path / "theirs", "fp32")
+    assert np.abs(theirs(tmp_path / "theirs") - logits_of(loaded, ids)).max() < 1e-4
+    assert np.abs(logits_of(loaded, ids) - logits_of(load_model(base_dir, weights="fp32"), ids)).max() > 1e-2
+
+
+
+
+# ---- 4-bit folders ---------------------------------------------------------------------------------------------------
+
+
+def quantised_by_transformers(base_dir, folder: Path, double: bool):
+    """A folder with the base in bitsandbytes' NF4, as transformers saves it, and that model."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    model = transformers.MistralForCausalLM.from_pretrained(base_dir, quantization_config=config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def all_tensors(folder: Path) -> dict[str, bytes]:
+    """Every tensor of a folder as bytes; bitsandbytes' JSON as its sorted items."""
+    from safetensors import safe_open
+
+    found = {}
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, "np") as file:
+            found |= {name: file.get_tensor(name).tobytes() for name in file.keys()}
+    return {k: str(sorted(json.loads(v).items())).encode() if "quant_state" in k else v for k, v in found.items()}
+
+
+@pytest.mark.parametrize("weights", ["nf4", "nf4-dq"])
+def test_a_quantised_folder_is_what_transformers_and_bitsandbytes_write(base_dir, tmp_path, weights):
+    """Bit by bit, whoever quantises; and whoever reads it computes the same, weight by weight exactly."""
+    torch = pytest.importorskip("torch")
+    functional = pytest.importorskip("bitsandbytes.functional")
+    theirs = quantised_by_transformers(base_dir, tmp_path / "theirs", weights == "nf4-dq")
+    main(Args(model=base_dir, out=tmp_path / "ours", weights=weights))
+    assert all_tensors(tmp_path / "ours") == all_tensors(tmp_path / "theirs")
+    assert base_sha(tmp_path / "ours") == base_sha(base_dir)
+
+    ids = random_ids(2, 17)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits.numpy()
+    quantised_now = load_model(base_dir, weights=weights)
+    for model in (quantised_now, *(load_model(tmp_path / who, weights=weights) for who in ("ours", "theirs"))):
+        assert np.abs(logits_of(model, ids) - expected).max() < 1e-4
+        for name, parts in FUSED.items():
+            linear = getattr(model.layers, name)
+            for layer in range(TINY.num_hidden_layers):
+                base = jax.tree.map(lambda x, layer=layer: x[layer], linear.base())
+                ours = np.asarray(decode(base, linear.rows, linear.inputs // 64, np.float32)).reshape(-1, linear.inputs)
+                wanted = []
+                for part in parts:
+                    weight = theirs.get_submodule(layer_tensor(layer, part).removesuffix(".weight")).weight
+                    wanted.append(functional.dequantize_4bit(weight.data, weight.quant_state).numpy())
+                assert np.array_equal(ours, np.concatenate(wanted))
+    transformers = pytest.importorskip("transformers")
+    with torch.no_grad():
+        read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+        assert np.abs(read(torch.tensor(ids)).logits.numpy() - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("stored, wanted", [("nf4", "nf4-dq"), ("nf4-dq", "nf4"), ("nf4-dq", "fp32")])
+def test_a_quantised_folder_is_read_in_another_form(base_dir, tmp_path, stored, wanted):
+    main(Args(model=base_dir, out=tmp_path / "stored", weights=stored))
+    model = load_model(tmp_path / "stored", weights=wanted)
+    # Double quantisation of what is stored plain is the same as of the source; taken back, its values stay.
+    same = load_model(base_dir, weights="nf4-dq")
+    assert np.abs(logits_of(model, random_ids(1, 9)) - logits_of(same, random_ids(1, 9))).max() < 1e-5
+    assert (model.layers.qkv.nested is not None) == (wanted == "nf4-dq")
+
+
+def test_a_4_bit_file_that_is_not_nf4_in_blocks_of_64_is_refused(base_dir, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    main(Args(model=base_dir, out=tmp_path, weights="nf4"))
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = layer_tensor(1, "v")
+    state = json.dumps({"quant_type": "nf4", "blocksize": 128, "dtype": "float32", "shape": [64, 64]})
+    wrong = tensors | {f"{name}.{checkpoint.STATE}": np.frombuffer(state.encode(), np.uint8)}
+    save_file(wrong, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="layers.1.self_attn.v_proj.*128.*expected.*blocksize 64"):
+        load_model(tmp_path)
+    save_file({k.replace("__nf4", "__fp4"): v for k, v in tensors.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="4-bit type other than NF4"):
+        load_model(tmp_path)
+    del tensors[f"{name}.absmax"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"Missing: model.layers.1.self_attn.v_proj.weight.absmax\. Unexpected: none"):
+        load_model(tmp_path)
+
+
+# ---- files in parts, broken and large ones ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_in_several_files(base_dir, tmp_path, dtype):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.MistralForCausalLM.from_pretrained(base_dir, dtype=getattr(torch, dtype))
+    theirs.save_pretrained(tmp_path, max_shard_size="40KB")
+    files = sorted(path.name for path in tmp_path.glob("model-*.safetensors"))
+    assert len(files) > 3
+    ids = random_ids(1, 9)
+    with torch.no_grad():
+        expected = theirs.float()(torch.tensor(ids)).logits.numpy()
+    assert np.abs(logits_of(load_model(tmp_path, weights="fp32"), ids) - expected).max() < 1e-4
+    (tmp_path / "consolidated.safetensors").write_bytes(b"what the index does not name is not read")
+    load_model(tmp_path)
+    whole = (tmp_path / files[1]).read_bytes()
+    (tmp_path / files[1]).write_bytes(whole[:-7])
+    with pytest.raises(ValueError, match=f"{files[1]} is not a whole safetensors file.*copy it again"):
+        load_model(tmp_path)
+    (tmp_path / files[1]).unlink()
+    with pytest.raises(FileNotFoundError, match=files[1]):
+        load_model(tmp_path)
+
+
+def test_converting_needs_the_largest_tensor_and_a_file_no_more(tmp_path, monkeypatch):
+    """Host memory as numpy asks for it, with files of 1 MB: the model has 20 MB, its largest tensor 2."""
+    sizes = {"vocab_size": 512, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3}
+    config = Config(**{**vars(TINY), **sizes})
+    save_model(Mistral(config, rngs=nnx.Rngs(0)), tmp_path / "base")
+    assert (tmp_path / "base" / "model.safetensors").stat().st_size > 20e6
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 10**6)
+    tracemalloc.start()
+    main(Args(model=tmp_path / "base", out=tmp_path / "out", weights="nf4"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
+    read, quantised_now = (logits_of(load_model(tmp_path / name), random_ids(1, 5)) for name in ("out", "base"))
+    assert np.array_equal(read, quantised_now)
+    with pytest.raises(ValueError, match="holds a model already"):
+        main(Args(model=tmp_path / "base", out=tmp_path / "out"))
+
+
+# ---- adapters out ----------------------------------------------------------------------------------------------------
+
+
+def test_merged_is_what_peft_merges(base_dir, tmp_path):
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    model = with_random_adapter(load_model(base_dir, weights="fp32", lora=ALL))
+    save_adapter(tmp_path / "adapter", model, base_dir)
+    ids = random_ids(2, 13)
+    base = transformers.MistralForCausalLM.from_pretrained(base_dir)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().eval()
+    main(Args(model=base_dir, out=tmp_path / "merged", weights="fp32", adapter=tmp_path / "adapter"))
+    ours = transformers.MistralForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits.numpy()
+        assert np.abs(ours(torch.tensor(ids)).logits.numpy() - expected).max() < 1e-4
+    assert np.abs(logits_of(model, ids) - expected).max() < 1e-3  # not merged: other roundings
+    assert base_sha(tmp_path / "merged") != base_sha(base_dir)  # it is another base
+
+    main(Args(model=base_dir, out=tmp_path / "on_nf4", weights="nf4", adapter=tmp_path / "adapter", dtype="fp32"))
+    trained_on = with_random_adapter(load_model(base_dir, weights="nf4", lora=ALL))
+    merged = load_model(tmp_path / "on_nf4", weights="fp32")
+    assert np.abs(logits_of(merged, ids) - logits_of(trained_on, ids)).max() < 1e-3
+    assert np.abs(logits_of(merged, ids) - expected).max() > 1e-2  # NF4's values are what it was merged with
+
+
+def test_other_weights_have_another_name(base_dir, tmp_path):
+    for scale in (1, 2):
+        model = with_random_adapter(load_model(base_dir, lora=LoRAConfig(rank=scale)))
+        save_adapter(tmp_path / str(scale), model, base_dir)
+    names = [adapter_name("a3t", 2, tmp_path / folder) for folder in "112"]
+    assert names[0] == names[1] != names[2]
+    assert names[0].startswith("a3t-r2-") and len(names[0]) == len("a3t-r2-") + 8
+
+
+# ---- the commands ----------------------------------------------------------------------------------------------------
+
+
+def command(*words) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", *map(str, words)], capture_output=True, text=True, check=False)
+
+
+def test_score_is_what_transformers_and_peft_compute(base_dir, tmp_path):
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    shutil.copytree(base_dir, tmp_path / "base")
+    byte_tokenizer(97).save(str(tmp_path / "base" / "tokenizer.json"))
+    model = with_random_adapter(load_model(tmp_path / "base", weights="fp32", lora=ALL))
+    save_adapter(tmp_path / "adapter", model, tmp_path / "base")
+    (tmp_path / "text").write_text("PUT A MUG IN THE DESK")
+    result = command("lora.score", "--model", tmp_path / "base", "--adapter", tmp_path / "adapter",
+                     "--weights", "fp32", "--text", tmp_path / "text")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    base = transformers.MistralForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        logits = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(torch.tensor([found["ids"]])).logits
+    logprobs = torch.log_softmax(logits[0, :-1], -1).gather(1, torch.tensor(found["ids"])[1:, None])[:, 0].numpy()
+    assert len(found["ids"]) == 21 and found.keys() == {"ids", "logprobs", "sum"}
+    assert np.abs(np.array(found["logprobs"]) - logprobs).max() < 1e-4
+    assert found["sum"] == pytest.approx(logprobs.sum(), abs=1e-3)
+
+
+def test_commands_say_what_is_wrong(base_dir, tmp_path):
+    result = command("lora.convert", "--model", tmp_path, "--out", tmp_path / "out")
+    assert result.returncode == 1 and "error: " in result.stderr and "config.json" in result.stderr
+    result = command("lora.score", "--model", base_dir, "--text", tmp_path / "none")
+    assert result.returncode == 1 and "tokenizer.json" in result.stderr and "Traceback" not in result.stderr

@@ -1,0 +1,95 @@
+"""A training step on one device and on meshes of eight; in one process and in two."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from lora.convert import save_model
+from lora.mistral import Config, Mistral
+from lora.sharding import check_divisible, fused_order, join_processes, make_mesh
+from tests.helpers import TINY
+
+ROOT = Path(__file__).parent.parent
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8,
+        "num_key_value_heads": 4}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    save_model(Mistral(Config(**{**vars(TINY), **WIDE}), rngs=nnx.Rngs(0)), folder)
+    return folder
+
+
+def start(folder, weights, devices, *meshes, **environment) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "tests" / "sharded_losses.py"), str(folder), weights, str(devices), *meshes]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def result(process: subprocess.Popen) -> np.ndarray:
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-3000:]
+    return np.array(json.loads(out.splitlines()[-1]))
+
+
+@pytest.fixture(scope="module")
+def one_device(folder):
+    [losses] = result(start(folder, "nf4", 1, "1,1,1"))
+    assert losses[0] - losses[-1] > 0.5  # it learns, so that a wrong gradient shows
+    return losses
+
+
+def test_meshes_give_the_losses_of_one_device(folder, one_device):
+    for losses in result(start(folder, "nf4", 8, "1,8,1", "1,2,4", "2,2,2")):
+        assert np.abs(losses - one_device).max() < 1e-5
+
+
+@pytest.mark.parametrize("weights, mesh", [("nf4-dq", "2,2,2"), ("fp32", "1,4,2")])
+def test_other_forms_of_the_base_too(folder, weights, mesh):
+    [sharded] = result(start(folder, weights, 8, mesh))
+    [alone] = result(start(folder, weights, 1, "1,1,1"))
+    assert np.abs(sharded - alone).max() < 1e-5
+
+
+def test_two_processes_give_the_losses_of_one_device(folder, one_device):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    both = [
+        start(folder, "nf4", 2, "1,2,2", COORDINATOR=address, PROCESSES="2", PROCESS=str(number)) for number in (0, 1)
+    ]
+    for [losses] in map(result, both):
+        assert np.abs(losses - one_device).max() < 1e-5
+
+
+def test_fused_rows_are_dealt_to_devices_part_by_part():
+    assert fused_order([4, 2], 2).tolist() == [0, 1, 4, 2, 3, 5]
+    assert fused_order([3, 2], 1).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_what_cannot_be_divided_is_named(folder):
+    with pytest.raises(ValueError, match=r"q of shape \(6, 5\) cannot be spread over tensor=2 x fsdp=2: 6 is no"):
+        check_divisible("q", (6, 5), P(("tensor", "fsdp")), {"data": 1, "fsdp": 2, "tensor": 2})
+    with pytest.raises(ValueError, match="needs 64 devices, found 2"):
+        make_mesh((1, 64, 1))
+    assert dict(make_mesh((-1, 1, 1)).shape) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
+    process = start(folder, "nf4-dq", 8, "1,1,4")
+    assert process.wait(120) == 1
+    assert "its blocks of 256 absmax would be cut. Use weights='nf4'" in process.stderr.read()
+
+
+def test_a_coordinator_needs_its_numbers(monkeypatch):
+    monkeypatch.setenv("COORDINATOR", "localhost:1")
+    monkeypatch.setenv("PROCESSES", "2")
+    with pytest.raises(ValueError, match="needs PROCESS too"):
+        join_processes()
