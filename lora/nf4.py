@@ -149,13 +149,21 @@ def unpack(packed: np.ndarray) -> np.ndarray:
 def lut(codes: jax.Array, values: np.ndarray = VALUES) -> jax.Array:
     """The values (a power of two of them) at those codes, float32, same shape.
 
-    A tree of selects and no gather: XLA fuses it into the matmul on a TPU, where a gather costs a thousand times more.
+    On a TPU a tree of selects, which XLA fuses into the matmul, where a gather costs a thousand times more; elsewhere a
+    gather: of the selects' constants XLA:CPU makes arrays, which it then reads.
     """
-    bits = [(codes >> i & 1).astype(bool) for i in range(len(values).bit_length() - 1)]
-    level = [jnp.float32(value) for value in values]
-    for bit in bits:
-        level = [jnp.where(bit, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
-    return level[0]
+
+    def tree(codes):
+        bits = [(codes >> i & 1).astype(bool) for i in range(len(values).bit_length() - 1)]
+        level = [jnp.float32(value) for value in values]
+        for bit in bits:
+            level = [jnp.where(bit, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
+        return level[0]
+
+    def gather(codes):
+        return jnp.asarray(values)[codes.astype(jnp.uint8)]
+
+    return jax.lax.platform_dependent(codes, tpu=tree, default=gather)
 
 
 def decode_absmax(codes: jax.Array, nested: jax.Array, offset: jax.Array, rows: Sequence[int], groups: int):
