@@ -1,8 +1,8 @@
 """Does the 7B training step fit a TPU, and what crosses its chips? Asked of the TPU compiler, without a TPU.
 
 Compiles the step of train_pg.py on Mistral-7B's shape for each configuration, from descriptions of the arrays alone,
-and prints the memory that the compiler assigns, the floor that physics sets (NF4 codes and scales, 16-bit embeddings and
-head, the adapter and Adam's moments), every kind of all-gather, and whether a whole weight ever lies decoded in memory.
+and prints the memory that the compiler assigns, the floor that physics sets (NF4 codes and scales, 16-bit embeddings
+and head, the adapter and Adam's moments), every kind of all-gather, and whether a decoded weight ever lies in memory.
 Needs libtpu (requirements-test.txt), no TPU; one process at a time.
 
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m bench.tpu_compile

@@ -1,9 +1,9 @@
 """QLoRA training steps a second: ours beside torch + PEFT on the same shape, the same rows, in the same run.
 
-Both take packed rows of the same length through the same Mistral with random weights, an adapter of the same rank on the
-same projections, forward, backward and AdamW, batch after batch. Ours is the step of train_pg.py on NF4. The peer is
-transformers + PEFT, its base in bitsandbytes' NF4 and, beside it, dense (no decoding: the faster of the two is what ours
-is compared with). Printed for each: tokens/s (median step), achieved FLOP/s (4 a weight and token), peak memory.
+Both take packed rows of the same length through the same Mistral with random weights, an adapter of the same rank on
+the same projections, forward, backward and AdamW, batch after batch. Ours is the step of train_pg.py on NF4. The peer
+is transformers + PEFT, its base in bitsandbytes' NF4 and, beside it, dense (no decoding: the faster of the two is what
+ours is compared with). Printed for each: tokens/s (median step), achieved FLOP/s (4 a weight and token), peak memory.
 
     JAX_PLATFORMS=cpu python -m bench.train                             # 101 M parameters, on the CPU
     python -m bench.train --shape 7b --tokens 4096 --targets all        # on a GPU

@@ -12,15 +12,18 @@ from lora.convert import load_model
 from lora.linear import LoRAConfig, LoRAParam
 from lora.mistral import token_logprobs
 from lora.sharding import make_mesh
+from stage import StageError
 from tests.helpers import byte_tokenizer, trajectory, write_tiny_model
 from train_pg import (
     Args,
     Batch,
     Example,
     batch_order,
+    check_step,
     initial_state,
     main,
     make_update,
+    mesh_of,
     objective,
     pack_examples,
     select_round,
@@ -154,6 +157,24 @@ def test_devices_that_share_the_rows_take_the_same_step(model):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
+def test_a_step_that_is_not_finite_or_runs_away_is_named(tmp_path):
+    line = {"step": 7, "loss": 1.0, "gradient_norm": 2.0, "logprob_negative": -3.0}
+    check_step(Args(), line, tmp_path)
+    with pytest.raises(StageError, match="step 7: loss nan.*Lower --learning-rate"):
+        check_step(Args(), line | {"loss": float("nan")}, tmp_path)
+    with pytest.raises(StageError, match="step 7: .*inf"):
+        check_step(Args(), line | {"gradient_norm": float("inf")}, tmp_path)
+    with pytest.raises(StageError, match="step 7: the mean log-probability of the failures' tokens is -20.5, under"):
+        check_step(Args(), line | {"logprob_negative": -20.5}, tmp_path)
+
+
+def test_rows_that_cannot_be_divided_are_refused():
+    assert dict(mesh_of(Args(batch_rows=3)).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(mesh_of(Args(batch_rows=4, device_rows=2)).shape) == {"data": 2, "fsdp": 1, "tensor": 1}
+    with pytest.raises(ValueError, match="--batch-rows 3 is no multiple of .* give a multiple of 2"):
+        mesh_of(Args(batch_rows=3, device_rows=2))
+
+
 def test_padding_rows_change_nothing(model):
     graph, adapter, frozen = model
     ids_BL, segments_BL, _ = batch()
@@ -170,7 +191,7 @@ def test_all_weights_zero_is_an_error():
         pack_examples(examples, Args(), lambda text: byte_tokenizer().encode(text).ids)
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": ()}, {"epochs": (2, 0)}, {"batch_rows": 0}])
+@pytest.mark.parametrize("wrong", [{"epochs": ()}, {"epochs": (2, 0)}, {"batch_rows": 0}, {"device_rows": 0}])
 def test_nothing_to_pass_over_is_an_error(wrong, tmp_path):
     with pytest.raises(ValueError, match="at least 1"):
         main(Args(run=tmp_path, **wrong))

@@ -1,0 +1,95 @@
+"""Loading a checkpoint of more than a billion parameters: seconds and peak host memory, beside the floors.
+
+Writes a random bf16 checkpoint of a 1.1 B-parameter Mistral shape (2.2 GB) into a temporary folder, converts it to NF4
+(`lora.convert`), and loads both, each in a process of its own. Floors: the time to read the source's bytes once, and
+the bytes of the result (on a CPU JAX keeps a 4-bit code in a byte). What 7B will take is derived from these, by bytes.
+
+    JAX_PLATFORMS=cpu python -m bench.load
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import tyro
+
+from bench.shapes import MISTRAL_7B, parameters
+from lora.checkpoint import tensor_shapes, weight_files, write_checkpoint
+from lora.mistral import Config
+
+SHAPE = Config(
+    vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+    num_key_value_heads=4, head_dim=64, max_position_embeddings=4096, rope_theta=1e6,
+)  # fmt: skip
+MEASURE = """
+import json, resource, sys, time
+from pathlib import Path
+sys.path.insert(0, "")
+start = time.time()
+{code}
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({{"seconds": time.time() - start, "peak_memory": peak}}))
+"""
+IMPORTS = "import jax\nfrom lora.convert import load_model, convert\nstart = time.time()\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    folder: Path | None = None
+    """Where to write the checkpoints (default: a temporary folder)."""
+
+
+def measure(code: str) -> dict:
+    """Seconds and peak memory of a piece of code in a process of its own."""
+    command = [sys.executable, "-c", MEASURE.format(code=code)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def random_checkpoint(folder: Path) -> int:
+    """Writes the checkpoint; returns its bytes."""
+    random = np.random.default_rng(0)
+    pool = random.standard_normal(2**24, np.float32).astype(ml_dtypes.bfloat16)
+    shapes = tensor_shapes(SHAPE)
+    write_checkpoint(folder, ((n, np.resize(pool, shape)) for n, shape in shapes.items()), SHAPE.to_json())
+    return sum(path.stat().st_size for path in weight_files(folder))
+
+
+def main(args: Args) -> None:
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        dense, quantised = Path(temporary) / "dense", Path(temporary) / "nf4"
+        size = random_checkpoint(dense)
+        start = time.time()
+        for path in weight_files(dense):
+            with path.open("rb") as file:
+                while file.read(2**24):
+                    pass
+        floor = time.time() - start
+        load = "jax.block_until_ready(jax.tree.leaves(__import__('flax').nnx.state(load_model({!r}, weights='nf4'))))"
+        rows = {
+            "imports alone": measure(IMPORTS + "jax.devices()"),
+            "convert to NF4": measure(
+                IMPORTS + f"convert(Path({str(dense)!r}), Path({str(quantised)!r}), 'nf4', None, None)"
+            ),
+            "load, quantising": measure(IMPORTS + load.format(str(dense))),
+            "load NF4": measure(IMPORTS + load.format(str(quantised))),
+        }
+        result = sum(path.stat().st_size for path in weight_files(quantised))
+    count = parameters(SHAPE)
+    ratio = parameters(MISTRAL_7B) / count
+    print(f"{count / 1e9:.2f} B parameters, {size / 2**30:.2f} GiB in bf16, {result / 2**30:.2f} GiB in NF4; "
+          f"reading the source once: {floor:.1f} s")  # fmt: skip
+    for name, row in rows.items():
+        print(f"{name:18} {row['seconds']:7.1f} s {row['peak_memory'] / 2**30:6.2f} GiB at most; "
+              f"7B, derived: {row['seconds'] * ratio:6.0f} s")  # fmt: skip
+    print(json.dumps({"parameters": count, "bytes": size, "bytes_nf4": result, "read_seconds": floor, **rows}))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

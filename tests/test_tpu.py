@@ -1,0 +1,34 @@
+"""The training step of the 7B model, compiled for a TPU without one: it fits, and no decoded weight lies in memory."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def compiled(name: str) -> dict:
+    """What bench/tpu_compile.py says of a configuration, from a process that may load libtpu."""
+    pytest.importorskip("libtpu")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    command = [sys.executable, "-m", "bench.tpu_compile", "--only", name]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])[name]
+
+
+def test_7b_trains_within_seven_gib_of_one_v5e_chip():
+    found = compiled("v5e/2048")
+    assert found["floor"] < found["total"] < 7 * 2**30
+    assert found["decoded"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v5e:2x4/fsdp8", "v5e:2x4/fsdp4-tensor2"])
+def test_codes_and_not_weights_cross_the_chips(name):
+    found = compiled(name)
+    assert found["decoded"] == []
+    weights = [array for array in found["all_gathers"] if array.endswith(",64]") and array.count(",") == 2]
+    assert weights and all(array.startswith("u4") or array.startswith("f32[1,") for array in weights)
+    assert not [array for array in found["all_gathers"] if array.startswith("bf16")]
