@@ -5,7 +5,7 @@ the same projections, forward, backward and AdamW, batch after batch. Ours is th
 is transformers + PEFT, its base in bitsandbytes' NF4 and, beside it, dense (no decoding: the faster of the two is what
 ours is compared with). Printed for each: tokens/s (median step), achieved FLOP/s (4 a weight and token), peak memory.
 
-    JAX_PLATFORMS=cpu python -m bench.train                             # 101 M parameters, on the CPU
+    JAX_PLATFORMS=cpu python -m bench.train                             # 98 M parameters, on the CPU
     python -m bench.train --shape 7b --tokens 4096 --targets all        # on a GPU
     python -m bench.train --shape 7b --tokens 2048 --remat full --peers # ours alone: how much memory it takes
 

@@ -331,7 +331,7 @@ def test_score_is_what_transformers_and_peft_compute(base_dir, tmp_path):
     byte_tokenizer(97).save(str(tmp_path / "base" / "tokenizer.json"))
     model = with_random_adapter(load_model(tmp_path / "base", weights="fp32", lora=ALL))
     save_adapter(tmp_path / "adapter", model, tmp_path / "base")
-    (tmp_path / "text").write_text("PUT A MUG IN THE DESK")
+    (tmp_path / "text").write_text("PUT.A.MUG.IN.THE.DESK")
     result = command("lora.score", "--model", tmp_path / "base", "--adapter", tmp_path / "adapter",
                      "--weights", "fp32", "--text", tmp_path / "text")  # fmt: skip
     assert result.returncode == 0, result.stderr
