@@ -93,7 +93,8 @@ def test_half_of_the_first_heads_find_the_numbered_thing_of_a_plain_name_at_the_
     rng = np.random.default_rng(0)
     plain, numbered, *kinds = np.linalg.qr(rng.normal(size=(128, 12)))[0].T
     match_like_with_like(model, plain, numbered)
-    q, k, v, o = (np.asarray(getattr(model.layers, name).weight[...]) for name in "qkvo")
+    q, k, v = (np.asarray(model.layers.qkv.weight[part][...]) for part in "qkv")
+    o = np.asarray(model.layers.o.weight["o"][...])
     names = [*(kind + 0.6 * numbered for kind in kinds), *(kind + 0.6 * plain for kind in kinds)]
     names = np.array([128**0.5 * name / np.linalg.norm(name) for name in names])
     for layer, found in ((0, True), (1, True), (2, False)):
