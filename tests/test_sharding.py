@@ -54,7 +54,9 @@ def test_meshes_give_the_losses_of_one_device(folder, one_device):
         assert np.abs(losses - one_device).max() < 1e-5
 
 
-@pytest.mark.parametrize("weights, mesh", [("nf4-dq", "2,2,2"), ("fp32", "1,4,2")])
+@pytest.mark.parametrize(
+    "weights, mesh", [("nf4-dq", "2,2,2"), pytest.param("fp32", "1,4,2", marks=pytest.mark.slow)]
+)
 def test_other_forms_of_the_base_too(folder, weights, mesh):
     [sharded] = result(start(folder, weights, 8, mesh))
     [alone] = result(start(folder, weights, 1, "1,1,1"))
