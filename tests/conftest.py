@@ -1,5 +1,19 @@
 """Tests see two CPU devices, so that what is spread over devices is tested without an accelerator."""
 
 import jax
+import pytest
+from flax import nnx
 
 jax.config.update("jax_num_cpu_devices", 2)
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory):
+    """A random base in Hugging Face layout, saved by us."""
+    from lora.convert import save_model
+    from lora.mistral import Mistral
+    from tests.helpers import TINY
+
+    folder = tmp_path_factory.mktemp("base")
+    save_model(Mistral(TINY, rngs=nnx.Rngs(0)), folder)
+    return folder

@@ -22,14 +22,6 @@ from tests.helpers import TINY, byte_tokenizer, logits_of, random_ids, with_rand
 ALL = LoRAConfig(rank=4, alpha=12.0, targets=TARGETS)
 
 
-@pytest.fixture(scope="module")
-def base_dir(tmp_path_factory):
-    """A random base in Hugging Face layout, saved by us."""
-    folder = tmp_path_factory.mktemp("base")
-    save_model(Mistral(TINY, rngs=nnx.Rngs(0)), folder)
-    return folder
-
-
 def test_width_that_is_no_multiple_of_64_names_the_layer_and_the_way_out(tmp_path):
     odd = Config(**{**vars(TINY), "intermediate_size": 96})
     save_model(Mistral(odd, rngs=nnx.Rngs(0)), tmp_path)

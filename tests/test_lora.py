@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora import attention, mistral, nf4
 from lora.checkpoint import HF_NAMES
-from lora.convert import load_model, save_model
+from lora.convert import load_model
 from lora.linear import FUSED, NF4, TARGETS, LoRAConfig, LoRAParam, adapter_matmul, drop, nf4_matmul
 from lora.mistral import Config, Mistral, token_logprobs
 from lora.sharding import make_mesh
@@ -18,14 +18,6 @@ from tests.helpers import TINY, logits_of, random_ids, with_random_adapter
 from train_pg import Batch, initial_state, make_update
 
 ALL = LoRAConfig(rank=4, alpha=12.0, targets=TARGETS)
-
-
-@pytest.fixture(scope="module")
-def base_dir(tmp_path_factory):
-    """A random base in Hugging Face layout, saved by us."""
-    folder = tmp_path_factory.mktemp("base")
-    save_model(Mistral(TINY, rngs=nnx.Rngs(0)), folder)
-    return folder
 
 
 # ---- the adapter -----------------------------------------------------------------------------------------------------
