@@ -470,8 +470,11 @@ def main(args: Args) -> None:
     return None
 
 
+def launch(args: Args) -> None:
+    """Joins the other processes, if there are any, and trains; on a CPU with a device for each row of a step."""
+    jax.config.update("jax_num_cpu_devices", max(1, args.batch_rows // join_processes()))
+    main(args)
+
+
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-    jax.config.update("jax_num_cpu_devices", args.batch_rows)  # on a CPU a row each, however many cores there are
-    join_processes()
-    run_main(main, args)
+    run_main(launch, tyro.cli(Args, description=__doc__))

@@ -1,13 +1,15 @@
-"""QLoRA training steps a second: ours beside torch + PEFT on the same shape, the same rows, in the same run.
+"""QLoRA training: ours beside torch + PEFT, the same trajectories through the same shape, in the same run.
 
-Both take packed rows of the same length through the same Mistral with random weights, an adapter of the same rank on
-the same projections, forward, backward and AdamW, batch after batch. Ours is the step of train_pg.py on NF4. The peer
-is transformers + PEFT, its base in bitsandbytes' NF4 and, beside it, dense (no decoding: the faster of the two is what
-ours is compared with). Printed for each: tokens/s (median step), achieved FLOP/s (4 a weight and token), peak memory.
+Trajectories of the lengths that the loop collects go through a Mistral with random weights, an adapter of the same rank
+on the same projections, forward, backward and AdamW, batch after batch. Ours is the step of train_pg.py: packed rows,
+NF4. The peer is transformers + PEFT, fed in two ways: each batch of trajectories padded to its longest, as the usual
+collator does, and the very rows that ours takes, positions beginning again with each trajectory. Its base is in
+bitsandbytes' NF4 or dense, which has nothing to decode; ours is compared with the faster. Printed for each: real
+(not padding) tokens/s over all steps, achieved FLOP/s (4 a weight and real token), peak memory.
 
-    JAX_PLATFORMS=cpu python -m bench.train                             # 98 M parameters, on the CPU
-    python -m bench.train --shape 7b --tokens 4096 --targets all        # on a GPU
-    python -m bench.train --shape 7b --tokens 2048 --remat full --peers # ours alone: how much memory it takes
+    JAX_PLATFORMS=cpu python -m bench.train                                      # 98 M parameters, on the CPU
+    python -m bench.train --shape 7b --tokens 4096 --targets all                 # on a GPU
+    python -m bench.train --shape 7b --tokens 2048 --remat full --peers          # ours alone: how much memory it takes
 
 Each contender runs in a process of its own, so that none keeps the other's memory.
 """
@@ -25,17 +27,21 @@ from typing import Literal
 import numpy as np
 import tyro
 
+from trajectory import pack
+
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
     shape: Literal["100m", "7b"] = "100m"
     """Model shape."""
-    tokens: int = 512
+    tokens: int = 1280
     """Tokens of a packed row."""
-    rows: int = 1
-    """Rows of a step."""
-    steps: int = 5
-    """Timed steps, after one that compiles and one more."""
+    rows: int = 2
+    """Packed rows of a step; on a CPU each is computed by a device of its own, as train_pg.py does."""
+    trajectories: int = 24
+    """Trajectories in all; the first step of each contender runs once more before them and is not counted."""
+    batch: int = 8
+    """Trajectories of a padded step (8 is what transformers' Trainer takes)."""
     targets: Literal["qv", "all"] = "qv"
     """Projections with an adapter."""
     rank: int = 16
@@ -48,18 +54,29 @@ class Args:
     """The base of the peer; none: ours alone."""
     seed: int = 0
     """Of weights and ids."""
-    contender: Literal["ours", "nf4", "dense"] | None = None
-    """Internal: run this one alone and print its JSON."""
+    contender: str | None = None
+    """Run this one alone and print its JSON: ours, nf4-padded, nf4-packed, dense-padded or dense-packed."""
 
 
 TARGETS = {"qv": ("q", "v"), "all": ("q", "k", "v", "o", "gate", "up", "down")}
 
 
-def rows_of(args: Args, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and segments [rows, tokens]: four trajectories a row."""
-    ids = np.random.default_rng(args.seed).integers(3, vocabulary, (args.rows, args.tokens)).astype(np.int32)
-    segments = np.broadcast_to(1 + 4 * np.arange(args.tokens) // args.tokens, ids.shape).astype(np.int32)
-    return ids, segments
+# Tokens of a trajectory: 20 quantiles of the 152 that round 1 of `make run` trains on (mean 412, longest 913).
+LENGTHS = (215, 223, 271, 280, 291, 310, 322, 348, 368, 378, 380, 405, 424, 453, 488, 520, 546, 569, 653, 759)
+
+
+def trajectories_of(args: Args, vocabulary: int) -> list[np.ndarray]:
+    """Random ids of each trajectory."""
+    random = np.random.default_rng(args.seed)
+    return [random.integers(3, vocabulary, length) for length in random.choice(LENGTHS, args.trajectories)]
+
+
+def rows_of(args: Args, texts: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The trajectories in packed rows: ids and segments [rows, tokens] of each step; empty rows fill the last one."""
+    packed = pack([(ids, np.ones(len(ids))) for ids in texts], args.tokens)
+    missing = -len(packed.ids_NL) % args.rows
+    filled = (np.pad(x, ((0, missing), (0, 0))) for x in (packed.ids_NL, packed.segments_NL))
+    return list(zip(*(x.reshape(-1, args.rows, args.tokens) for x in filled), strict=True))
 
 
 def shape_of(args: Args):
@@ -75,13 +92,14 @@ def ours(args: Args) -> dict:
     from flax import nnx
 
     from bench.shapes import described, random_like
-    from lora.device import lora_step_flops, peak_memory
+    from lora.device import peak_memory
     from lora.linear import LoRAConfig, LoRAParam
     from lora.sharding import make_mesh
     from train_pg import Batch, initial_state, make_update
 
+    jax.config.update("jax_num_cpu_devices", args.rows)
     on_cpu = jax.default_backend() == "cpu"
-    config, mesh = shape_of(args), make_mesh((1, 1, 1))
+    config, mesh = shape_of(args), make_mesh((jax.device_count(), 1, 1))
     lora = LoRAConfig(rank=args.rank, alpha=2.0 * args.rank, targets=TARGETS[args.targets])
     dtype = jnp.dtype(args.dtype or ("float32" if on_cpu else "bfloat16"))
     graph, adapter, frozen = nnx.split(described(config, lora, mesh, dtype=dtype), LoRAParam, ...)
@@ -89,18 +107,19 @@ def ours(args: Args) -> dict:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
     update = make_update(graph, optimizer, mesh, adapter, frozen, remat=args.remat)
     state = initial_state(optimizer, adapter, mesh)
-    ids, segments = rows_of(args, config.vocab_size)
-    batch = Batch(*(x[:, None] for x in (ids, segments, np.ones(ids.shape, np.float32))))
-    seconds = []
-    for _ in range(args.steps + 2):
+    texts, seconds = trajectories_of(args, config.vocab_size), []
+    steps = rows_of(args, texts)
+    for ids, segments in (steps[0], *steps):
+        weights = (segments > 0).astype(np.float32)
+        batch = Batch(*(x.reshape(-1, mesh.size, args.tokens) for x in (ids, segments, weights)))
         start = time.time()
-        adapter, state, values = update(adapter, state, frozen, 1e-4, batch, np.float32(4 * args.rows), None)
+        adapter, state, values = update(adapter, state, frozen, 1e-4, batch, np.float32(args.batch), None)
         jax.block_until_ready((adapter, values))
         seconds.append(time.time() - start)
-    return report(args, seconds, lora_step_flops(config, ids.size), peak_memory(), jax.devices()[0].device_kind)
+    return report(config, texts, seconds, peak_memory(), jax.devices()[0].device_kind)
 
 
-def peer(args: Args, base: str) -> dict:
+def peer(args: Args, base: str, layout: str) -> dict:
     import resource
 
     import peft
@@ -108,7 +127,6 @@ def peer(args: Args, base: str) -> dict:
     import transformers
 
     from lora.checkpoint import HF_NAMES
-    from lora.device import lora_step_flops
 
     config = shape_of(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -135,16 +153,15 @@ def peer(args: Args, base: str) -> dict:
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
-    ids, segments = rows_of(args, config.vocab_size)
-    ids_BL = torch.tensor(ids.astype(np.int64), device=device)
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(segments[0])) + 1, [args.tokens]])
-    positions = np.concatenate([np.arange(n) for n in np.diff(starts)])
-    positions_BL = torch.tensor(np.broadcast_to(positions, ids.shape).copy(), device=device)
+    texts = trajectories_of(args, config.vocab_size)
+    if layout == "padded":
+        batches = [padded(texts[first : first + args.batch]) for first in range(0, len(texts), args.batch)]
+    else:
+        batches = [restarting(*rows) for rows in rows_of(args, texts)]
     seconds = []
-    for _ in range(args.steps + 2):
+    for batch in (batches[0], *batches):
         start = time.time()
-        # Packed as transformers packs: positions that begin again separate the texts.
-        loss = model(input_ids=ids_BL, position_ids=positions_BL, labels=ids_BL).loss
+        loss = model(**{name: torch.from_numpy(x).to(device) for name, x in batch.items()}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -156,7 +173,25 @@ def peer(args: Args, base: str) -> dict:
     memory = torch.cuda.max_memory_allocated() if device == "cuda" else (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)  # fmt: skip
     kind = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    return report(args, seconds, lora_step_flops(config, ids.size), memory, kind)
+    return report(config, texts, seconds, memory, kind)
+
+
+def padded(texts: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """A batch as transformers' collators make it: filled up to the longest, the filling masked and without a loss."""
+    longest = max(len(ids) for ids in texts)
+    ids, mask = (np.stack([np.pad(row, (0, longest - len(row))) for row in rows])
+                 for rows in (texts, [np.ones(len(ids), np.int64) for ids in texts]))  # fmt: skip
+    return {"input_ids": ids, "attention_mask": mask, "labels": np.where(mask, ids, -100)}
+
+
+def restarting(ids: np.ndarray, segments: np.ndarray) -> dict[str, np.ndarray]:
+    """Packed rows as transformers takes them: positions that begin again separate the trajectories."""
+    new = np.diff(segments, axis=1, prepend=-1) != 0
+    place = np.arange(ids.shape[1])
+    positions = place - np.maximum.accumulate(np.where(new, place, 0), axis=1)
+    labels = np.where((segments > 0) & ~new, ids, -100)
+    return {name: x.astype(np.int64) for name, x in
+            (("input_ids", ids), ("position_ids", positions), ("labels", labels))}  # fmt: skip
 
 
 def replace(holder, name: str, bitsandbytes, dtype, device: str) -> None:
@@ -170,11 +205,13 @@ def replace(holder, name: str, bitsandbytes, dtype, device: str) -> None:
     setattr(holder, name, layer.to(device))
 
 
-def report(args: Args, seconds: list[float], flops: float, memory: int, kind: str) -> dict:
-    step = float(np.median(seconds[2:]))
+def report(config, texts: list[np.ndarray], seconds: list[float], memory: int, kind: str) -> dict:
+    from lora.device import lora_step_flops
+
+    tokens, timed = sum(len(ids) for ids in texts), sum(seconds[1:])
     return {
-        "tokens_per_s": args.rows * args.tokens / step, "flops_per_s": flops / step, "peak_memory": memory,
-        "seconds": [round(s, 4) for s in seconds], "device": kind,
+        "tokens_per_s": tokens / timed, "flops_per_s": lora_step_flops(config, tokens) / timed, "peak_memory": memory,
+        "seconds": [round(s, 4) for s in seconds], "tokens": tokens, "device": kind,
     }  # fmt: skip
 
 
@@ -186,24 +223,29 @@ def processor() -> str:
 
 def main(args: Args) -> None:
     if args.contender:
-        print(json.dumps(ours(args) if args.contender == "ours" else peer(args, args.contender)))
+        print(json.dumps(ours(args) if args.contender == "ours" else peer(args, *args.contender.split("-"))))
         return
     found = {}
-    for contender in ("ours", *args.peers):
+    for contender in ("ours", *(f"{base}-{layout}" for layout in ("padded", "packed") for base in args.peers)):
         command = [sys.executable, "-m", "bench.train", *sys.argv[1:], "--contender", contender]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             print(f"{contender}: failed\n{result.stderr[-2000:]}")
             continue
         found[contender] = row = json.loads(result.stdout.splitlines()[-1])
-        print(f"{contender:6} {row['tokens_per_s']:10.1f} tokens/s {row['flops_per_s'] / 1e12:8.3f} TFLOP/s "
-              f"{row['peak_memory'] / 2**30:7.2f} GiB   {row['device']}")  # fmt: skip
-    best = max((found[name]["tokens_per_s"] for name in args.peers if name in found), default=None)
-    ratio = None if best is None or "ours" not in found else found["ours"]["tokens_per_s"] / best
-    print(f"{processor()}, {os.cpu_count()} cores; {args.shape}, rows of {args.tokens}, {args.targets} r {args.rank}; "
-          f"ours / the faster peer: {'-' if ratio is None else f'{ratio:.2f}'}")  # fmt: skip
+        print(f"{contender:12} {row['tokens_per_s']:10.1f} tokens/s {row['flops_per_s'] / 1e12:8.3f} TFLOP/s "
+              f"{row['peak_memory'] / 2**30:7.2f} GiB   {row['device']}", flush=True)  # fmt: skip
+    ratios = {}
+    for layout in ("padded", "packed"):
+        rates = [row["tokens_per_s"] for name, row in found.items() if name.endswith(layout)]
+        ratios[layout] = round(found["ours"]["tokens_per_s"] / max(rates), 3) if rates and "ours" in found else None
+    print(
+        f"{processor()}, {os.cpu_count()} cores; {args.shape}, {args.targets} r {args.rank}, {args.trajectories} "
+        f"trajectories, a step {args.rows} rows of {args.tokens} or {args.batch} trajectories; ours / the faster peer: "
+        f"{ratios['padded']} where it pads, {ratios['packed']} on packed rows"
+    )
     arguments = {key: value for key, value in asdict(args).items() if key != "contender"}
-    print(json.dumps({"args": arguments, "processor": processor(), "ratio": ratio, **found}))
+    print(json.dumps({"args": arguments, "processor": processor(), "ratios": ratios, **found}))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 Implementation = Literal["blocks", "splash", "cudnn", "xla"]
 # Queries and keys that `blocks` takes at a time: the scores of a pair of blocks stay in a CPU's cache.
-ATTENTION_BLOCK = 128
+ATTENTION_BLOCK = 64
 # Largest tile of `splash`; a row is filled up to a multiple of the smallest.
 SPLASH_TILE, SPLASH_STEP = 512, 128
 

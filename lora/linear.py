@@ -90,10 +90,10 @@ def _dense_backward(residuals, dy):
 dense_matmul.defvjp(_dense_forward, _dense_backward)
 
 
-def decode(base: NF4, rows: tuple[int, ...], groups: int, dtype: jnp.dtype) -> jax.Array:
-    """The weight [O, G, 64] of an NF4 base whose parts have `rows` out-features each and `groups` blocks in a row.
+def gathered(base: NF4, rows: tuple[int, ...], groups: int) -> tuple[jax.Array, jax.Array]:
+    """Codes [O, G, 64] and absmax [O, G] of an NF4 base of parts with `rows` out-features and `groups` blocks in a row.
 
-    On a mesh base and weight are this device's share of them; along `fsdp` the codes are gathered, not the weight.
+    On a mesh base and result are this device's share of them; along `fsdp` the codes are gathered, not the weight.
     """
     base = jax.tree.map(gather, base)
     absmax = base.absmax
@@ -102,17 +102,30 @@ def decode(base: NF4, rows: tuple[int, ...], groups: int, dtype: jnp.dtype) -> j
         local = [count // share for count in rows]
         absmax = nf4.decode_absmax(base.absmax_codes, base.nested, base.offset, local, groups)
         absmax = my_part(absmax, base.codes.shape[1], axis=1)
-    return nf4.dequantize(base.codes, absmax, dtype)
+    return base.codes, absmax
+
+
+def decode_whole(codes: jax.Array, absmax: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The weight [O, I], in memory: a CPU decodes faster so than into the order that the product would ask for."""
+    return jax.lax.optimization_barrier(nf4.dequantize(codes, absmax, dtype).reshape(len(codes), -1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def nf4_matmul(x, base, rows, groups):
-    """x W^T for x [..., I] and a frozen W in NF4 (see `decode`).
+    """x W^T for x [..., I] and a frozen W in NF4 (see `gathered`).
 
     W is decoded again in the backward pass: decoded weights as residuals would keep the whole base in full precision.
+    On a TPU it never lies in memory: the product decodes its blocks, and keeps them, as XLA decodes inside no other.
     """
-    weight_OGK = decode(base, rows, groups, x.dtype)
-    return jnp.einsum("...gk,ogk->...o", x.reshape(*x.shape[:-1], *weight_OGK.shape[1:]), weight_OGK)
+
+    def in_blocks(x, codes, absmax):
+        x_GK = x.reshape(*x.shape[:-1], *codes.shape[1:])
+        return jnp.einsum("...gk,ogk->...o", x_GK, nf4.dequantize(codes, absmax, x.dtype))
+
+    def plain(x, codes, absmax):
+        return x @ decode_whole(codes, absmax, x.dtype).T
+
+    return jax.lax.platform_dependent(x, *gathered(base, rows, groups), tpu=in_blocks, default=plain)
 
 
 def _nf4_forward(x, base, rows, groups):
@@ -122,10 +135,16 @@ def _nf4_forward(x, base, rows, groups):
 def _nf4_backward(rows, groups, base, dy):
     # Remat computes the forward product again beside this one: XLA would decode once for both and keep it in memory.
     base, dy = jax.lax.optimization_barrier((base, dy))
-    weight_OGK = decode(base, rows, groups, dy.dtype)
-    # A product of blocks, left so until it is made: as one of [T, I] XLA:TPU does not decode inside it (LOG.md).
-    dx_GTK = jax.lax.optimization_barrier(jnp.einsum("to,ogk->gtk", dy.reshape(-1, dy.shape[-1]), weight_OGK))
-    return dx_GTK.swapaxes(0, 1).reshape(*dy.shape[:-1], -1), None
+
+    def in_blocks(dy, codes, absmax):
+        weight_OGK = nf4.dequantize(codes, absmax, dy.dtype)
+        dx_GTK = jnp.einsum("to,ogk->gtk", dy.reshape(-1, dy.shape[-1]), weight_OGK)
+        return jax.lax.optimization_barrier(dx_GTK).swapaxes(0, 1).reshape(*dy.shape[:-1], -1)
+
+    def plain(dy, codes, absmax):
+        return dy @ decode_whole(codes, absmax, dy.dtype)
+
+    return jax.lax.platform_dependent(dy, *gathered(base, rows, groups), tpu=in_blocks, default=plain), None
 
 
 nf4_matmul.defvjp(_nf4_forward, _nf4_backward)
@@ -210,7 +229,7 @@ def merge(base, a, b, scale, parts, rows, dtype: jnp.dtype) -> jax.Array:
     """W^T [N, I, O] of all parts, from an NF4 base or dense weights by part [N, O, I], and of the adapters added."""
     if isinstance(base, NF4):
         groups = base.codes.shape[2]
-        whole_NOGK = jax.vmap(lambda base: decode(base, rows, groups, jnp.float32))(base)
+        whole_NOGK = jax.vmap(lambda base: nf4.dequantize(*gathered(base, rows, groups)))(base)
         pieces = split(whole_NOGK.reshape(*whole_NOGK.shape[:2], -1), rows, axis=1)
     else:
         pieces = [base[part] for part in parts]

@@ -28,7 +28,7 @@ ROWS = P(("data", "fsdp"))  # of a batch
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of (data, fsdp, tensor) devices; one number may be -1: as many as there are left.
 
-    Raises ValueError if there are not as many devices as the shape says.
+    Raises ValueError if there are not as many devices as the shape says, or if a process would have none of them.
     """
     devices = jax.devices() if devices is None else devices
     known = int(np.prod([size for size in shape if size != -1]))
@@ -39,14 +39,21 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
             f"a mesh of {' x '.join(map(str, shape))} ({' x '.join(AXES)}) needs {count} devices, found "
             f"{len(devices)}: give three numbers whose product is at most that."
         )
+    idle = {device.process_index for device in devices} - {device.process_index for device in devices[:count]}
+    if idle:
+        raise ValueError(
+            f"a mesh of {' x '.join(map(str, filled))} takes {count} of {len(devices)} devices and leaves processes "
+            f"{sorted(idle)} without one: make the mesh larger (--batch-rows sets how far data can go), or start fewer."
+        )
     return Mesh(np.array(devices[:count]).reshape(filled), AXES)
 
 
-def join_processes() -> None:
+def join_processes() -> int:
     """Joins the processes that the environment names, before JAX is used: several hosts then are one mesh.
 
     COORDINATOR=host:port of the first process, PROCESSES their number, PROCESS this one's, from 0; or COORDINATOR=auto
-    where JAX finds them by itself (TPU pods, Slurm). Without COORDINATOR there is one process.
+    where JAX finds them by itself (TPU pods, Slurm). Without COORDINATOR there is one process. Returns PROCESSES, or 1
+    where that is not given.
     """
     coordinator = os.environ.get("COORDINATOR")
     if coordinator == "auto":
@@ -56,6 +63,8 @@ def join_processes() -> None:
         if missing:
             raise ValueError(f"COORDINATOR={coordinator} needs {' and '.join(missing)} too, as numbers.")
         jax.distributed.initialize(coordinator, int(os.environ["PROCESSES"]), int(os.environ["PROCESS"]))
+        return int(os.environ["PROCESSES"])
+    return 1
 
 
 # ---- inside the step -------------------------------------------------------------------------------------------------

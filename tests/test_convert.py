@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lora import checkpoint
+from lora import checkpoint, nf4
 from lora.checkpoint import base_sha, layer_tensor
 from lora.convert import Args, adapter_name, load_adapter, load_model, main, save_adapter, save_model
-from lora.linear import FUSED, TARGETS, LoRAConfig, decode
+from lora.linear import FUSED, TARGETS, LoRAConfig, gathered
 from lora.mistral import Config, Mistral
 from tests.helpers import TINY, byte_tokenizer, logits_of, random_ids, with_random_adapter
 
@@ -185,7 +185,8 @@ def test_a_quantised_folder_is_what_transformers_and_bitsandbytes_write(base_dir
             linear = getattr(model.layers, name)
             for layer in range(TINY.num_hidden_layers):
                 base = jax.tree.map(lambda x, layer=layer: x[layer], linear.base())
-                ours = np.asarray(decode(base, linear.rows, linear.inputs // 64, np.float32)).reshape(-1, linear.inputs)
+                codes, absmax = gathered(base, linear.rows, linear.inputs // 64)
+                ours = np.asarray(nf4.dequantize(codes, absmax)).reshape(-1, linear.inputs)
                 wanted = []
                 for part in parts:
                     weight = theirs.get_submodule(layer_tensor(layer, part).removesuffix(".weight")).weight

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import actre
 import evaluate
@@ -170,3 +172,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(unbroken, tm
     with pytest.raises(StageError, match="step [0-9]+: loss .*--learning-rate"):
         train_pg.main(train_pg.Args(run=tmp_path, epochs=(4,), batch_rows=2, learning_rate=1e30))
     assert not (round_directory(tmp_path, 0) / "train_pg/done.json").exists()
+
+
+def test_two_processes_train_as_one_does(unbroken, tmp_path):
+    copy_inputs(unbroken, tmp_path, 0)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "train_pg.py", "--run", str(tmp_path), "--epochs", "2", "--mesh", "1", "2", "1"]
+    processes = [
+        subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | {"COORDINATOR": address, "PROCESSES": "2", "PROCESS": str(number)},
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    printed = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    one, two = (round_directory(run, 0) / "train_pg" for run in (unbroken, tmp_path))
+    lines = [(directory / "metrics.jsonl").read_text().splitlines() for directory in (one, two)]
+    losses = [[json.loads(line)["loss"] for line in of_run] for of_run in lines]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert read_json(two / "done.json")["steps"] == len(losses[0])
+    adapters = [load_file(directory / "adapter/adapter_model.safetensors") for directory in (one, two)]
+    assert {k: x.shape for k, x in adapters[0].items()} == {k: x.shape for k, x in adapters[1].items()}
+    assert "train_pg round 0" in printed[0] and "train_pg round 0" not in printed[1]
