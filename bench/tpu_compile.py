@@ -5,8 +5,8 @@ and prints the memory that the compiler assigns, the floor that physics sets (NF
 and head, the adapter and Adam's moments), every kind of all-gather, and whether a decoded weight ever lies in memory.
 Needs libtpu (requirements-test.txt), no TPU; one process at a time.
 
-    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m bench.tpu_compile
-    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m bench.tpu_compile --only v5e/2048
+    python -m bench.tpu_compile
+    python -m bench.tpu_compile --only v5e/2048
 """
 
 import json
@@ -14,6 +14,8 @@ import os
 import re
 import time
 from dataclasses import dataclass
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # no TPU is looked for
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +135,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    if os.environ.get("TPU_SKIP_MDS_QUERY") != "1":
-        raise SystemExit("error: set TPU_SKIP_MDS_QUERY=1 and JAX_PLATFORMS=cpu, so that no TPU is looked for.")
     main(tyro.cli(Args, description=__doc__))

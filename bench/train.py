@@ -38,8 +38,9 @@ class Args:
     """Tokens of a packed row."""
     rows: int = 2
     """Packed rows of a step; on a CPU each is computed by a device of its own, as train_pg.py does."""
-    trajectories: int = 24
-    """Trajectories in all; the first step of each contender runs once more before them and is not counted."""
+    trajectories: int = 64
+    """Trajectories in all: so many fill rows to 94 %, as in a round of the loop. The first step is made twice, and
+    counted once."""
     batch: int = 8
     """Trajectories of a padded step (8 is what transformers' Trainer takes)."""
     targets: Literal["qv", "all"] = "qv"

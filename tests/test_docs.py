@@ -35,7 +35,7 @@ def readme_commands() -> list[list[str]]:
                 words = shlex.split(command)
                 while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                     words.pop(0)
-                if words[:1] == ["python"]:
+                if words[:1] == ["python"] and words[1] != "-c":
                     found.append(words[1:])
     return found
 
