@@ -24,7 +24,7 @@ import tyro
 from agent import Compose, Job, Play, play
 from envs.base import make_world
 from lora.checkpoint import base_sha
-from policy import LocalPolicy
+from policy import Server, make_policy, server_facts
 from stage import (
     Stage,
     adapter_of_round,
@@ -54,6 +54,10 @@ class Args:
     """Base model of the agent and of ActRe, a Hugging Face folder."""
     weights: Literal["nf4", "fp32"] = "nf4"
     """How the base is held."""
+    server: Server = Server()
+    """Where the agent asks instead of the local model."""
+    actre_server: Server = Server()
+    """Where ActRe asks instead of the local base: it may be another model than the agent."""
     probability: float = 0.1
     """p, the chance of a sampled action at each step (the paper's number is not recoverable)."""
     sample: Literal["commands", "verbs"] = "commands"
@@ -97,11 +101,13 @@ def main(args: Args) -> None:
     require_done(rollout, f"python rollout.py --run {args.run} --round {number}")
     played = rollout / "trajectories.jsonl"
     directory = round_directory(args.run, number) / "actre"
-    facts = {"rollout": sha256(played), "base": base_sha(args.model), "adapter": adapter_sha(adapter)}
+    facts = {"rollout": sha256(played), "base": base_sha(args.model), "adapter": adapter_sha(adapter),
+             **server_facts(args.server, args.actre_server)}  # fmt: skip
     stage = Stage(directory, args, facts)
     if stage.finished:
         return
     path = directory / "trajectories.jsonl"
+    asked = {}
     own: dict[str, list[Trajectory]] = defaultdict(list)
     for trajectory in read_trajectories(played):
         own[trajectory.task_id].append(trajectory)
@@ -127,10 +133,14 @@ def main(args: Args) -> None:
             settings = Play(env=args.env, stage="actre", round=number, seed=args.seed, max_turns=args.max_turns,
                             patience=args.patience, temperature=args.temperature, compose=compose)  # fmt: skip
             shape = {"weights": args.weights, "slots": args.slots, "context": args.context}
-            react = LocalPolicy(args.model, adapter, **shape)
-            explainer = LocalPolicy(args.model, None, **shape) if args.reason == "actre" else None
+            react = make_policy(args.server, directory / "replies.sqlite", args.model, adapter, **shape)
+            explainer = None
+            if args.reason == "actre":
+                replies = directory / "replies_actre.sqlite"
+                explainer = make_policy(args.actre_server, replies, args.model, None, **shape)
             play(jobs, settings, lambda: make_world(args.env, data=args.data, engine=args.engine), react, explainer,
                  on_done, total=len(jobs))  # fmt: skip
+            asked = {"react": react.counts, "actre": explainer.counts if explainer else {}}
     composed = sort_file(path)
     won = [t for t in composed if t.success]
     solved = {t.task_id for t in won}
@@ -138,7 +148,7 @@ def main(args: Args) -> None:
         "round": number, "failed_tasks": len(failed), "composed": len(composed), "success": len(won),
         "solved_tasks": len(solved), "positives_per_failed_task": round(len(won) / len(failed), 2) if failed else None,
         "composed_success_rate": round(len(won) / len(composed), 4) if composed else None,
-        "sampled_turns": sum(turn.action_by == "sampled" for t in composed for turn in t.turns),
+        "asked": asked, "sampled_turns": sum(turn.action_by == "sampled" for t in composed for turn in t.turns),
     })  # fmt: skip
     why = " (round 0 keeps the agent's own successes only)" if number == 0 else ""
     print(f"actre round {number}: {len(won)}/{len(composed)} compositions won, "

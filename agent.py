@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from envs.base import Result, World
-from policy import Ask, Policy
+from policy import Ask, Line, NoReply, Policy
 from stage import draw_seed, generator
 from trajectory import (
     OK,
@@ -196,6 +196,9 @@ def attempt(job: Job, settings: Play, world: World, react: Policy, actre: Policy
     except WorldFailed as failure:
         tqdm.write(f"{job.task_id} trial {job.trial}: the world failed\n{failure}")
         end = "env_error"
+    except NoReply as failure:
+        tqdm.write(f"{job.task_id} trial {job.trial}: no reply from the model\n{failure}")
+        end = "llm_error"
     ids, flags = react.close(session)
     if explains:
         actre.close(reasons)
@@ -219,18 +222,21 @@ def play(
 ) -> None:
     """Plays all jobs, as many at once as `react` has slots; on_done(trajectory) may add further jobs.
 
-    Each pass answers the policy that most attempts wait for. The order in which trajectories end depends on that; what
-    is in them does not.
+    Nobody waits for the slowest: each pass goes on with whatever lines have come, and where none has, with the policy
+    that most attempts wait for. The order in which trajectories end depends on that; what is in them does not.
     """
     pending, worlds = deque(jobs), []
-    active: list[tuple[Attempt, World, Waiting]] = []
+    active: dict[tuple[int, int], tuple[Attempt, World]] = {}  # by policy and session that the attempt waits for
+    policies = [policy for policy in (react, actre) if policy is not None]
     done = won = 0
     with tqdm(total=total, desc=f"{settings.stage} round {settings.round}", unit="trajectory") as bar:
 
-        def advance(running: Attempt, world: World, line: str | None) -> None:
+        def advance(running: Attempt, world: World, line: Line) -> None:
             nonlocal done, won
             try:
-                active.append((running, world, running.send(line)))
+                waiting = running.throw(line) if isinstance(line, NoReply) else running.send(line)
+                waiting.policy.ask(waiting.ask)
+                active[policies.index(waiting.policy), waiting.ask.session] = running, world
             except StopIteration as stop:
                 worlds.append(world)
                 pending.extend(on_done(stop.value))
@@ -242,12 +248,10 @@ def play(
             while pending and len(active) < react.slots:
                 world = worlds.pop() if worlds else make_world()
                 advance(attempt(pending.popleft(), settings, world, react, actre), world, None)
-            if not active:
-                continue
-            policies = [waiting.policy for *_, waiting in active]
-            policy = max(set(policies), key=lambda p: (policies.count(p), p is react))
-            asked = [entry for entry in active if entry[2].policy is policy]
-            active = [entry for entry in active if entry[2].policy is not policy]
-            lines = policy.reply([waiting.ask for *_, waiting in asked])
-            for (running, world, _), line in zip(asked, lines, strict=True):
-                advance(running, world, line)
+            waiting = [index for index, _ in active]
+            came = [(index, *each) for index in set(waiting) for each in policies[index].lines(wait=False)]
+            if waiting and not came:
+                busiest = max(set(waiting), key=lambda index: (waiting.count(index), -index))
+                came = [(busiest, *each) for each in policies[busiest].lines()]
+            for index, session, line in came:
+                advance(*active.pop((index, session)), line)

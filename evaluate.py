@@ -24,7 +24,7 @@ from envs.alfworld import TASK_TYPES, task_type
 from envs.base import make_world
 from envs.panel import default_panels, pick_tasks
 from lora.checkpoint import base_sha
-from policy import LocalPolicy
+from policy import Server, make_policy, server_facts
 from stage import (
     Stage,
     StageError,
@@ -63,6 +63,8 @@ class Args:
     """Base model, a Hugging Face folder."""
     weights: Literal["nf4", "fp32"] = "nf4"
     """How the base is held."""
+    server: Server = Server()
+    """Where to ask instead of the local model."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
     max_turns: int = 20
@@ -153,7 +155,7 @@ def evaluate(args: Args, directory: Path, adapter: Path | None, number: int) -> 
     panels = args.panels or default_panels("evaluate", args.env, args.data)
     tasks = {panel: pick_tasks(panel, args.limit) for panel in panels}
     facts = {"panels": {p: h for p, (_, h) in tasks.items()}, "base": base_sha(args.model),
-             "adapter": adapter_sha(adapter)}  # fmt: skip
+             "adapter": adapter_sha(adapter), **server_facts(args.server)}  # fmt: skip
     stage = Stage(directory, args, facts)
     if stage.finished:
         return
@@ -162,7 +164,8 @@ def evaluate(args: Args, directory: Path, adapter: Path | None, number: int) -> 
         require_tasks(world, ids)
     settings = Play(env=args.env, stage="evaluate", round=number, seed=args.seed, max_turns=args.max_turns,
                     patience=args.patience, temperature=args.temperature)  # fmt: skip
-    policy = LocalPolicy(args.model, adapter, weights=args.weights, slots=args.slots, context=args.context)
+    policy = make_policy(args.server, directory / "replies.sqlite", args.model, adapter,
+                         weights=args.weights, slots=args.slots, context=args.context)  # fmt: skip
     path = directory / "trajectories.jsonl"
     with Writer(path) as writer:
 

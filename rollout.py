@@ -21,7 +21,7 @@ from envs.base import make_world
 from envs.panel import default_panels, pick_tasks
 from evaluate import success_by_type
 from lora.checkpoint import base_sha
-from policy import LocalPolicy
+from policy import Server, make_policy, server_facts
 from stage import Stage, adapter_of_round, adapter_sha, current_round, round_directory, run_main
 from trajectory import Trajectory, Writer, sort_file
 
@@ -48,6 +48,8 @@ class Args:
     """Base model, a Hugging Face folder."""
     weights: Literal["nf4", "fp32"] = "nf4"
     """How the base is held."""
+    server: Server = Server()
+    """Where to ask instead of the local model."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy (not stated in the paper; ReAct's own harness is greedy)."""
     max_turns: int = 20
@@ -69,7 +71,8 @@ def main(args: Args) -> None:
     panel = args.panel or default_panels("train", args.env, args.data)[0]
     tasks, panel_hash = pick_tasks(panel, args.limit)
     directory = round_directory(args.run, number) / "rollout"
-    facts = {"panel": panel, "panel_sha256": panel_hash, "base": base_sha(args.model), "adapter": adapter_sha(adapter)}
+    facts = {"panel": panel, "panel_sha256": panel_hash, "base": base_sha(args.model), "adapter": adapter_sha(adapter),
+             **server_facts(args.server)}  # fmt: skip
     stage = Stage(directory, args, facts)
     if stage.finished:
         return
@@ -77,7 +80,8 @@ def main(args: Args) -> None:
     require_tasks(world, tasks)
     settings = Play(env=args.env, stage="rollout", round=number, seed=args.seed, max_turns=args.max_turns,
                     patience=args.patience, temperature=args.temperature)  # fmt: skip
-    react = LocalPolicy(args.model, adapter, weights=args.weights, slots=args.slots, context=args.context)
+    react = make_policy(args.server, directory / "replies.sqlite", args.model, adapter,
+                        weights=args.weights, slots=args.slots, context=args.context)  # fmt: skip
     path = directory / "trajectories.jsonl"
     with Writer(path) as writer:
 
@@ -95,7 +99,7 @@ def main(args: Args) -> None:
     turns = sum(len(t.turns) for t in trajectories) / len(trajectories)
     stage.finish({"round": number, "trajectories": len(trajectories), "success": won,
                   "types": success_by_type(trajectories), "mean_turns": round(turns, 2),
-                  "ids": sum(len(t.ids) for t in trajectories)})  # fmt: skip
+                  "ids": sum(len(t.ids) for t in trajectories), "asked": react.counts})  # fmt: skip
     print(f"rollout round {number}: {won}/{len(trajectories)} won, {turns:.1f} turns each -> {path}")
 
 

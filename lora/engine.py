@@ -1,9 +1,10 @@
 """Samples from a Mistral in many sessions at once; a session's KV cache lives in a slot over all of its turns.
 
-`extend` only queues ids. `reply` first prefills, in chunks of a fixed width, all queued ids but the last of the asked
-sessions, then decodes in one jitted `while_loop` until every asked row has sampled the stop id, reached its limit or
-filled its context. Keys and values made inside a call stay in a small buffer beside the cache, which is only read, and
-are written into it once at the end.
+`extend` only queues ids and `ask` only says that a session may sample. A group of slots then prefills, in chunks of a
+fixed width, all queued ids but the last of its asked sessions, and decodes in one jitted `while_loop` until every asked
+row has sampled the stop id, reached its limit or filled its context; `replies` gives what the groups that are done have
+sampled, and no group waits for another. Keys and values made inside a call stay in a small buffer beside the cache,
+which is only read, and are written into it once at the end.
 
 What a row samples depends on its own ids, temperature and seed alone, to the last bit: chunks are cut by a row's own
 length, blocks of the cache beyond it add exact zeros, and every call has the same number of rows, a group of slots.
@@ -12,7 +13,7 @@ Left out: more sessions than slots, a shared prefix, top-p, stop strings.
     engine = Engine(model, slots=64, context=1024, max_new_tokens=64, stop_id=13)
     session = engine.open()
     engine.extend(session, prompt_ids)
-    [ids] = engine.reply([(session, 0.7, 1234)])
+    [reply] = engine.sample([(session, 0.7, 1234)])
 
 Shapes: R rows of a call, T tokens of a chunk, P places of the buffer, S places of a block of the cache = N tiles of W
 places, D model, H heads, K kv heads, X queries of a kv head, C head dim, V vocabulary in G groups of I ids. A block is
@@ -24,8 +25,10 @@ import functools
 import itertools
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from typing import NamedTuple
 
 import jax
@@ -322,6 +325,8 @@ class Engine:
         self._pool = ThreadPoolExecutor(min(len(self._cache), os.cpu_count() or 1))
         self._lengths: dict[int, int] = {}  # places in the cache, per open session
         self._queued: dict[int, list[int]] = {}  # ids not in the cache yet
+        self._asked: dict[int, dict[int, tuple[int, float, int]]] = {}  # by group and session, not started yet
+        self._running: dict[Future, int] = {}  # the groups that are decoding
 
     def open(self) -> int:
         """A new session, which is the lowest free slot. Raises RuntimeError if there is none."""
@@ -333,7 +338,7 @@ class Engine:
         return session
 
     def extend(self, session: int, ids: Sequence[int]) -> None:
-        """Appends ids; nothing is computed until `reply`, which answers None once more than `room` were appended."""
+        """Appends ids; nothing is computed until it is asked, and answered None once more than `room` were appended."""
         self._queued[session].extend(ids)
 
     def close(self, session: int) -> None:
@@ -348,35 +353,53 @@ class Engine:
         """How many more ids fit; negative if more were queued than fit."""
         return self.context - self.length(session)
 
-    def reply(self, asks: Sequence[tuple[int, float, int]]) -> list[list[int] | None]:
-        """The ids of `sample`, without their log-probabilities."""
-        return [reply and reply.ids for reply in self.sample(asks)]
+    def ask(self, session: int, temperature: float, seed: int) -> None:
+        """Wants the session to sample until the stop id; temperature 0 is greedy, `seed` is a uint32.
+
+        Raises ValueError for a session that is asked already, not open, or has nothing queued.
+        """
+        asked = self._asked.setdefault(session // self._rows, {})
+        if session in asked or not self._queued.get(session):
+            raise ValueError(f"session {session} was asked: it must be open, extended and not be asked already.")
+        asked[session] = session, temperature, seed
+
+    def replies(self, wait: bool = True) -> dict[int, Reply | None]:
+        """What asked sessions have sampled since, as soon as one group of slots is done.
+
+        A group starts when all of its open sessions are asked; one where some are not starts if `wait` is true and no
+        other runs. A reply without the stop id ended at max_new_tokens or at the end of the context; None says that the
+        context had no room left for a single id (nothing was computed for that session). Sampled ids belong to the
+        session. Without `wait` there may be none.
+        """
+        opened = Counter(session // self._rows for session in self._lengths)
+        idle = [group for group in self._asked if group not in self._running.values()]
+        whole = [group for group in idle if len(self._asked[group]) == opened[group]]
+        for group in whole or (idle if wait and not self._running else []):
+            self._running[self._pool.submit(self._sample_group, group, [*self._asked.pop(group).values()])] = group
+        done, _ = wait_for(self._running, timeout=None if wait else 0, return_when=FIRST_COMPLETED)
+        replies = {}
+        for future in done:
+            del self._running[future]
+            replies |= future.result()
+        return replies
 
     def sample(self, asks: Sequence[tuple[int, float, int]]) -> list[Reply | None]:
-        """Lets each session (session, temperature, uint32 seed) sample until the stop id, in the order of the asks.
-
-        Temperature 0 is greedy. A reply without the stop id ended at max_new_tokens or at the end of the context; None
-        says that the context had no room left for a single id (nothing was computed for that session). Sampled ids
-        belong to the session. Raises ValueError for a session that is asked twice, not open or has nothing queued.
-        """
-        sessions = [session for session, _, _ in asks]
-        wrong = [s for s in sessions if not self._queued.get(s)]
-        if wrong or len(set(sessions)) < len(sessions):
-            raise ValueError(f"asked sessions {sessions}: each once, open and extended first; these are not: {wrong}.")
-        groups = {}
+        """The replies to all asks (session, temperature, seed), in their order."""
+        replies = {}
         for ask in asks:
-            if self.room(ask[0]) > 0:
-                groups.setdefault(ask[0] // self._rows, []).append(ask)
-        replies = dict.fromkeys(sessions)
-        for part in self._pool.map(self._sample_group, groups, groups.values()):
-            replies |= part
-        return [replies[session] for session in sessions]
+            self.ask(*ask)
+        while len(replies) < len(asks):
+            replies |= self.replies()
+        return [replies[session] for session, _, _ in asks]
 
-    def _sample_group(self, group: int, members: list[tuple[int, float, int]]) -> dict[int, Reply]:
-        """`sample` for the asks of one group, whose sessions and cache no other thread touches."""
+    def _sample_group(self, group: int, members: list[tuple[int, float, int]]) -> dict[int, Reply | None]:
+        """The replies to the asks of one group, whose cache and asked sessions no other thread touches."""
+        replies = {session: None for session, _, _ in members if self.room(session) <= 0}
+        members = [member for member in members if member[0] not in replies]
+        if not members:
+            return replies
         self._prefill(group, [session for session, _, _ in members])
         ids_RP, logprobs_RP, counts_R = (np.asarray(x) for x in self._decode(group, members))
-        replies = {}
         for session, _, _ in members:
             row, count = session % self._rows, int(counts_R[session % self._rows])
             replies[session] = Reply(ids_RP[row, :count].tolist(), logprobs_RP[row, :count].tolist())

@@ -1,6 +1,7 @@
 """The play loop with scripted policies on generated games: the sampling rule, faults, and independence of order."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from envs.alfworld import AlfWorld
 from envs.base import Observation, Result
 from envs.generate import family
 from policy import DemonstratorScript, ReplayScript, ScriptedPolicy
+from prompts.make import examples
 from stage import generator
 from tests.helpers import OPENING
 
@@ -139,3 +141,8 @@ def test_the_demonstrator_wins_through_the_session_text():
 def test_missing_tasks_are_named():
     with pytest.raises(ValueError, match="1 of 1 tasks are not in the data, gen_train/no"):
         require_tasks(Room(), ["gen_train/no"])
+
+
+def test_prompts_are_what_the_demonstrator_plays():
+    for role, text in examples().items():
+        assert (Path(__file__).parent.parent / f"prompts/alfworld_{role}.txt").read_text() == text

@@ -94,7 +94,7 @@ def test_greedy_reply_is_the_argmax_of_the_full_forward():
     session = one.open()
     ids = prompt(11)
     one.extend(session, ids)
-    [reply] = one.reply([(session, 0.0, 7)])
+    [(reply, _)] = one.sample([(session, 0.0, 7)])
     row = jnp.asarray([ids + reply])
     logits = model().logits(model()(row, jnp.ones_like(row)))[0]
     assert reply == logits[10:16].argmax(axis=1).tolist()
@@ -155,13 +155,13 @@ def test_seed_changes_the_draws_and_temperature_zero_ignores_it():
     sessions = [one.open() for _ in range(4)]
     for session in sessions:
         one.extend(session, prompt(5))
-    hot = one.reply([(session, 1.0, seed) for seed, session in enumerate(sessions)])
+    hot = [reply.ids for reply in one.sample([(session, 1.0, seed) for seed, session in enumerate(sessions)])]
     assert len({tuple(ids) for ids in hot}) == 4
     for session in sessions:
         one.close(session)
         one.open()
         one.extend(session, prompt(5))
-    cold = one.reply([(session, 0.0, seed) for seed, session in enumerate(sessions)])
+    cold = [reply.ids for reply in one.sample([(session, 0.0, seed) for seed, session in enumerate(sessions)])]
     assert len({tuple(ids) for ids in cold}) == 1
 
 
@@ -195,7 +195,7 @@ def test_reply_ends_at_the_stop_id_or_the_limit():
                 one.close(session)
                 one.open()
             one.extend(session, prompt(2, seed=turn))
-        for reply in one.reply([(session, 2.0, 10 * turn + session) for session in sessions]):
+        for reply, _ in one.sample([(session, 2.0, 10 * turn + session) for session in sessions]):
             assert STOP not in reply[:-1]
             assert reply[-1] == STOP or len(reply) == 6
             ends.add(reply[-1] == STOP)
@@ -219,7 +219,7 @@ def test_full_context_is_none_and_leaves_the_neighbour_alone():
     second = one.sample([(full, 1.0, 6), (neighbour, 1.0, 2)])
     assert second[0] is None and one.room(full) == -500
     assert [first[1], second[1]] == [expected[0][0], expected[2][0]]
-    assert one.reply([(full, 1.0, 6)]) == [None]
+    assert one.sample([(full, 1.0, 6)]) == [None]
 
 
 def test_misuse_is_named():
@@ -229,8 +229,8 @@ def test_misuse_is_named():
         one.open()
     one.extend(first, [1, 2])
     for asks in ([(first, 1.0, 0), (first, 1.0, 1)], [(second, 1.0, 0)], [(9, 1.0, 0)]):
-        with pytest.raises(ValueError, match="each once, open and extended"):
-            one.reply(asks)
+        with pytest.raises(ValueError, match="session [019] was asked: it must be open, extended"):
+            one.sample(asks)
     with pytest.raises(ValueError, match="context=4096.*max_position_embeddings, 2048"):
         engine(context=4096)
 

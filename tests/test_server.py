@@ -1,0 +1,203 @@
+"""ServerPolicy against a scripted HTTP server on loopback: every fault that a server is known for, and a killed run."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import rollout
+from policy import Ask, NoReply, Server, ServerPolicy
+from stage import read_json
+from trajectory import read_trajectories
+
+ROOT = Path(__file__).parent.parent
+
+
+def completion(text, tokens=3) -> bytes:
+    """A chat reply and a completion in one."""
+    choice = {"index": 0, "finish_reason": "stop", "text": text, "message": {"role": "assistant", "content": text}}
+    usage = {"prompt_tokens": 10, "completion_tokens": tokens, "total_tokens": 10 + tokens}
+    reply = {"id": "x", "object": "x", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+    return json.dumps(reply).encode()
+
+
+@pytest.fixture
+def server():
+    """`server.answers` are given one after the other, the last one ever after: bytes, (status, headers, bytes), "drop",
+    "hang", or a function of the request; `server.requests` are the bodies that came."""
+    requests, stop = [], threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            requests.append(body | {"path": self.path})
+            answer = http.answers.pop(0) if len(http.answers) > 1 else http.answers[0]
+            answer = answer(body) if callable(answer) else answer
+            if answer == "hang":
+                stop.wait(20)
+            if answer in ("drop", "hang"):
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
+            status, headers, data = answer if isinstance(answer, tuple) else (200, {}, answer)
+            self.send_response(status)
+            for name, value in ({"Content-Type": "application/json", "Content-Length": len(data)} | headers).items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            """Nothing is printed."""
+
+    http = ThreadingHTTPServer(("localhost", 0), Handler)
+    http.answers, http.requests = [completion("act[look]")], requests
+    http.url = f"http://localhost:{http.server_port}/v1"
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield http
+    stop.set()
+    http.shutdown()
+    http.server_close()
+
+
+def line_of(policy: ServerPolicy, text: str = "Observation: a room.\nAction:", seed: int = 0):
+    session = policy.open(text)
+    policy.ask(Ask(session, 0.0, seed))
+    deadline = time.time() + 60
+    while time.time() < deadline:
+        for of, line in policy.lines():
+            assert of == session
+            return line
+    raise TimeoutError
+
+
+def policy_of(server, path: Path, **changes) -> ServerPolicy:
+    settings = {"url": server.url, "model": "m", "retries": 2, "timeout": 1.0} | changes
+    return ServerPolicy(Server(**settings), path / "replies.sqlite")
+
+
+FAULTS = {
+    "429": (429, {"Retry-After": "1"}, b"{}"), "500": (500, {}, b"oops"), "503": (503, {}, b""), "hang": "hang",
+    "dropped": "drop", "no JSON": b'{"choices": [', "a page": (200, {"Content-Type": "text/html"}, b"<html>"),
+    "no choice": b'{"choices": []}', "null": b"null",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_asked_again(server, tmp_path, fault):
+    server.answers[:0] = [FAULTS[fault]]
+    start = time.time()
+    assert line_of(policy_of(server, tmp_path)) == " act[look]\n"
+    assert len(server.requests) == 2
+    assert fault != "429" or time.time() - start >= 1
+
+
+@pytest.mark.parametrize("fault", ["500", "no JSON", "dropped"])
+def test_a_fault_that_stays_is_no_reply_and_is_not_kept(server, tmp_path, fault):
+    policy = policy_of(server, tmp_path, retries=1)
+    line_of(policy)
+    server.answers[:] = [FAULTS[fault]]
+    assert isinstance(line_of(policy, "another"), NoReply)
+    assert len(server.requests) == 3
+    server.answers[:] = [completion("act[wait]")]
+    assert line_of(policy, "another") == " act[wait]\n"
+
+
+def test_a_server_that_never_answered_stops_the_run(server, tmp_path):
+    server.answers[:] = [(500, {}, b"")]
+    with pytest.raises(ValueError, match="has not answered once.*Is it up"):
+        line_of(policy_of(server, tmp_path, retries=0))
+    with pytest.raises(ValueError, match="localhost:1/v1 has not answered once: APIConnectionError"):
+        line_of(policy_of(server, tmp_path, retries=0, url="http://localhost:1/v1"))
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 422])
+def test_what_will_never_work_stops_the_run_and_says_what_to_check(server, tmp_path, status):
+    server.answers[:] = [(status, {}, b'{"error": {"message": "the model `m` does not exist"}}')]
+    with pytest.raises(ValueError, match=r"refuses model 'm' with the key in \$OPENAI_API_KEY.*does not exist"):
+        line_of(policy_of(server, tmp_path))
+    assert len(server.requests) == 1
+
+
+def test_a_context_that_is_full_and_other_bad_requests(server, tmp_path):
+    server.answers[:] = [(400, {}, b'{"error": {"message": "maximum context length is 4096 tokens"}}')]
+    assert line_of(policy_of(server, tmp_path)) is None
+    server.answers[:] = [(400, {}, b'{"error": {"message": "seed is not supported"}}')]
+    with pytest.raises(ValueError, match="does not take the request.*seed is not supported"):
+        line_of(policy_of(server, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "said, line",
+    [("", " \n"), (None, " \n"), ("\n\n  Action: act[look]\nObservation: x", " act[look]\n"),
+     ("Reason for the action: [It is dark.]", " [It is dark.]\n"), ("think[I\rwait.]", " think[I\n"),
+     ("x" * 200_000, f" {'x' * 2048}\n")],
+)  # fmt: skip
+def test_whatever_is_said_is_one_line_of_bounded_length(server, tmp_path, said, line):
+    server.answers[:] = [completion(said)]
+    policy = policy_of(server, tmp_path)
+    assert line_of(policy) == line
+    policy.extend(1, "Observation: OK.\nAction:")
+    policy.ask(Ask(1, 0.0, 0))
+    while not policy.lines():
+        pass
+    text = server.requests[1]["messages"][1]["content"]
+    assert text == f"Observation: a room.\nAction:{line}Observation: OK.\nAction:"
+
+
+def test_a_request_is_paid_once_and_told_apart_by_seed_and_prompt(server, tmp_path):
+    (tmp_path / "prompt.txt").write_text("An example.\n\n")
+    first = policy_of(server, tmp_path)
+    assert [line_of(first), line_of(first)] == [" act[look]\n"] * 2
+    assert first.counts == {"requests": 1, "from_cache": 1, "prompt_tokens": 10, "completion_tokens": 3}
+    again = policy_of(server, tmp_path)
+    line_of(again), line_of(again, seed=1)
+    assert again.counts["from_cache"] == 1 and len(server.requests) == 2
+    with_prompt = policy_of(server, tmp_path, prompt=tmp_path / "prompt.txt", api="completions")
+    line_of(with_prompt)
+    assert server.requests[2]["prompt"] == "An example.\n\nObservation: a room.\nAction:"
+    assert server.requests[2]["stop"] == "\n" and server.requests[2]["path"] == "/v1/completions"
+
+
+def flags(server, run: Path) -> list[str]:
+    return ["--run", str(run), "--trials", "2", "--limit", "100", "--max-turns", "3", "--temperature", "1",
+            "--server.url", server.url, "--server.model", "m", "--server.concurrency", "8"]  # fmt: skip
+
+
+def test_a_killed_run_loses_nothing_and_asks_nothing_twice(server, tmp_path, monkeypatch):
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    monkeypatch.chdir(ROOT)
+    server.answers[:] = [lambda body: completion("think[I look.]" if body["seed"] % 3 else "act[look]")]
+    path = tmp_path / "round_0/rollout/trajectories.jsonl"
+    command = [sys.executable, "rollout.py", *flags(server, tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    deadline = time.time() + 120
+    while process.poll() is None and time.time() < deadline:
+        if path.exists() and path.read_bytes().count(b"\n") >= 60:
+            process.send_signal(signal.SIGKILL)
+        time.sleep(0.01)
+    assert process.wait() == -signal.SIGKILL
+    assert 60 <= path.read_bytes().count(b"\n") < 200
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    rows = list(read_trajectories(path))
+    assert len(rows) == 200 == len({row.key for row in rows}) and {row.end for row in rows} == {"max_turns"}
+    asked = Counter(json.dumps(request, sort_keys=True) for request in server.requests)
+    assert sum(asked.values()) - len(asked) <= 8  # those that were under way when it was killed
+    assert read_json(path.parent / "done.json")["asked"]["requests"] > 0
+
+
+def test_a_server_that_goes_down_is_no_failure_of_the_agent(server, tmp_path, monkeypatch):
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    monkeypatch.chdir(ROOT)
+    server.answers[:] = [completion("act[look]")] * 3 + [(500, {}, b"")]
+    settings = Server(url=server.url, model="m", retries=0, concurrency=1)
+    rollout.main(rollout.Args(run=tmp_path, limit=3, server=settings))
+    rows = list(read_trajectories(tmp_path / "round_0/rollout/trajectories.jsonl"))
+    assert [row.end for row in rows] == ["llm_error"] * 3 and [len(row.turns) for row in rows] == [3, 0, 0]
