@@ -74,6 +74,8 @@ class Args:
     """Turns after which an attempt ends."""
     patience: int = 3
     """An attempt ends as stuck when the same action has had the same answer so many times again; 0: never."""
+    deadline: float | None = None
+    """Seconds after which an attempt ends as timeout, which is never a failure of the agent (default: none)."""
     slots: int = 64
     """Attempts played at once."""
     context: int = 1024
@@ -131,7 +133,8 @@ def main(args: Args) -> None:
         if jobs:
             compose = Compose(probability=args.probability, sample=args.sample, reason=args.reason)
             settings = Play(env=args.env, stage="actre", round=number, seed=args.seed, max_turns=args.max_turns,
-                            patience=args.patience, temperature=args.temperature, compose=compose)  # fmt: skip
+                            patience=args.patience, temperature=args.temperature, deadline=args.deadline,
+                            compose=compose)  # fmt: skip
             shape = {"weights": args.weights, "slots": args.slots, "context": args.context}
             react = make_policy(args.server, directory / "replies.sqlite", args.model, adapter, **shape)
             explainer = None

@@ -10,6 +10,7 @@ Left out: what becomes of a trajectory (the stages), text and tokens (trajectory
 from __future__ import annotations
 
 import itertools
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -19,7 +20,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from envs.base import Result, World
+from envs.base import Observation, World
 from policy import Ask, Line, NoReply, Policy
 from stage import draw_seed, generator
 from trajectory import (
@@ -61,6 +62,7 @@ class Play:
     max_turns: int
     patience: int  # repetitions of a turn, action and answer alike, that end an attempt as stuck; 0: none does
     temperature: float
+    deadline: float | None = None  # seconds after which an attempt ends as timeout
     compose: Compose | None = None
 
 
@@ -79,18 +81,31 @@ class Waiting(NamedTuple):
 Attempt = Generator[Waiting, str | None, Trajectory]
 
 
+class Running(NamedTuple):
+    """An attempt under way, in its world, since a time of the monotonic clock."""
+
+    attempt: Attempt
+    world: World
+    job: Job
+    start: float
+
+
 class ContextFull(Exception):
     """A session has no room for another line."""
 
 
 class WorldFailed(Exception):
-    """A world raised while it took a step; the trajectory ends as env_error."""
+    """A world raised; the trajectory ends as env_error."""
 
 
-def guarded_step(world: World, action: str) -> Result:
-    """world.step; whatever a third-party world raises becomes WorldFailed with its traceback."""
+class Overdue(Exception):
+    """An attempt has taken longer than it may; the trajectory ends as timeout."""
+
+
+def guarded(method: Callable, *args):
+    """What a world's method returns; whatever a third-party world raises becomes WorldFailed with its traceback."""
     try:
-        return world.step(action)
+        return method(*args)
     except Exception as error:  # the one blanket except: the boundary to worlds that are not ours
         raise WorldFailed(traceback.format_exc()) from error
 
@@ -134,13 +149,27 @@ def attempt(job: Job, settings: Play, world: World, react: Policy, actre: Policy
     a row; the reason then comes from `actre`'s own session over the same trajectory.
     """
     place = (settings.seed, settings.stage, settings.round, job.task_id, job.trial)
-    opening = world.reset(job.task_id)
+    turns: list[Turn] = []
+    result, progress, end, invalid_in_row = None, 0.0, "max_turns", 0
+
+    def recorded(opening: Observation, ids: list[int], sampled: list[int]) -> Trajectory:
+        return Trajectory(
+            env=settings.env, split=job.task_id.split("/")[0], task_id=job.task_id, task=opening.task, trial=job.trial,
+            round=settings.round, seed=settings.seed, source="actre" if settings.compose else "react",
+            first_observation=opening.text, turns=turns, reward=result.reward if result else 0.0, progress=progress,
+            success=bool(result and result.success), end=end, ids=ids, sampled=sampled,
+        )  # fmt: skip
+
+    try:
+        opening = guarded(world.reset, job.task_id)
+    except WorldFailed as failure:
+        tqdm.write(f"{job.task_id} trial {job.trial}: the world did not start\n{failure}")
+        end = "env_error"
+        return recorded(Observation(text="", task=""), [], [])
     first = opening_text(opening.text, opening.task)
     session = react.open(first)
     explains = settings.compose is not None and settings.compose.reason == "actre"
     reasons = actre.open(first) if explains else None
-    turns: list[Turn] = []
-    result, progress, end, invalid_in_row = None, 0.0, "max_turns", 0
 
     def own_turn(number: int):
         """The agent's own thoughts and action: (thought, action)."""
@@ -157,7 +186,7 @@ def attempt(job: Job, settings: Play, world: World, react: Policy, actre: Policy
 
     def composed_turn(rng: np.random.Generator):
         """A sampled action and the reason written for it: (thought, action)."""
-        action = sample_action(world.actions(), settings.compose.sample, rng)
+        action = sample_action(guarded(world.actions), settings.compose.sample, rng)
         reason = template_reason(action) if settings.compose.reason == "template" else ""
         if explains:
             actre.extend(reasons, act_line(action) + REASON)
@@ -177,7 +206,7 @@ def attempt(job: Job, settings: Play, world: World, react: Policy, actre: Policy
             force = invalid_in_row >= FORCE_AFTER
             sampled = settings.compose is not None and (rng.random() < settings.compose.probability or force)
             thought, action = yield from (composed_turn(rng) if sampled else own_turn(number))
-            result = guarded_step(world, action)
+            result = guarded(world.step, action)
             progress = max(progress, result.progress)
             by = ("actre", "sampled") if sampled else ("react", "react")
             turns.append(Turn(thought, action, result.observation, *by, result.valid))
@@ -199,15 +228,12 @@ def attempt(job: Job, settings: Play, world: World, react: Policy, actre: Policy
     except NoReply as failure:
         tqdm.write(f"{job.task_id} trial {job.trial}: no reply from the model\n{failure}")
         end = "llm_error"
+    except Overdue:
+        end = "timeout"
     ids, flags = react.close(session)
     if explains:
         actre.close(reasons)
-    return Trajectory(
-        env=settings.env, split=job.task_id.split("/")[0], task_id=job.task_id, task=opening.task, trial=job.trial,
-        round=settings.round, seed=settings.seed, source="actre" if settings.compose else "react",
-        first_observation=opening.text, turns=turns, reward=result.reward if result else 0.0, progress=progress,
-        success=bool(result and result.success), end=end, ids=ids, sampled=flags,
-    )  # fmt: skip
+    return recorded(opening, ids, flags)
 
 
 def play(
@@ -223,35 +249,48 @@ def play(
     """Plays all jobs, as many at once as `react` has slots; on_done(trajectory) may add further jobs.
 
     Nobody waits for the slowest: each pass goes on with whatever lines have come, and where none has, with the policy
-    that most attempts wait for. The order in which trajectories end depends on that; what is in them does not.
+    that most attempts wait for. The order in which trajectories end depends on that; what is in them does not. A world
+    that failed is not used again, and its job is played once more, with the same draws, in a new one.
     """
-    pending, worlds = deque(jobs), []
-    active: dict[tuple[int, int], tuple[Attempt, World]] = {}  # by policy and session that the attempt waits for
+    pending, worlds, again = deque(jobs), [], set()
+    active: dict[tuple[int, int], Running] = {}  # by policy and session that the attempt waits for
     policies = [policy for policy in (react, actre) if policy is not None]
     done = won = 0
     with tqdm(total=total, desc=f"{settings.stage} round {settings.round}", unit="trajectory") as bar:
 
-        def advance(running: Attempt, world: World, line: Line) -> None:
+        def finish(running: Running, trajectory: Trajectory) -> None:
             nonlocal done, won
+            if trajectory.end != "env_error":
+                worlds.append(running.world)
+            elif running.job not in again:
+                again.add(running.job)
+                pending.append(running.job)
+                return
+            pending.extend(on_done(trajectory))
+            done, won = done + 1, won + trajectory.success
+            bar.set_postfix(success=f"{won}/{done}", refresh=False)
+            bar.update()
+
+        def advance(running: Running, line: Line) -> None:
+            if settings.deadline and time.monotonic() - running.start > settings.deadline:
+                line = Overdue()
             try:
-                waiting = running.throw(line) if isinstance(line, NoReply) else running.send(line)
+                send = running.attempt.throw if isinstance(line, Exception) else running.attempt.send
+                waiting = send(line)
                 waiting.policy.ask(waiting.ask)
-                active[policies.index(waiting.policy), waiting.ask.session] = running, world
+                active[policies.index(waiting.policy), waiting.ask.session] = running
             except StopIteration as stop:
-                worlds.append(world)
-                pending.extend(on_done(stop.value))
-                done, won = done + 1, won + stop.value.success
-                bar.set_postfix(success=f"{won}/{done}", refresh=False)
-                bar.update()
+                finish(running, stop.value)
 
         while pending or active:
             while pending and len(active) < react.slots:
-                world = worlds.pop() if worlds else make_world()
-                advance(attempt(pending.popleft(), settings, world, react, actre), world, None)
+                job, world = pending.popleft(), worlds.pop() if worlds else make_world()
+                running = Running(attempt(job, settings, world, react, actre), world, job, time.monotonic())
+                advance(running, None)
             waiting = [index for index, _ in active]
             came = [(index, *each) for index in set(waiting) for each in policies[index].lines(wait=False)]
             if waiting and not came:
                 busiest = max(set(waiting), key=lambda index: (waiting.count(index), -index))
                 came = [(busiest, *each) for each in policies[busiest].lines()]
             for index, session, line in came:
-                advance(*active.pop((index, session)), line)
+                advance(active.pop((index, session)), line)

@@ -71,6 +71,8 @@ class Args:
     """Turns after which an attempt ends."""
     patience: int = 3
     """An attempt ends as stuck when the same action has had the same answer so many times again; 0: never."""
+    deadline: float | None = None
+    """Seconds after which an attempt ends as timeout, which is never a failure of the agent (default: none)."""
     slots: int = 64
     """Attempts played at once."""
     context: int = 1024
@@ -163,7 +165,8 @@ def evaluate(args: Args, directory: Path, adapter: Path | None, number: int) -> 
     for ids, _ in tasks.values():
         require_tasks(world, ids)
     settings = Play(env=args.env, stage="evaluate", round=number, seed=args.seed, max_turns=args.max_turns,
-                    patience=args.patience, temperature=args.temperature)  # fmt: skip
+                    patience=args.patience, temperature=args.temperature,
+                    deadline=args.deadline)  # fmt: skip
     policy = make_policy(args.server, directory / "replies.sqlite", args.model, adapter,
                          weights=args.weights, slots=args.slots, context=args.context)  # fmt: skip
     path = directory / "trajectories.jsonl"

@@ -57,6 +57,8 @@ class Args:
     patience: int = 3
     """An attempt ends as stuck when the same action has had the same answer so many times again; 0: never (not in the
     paper)."""
+    deadline: float | None = None
+    """Seconds after which an attempt ends as timeout, which is never a failure of the agent (default: none)."""
     slots: int = 64
     """Attempts played at once."""
     context: int = 1024
@@ -79,7 +81,8 @@ def main(args: Args) -> None:
     world = make_world(args.env, data=args.data, engine=args.engine)
     require_tasks(world, tasks)
     settings = Play(env=args.env, stage="rollout", round=number, seed=args.seed, max_turns=args.max_turns,
-                    patience=args.patience, temperature=args.temperature)  # fmt: skip
+                    patience=args.patience, temperature=args.temperature,
+                    deadline=args.deadline)  # fmt: skip
     react = make_policy(args.server, directory / "replies.sqlite", args.model, adapter,
                         weights=args.weights, slots=args.slots, context=args.context)  # fmt: skip
     path = directory / "trajectories.jsonl"

@@ -11,16 +11,20 @@ bitsandbytes' NF4 or dense, which has nothing to decode; ours is compared with t
     python -m bench.train --shape 7b --tokens 4096 --targets all                 # on a GPU
     python -m bench.train --shape 7b --tokens 2048 --remat full --peers          # ours alone: how much memory it takes
 
-Each contender runs in a process of its own, so that none keeps the other's memory.
+Each contender runs in a process of its own, a peer and ours in turn, step by step: other work on the machine then slows
+both. Every peer meets ours anew, so ours is printed once for each.
 """
 
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -56,7 +60,7 @@ class Args:
     seed: int = 0
     """Of weights and ids."""
     contender: str | None = None
-    """Run this one alone and print its JSON: ours, nf4-padded, nf4-packed, dense-padded or dense-packed."""
+    """Internal: take a step for each line of stdin as ours, nf4-padded, nf4-packed, dense-padded or dense-packed."""
 
 
 TARGETS = {"qv": ("q", "v"), "all": ("q", "k", "v", "o", "gate", "up", "down")}
@@ -86,7 +90,8 @@ def shape_of(args: Args):
     return {"7b": MISTRAL_7B, "100m": MISTRAL_100M}[args.shape]
 
 
-def ours(args: Args) -> dict:
+def ours(args: Args) -> tuple[list[Callable[[], object]], Callable[[], int], str]:
+    """The steps to take, what tells the peak of memory, and the device's name."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -108,19 +113,20 @@ def ours(args: Args) -> dict:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
     update = make_update(graph, optimizer, mesh, adapter, frozen, remat=args.remat)
     state = initial_state(optimizer, adapter, mesh)
-    texts, seconds = trajectories_of(args, config.vocab_size), []
-    steps = rows_of(args, texts)
-    for ids, segments in (steps[0], *steps):
+
+    def step(ids: np.ndarray, segments: np.ndarray) -> None:
+        nonlocal adapter, state
         weights = (segments > 0).astype(np.float32)
         batch = Batch(*(x.reshape(-1, mesh.size, args.tokens) for x in (ids, segments, weights)))
-        start = time.time()
         adapter, state, values = update(adapter, state, frozen, 1e-4, batch, np.float32(args.batch), None)
         jax.block_until_ready((adapter, values))
-        seconds.append(time.time() - start)
-    return report(config, texts, seconds, peak_memory(), jax.devices()[0].device_kind)
+
+    rows = rows_of(args, trajectories_of(args, config.vocab_size))
+    return [partial(step, *row) for row in rows], peak_memory, jax.devices()[0].device_kind
 
 
-def peer(args: Args, base: str, layout: str) -> dict:
+def peer(args: Args, base: str, layout: str) -> tuple[list[Callable[[], object]], Callable[[], int], str]:
+    """`ours` for torch + PEFT."""
     import resource
 
     import peft
@@ -159,9 +165,8 @@ def peer(args: Args, base: str, layout: str) -> dict:
         batches = [padded(texts[first : first + args.batch]) for first in range(0, len(texts), args.batch)]
     else:
         batches = [restarting(*rows) for rows in rows_of(args, texts)]
-    seconds = []
-    for batch in (batches[0], *batches):
-        start = time.time()
+
+    def step(batch: dict[str, np.ndarray]) -> None:
         loss = model(**{name: torch.from_numpy(x).to(device) for name, x in batch.items()}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -170,11 +175,14 @@ def peer(args: Args, base: str, layout: str) -> dict:
         float(loss)
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.time() - start)
-    memory = torch.cuda.max_memory_allocated() if device == "cuda" else (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)  # fmt: skip
+
+    def peak() -> int:
+        if device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
     kind = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    return report(config, texts, seconds, memory, kind)
+    return [partial(step, batch) for batch in batches], peak, kind
 
 
 def padded(texts: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -206,14 +214,57 @@ def replace(holder, name: str, bitsandbytes, dtype, device: str) -> None:
     setattr(holder, name, layer.to(device))
 
 
-def report(config, texts: list[np.ndarray], seconds: list[float], memory: int, kind: str) -> dict:
-    from lora.device import lora_step_flops
+def serve(args: Args) -> None:
+    """Takes a step for each line on stdin, the first one twice, and prints how long it took; then memory and device."""
+    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    steps, peak, kind = ours(args) if args.contender == "ours" else peer(args, *args.contender.split("-"))
+    print(len(steps), file=out, flush=True)
+    for step in (steps[0], *steps):
+        sys.stdin.readline()
+        start = time.time()
+        step()
+        print(time.time() - start, file=out, flush=True)
+    print(json.dumps({"peak_memory": peak(), "device": kind}), file=out, flush=True)
 
-    tokens, timed = sum(len(ids) for ids in texts), sum(seconds[1:])
-    return {
-        "tokens_per_s": tokens / timed, "flops_per_s": lora_step_flops(config, tokens) / timed, "peak_memory": memory,
-        "seconds": [round(s, 4) for s in seconds], "tokens": tokens, "device": kind,
-    }  # fmt: skip
+
+class Contender:
+    """A process that takes a step when told to."""
+
+    def __init__(self, name: str):
+        command = [sys.executable, "-m", "bench.train", *sys.argv[1:], "--contender", name]
+        shared = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # a GPU has room for both
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=shared)
+        self.steps, self.seconds = int(self._read()), []
+        self.step()  # compiles
+        self.seconds.clear()
+
+    def _read(self) -> str:
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"error: a contender ended with status {self._process.wait()}; its words are above")
+        return line
+
+    @property
+    def share(self) -> float:
+        """Of its steps, those that it has taken."""
+        return len(self.seconds) / self.steps
+
+    def step(self) -> None:
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        self.seconds.append(float(self._read()))
+
+    def result(self, args: Args) -> dict:
+        """What it did, once all of its steps are taken."""
+        from lora.device import lora_step_flops
+
+        config, said = shape_of(args), json.loads(self._read())
+        self._process.communicate()
+        tokens, seconds = sum(map(len, trajectories_of(args, config.vocab_size))), sum(self.seconds)
+        return said | {
+            "tokens_per_s": tokens / seconds, "flops_per_s": lora_step_flops(config, tokens) / seconds,
+            "seconds": [round(s, 3) for s in self.seconds], "tokens": tokens,
+        }  # fmt: skip
 
 
 def processor() -> str:
@@ -224,29 +275,31 @@ def processor() -> str:
 
 def main(args: Args) -> None:
     if args.contender:
-        print(json.dumps(ours(args) if args.contender == "ours" else peer(args, *args.contender.split("-"))))
-        return
-    found = {}
-    for contender in ("ours", *(f"{base}-{layout}" for layout in ("padded", "packed") for base in args.peers)):
-        command = [sys.executable, "-m", "bench.train", *sys.argv[1:], "--contender", contender]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            print(f"{contender}: failed\n{result.stderr[-2000:]}")
-            continue
-        found[contender] = row = json.loads(result.stdout.splitlines()[-1])
-        print(f"{contender:12} {row['tokens_per_s']:10.1f} tokens/s {row['flops_per_s'] / 1e12:8.3f} TFLOP/s "
-              f"{row['peak_memory'] / 2**30:7.2f} GiB   {row['device']}", flush=True)  # fmt: skip
-    ratios = {}
-    for layout in ("padded", "packed"):
-        rates = [row["tokens_per_s"] for name, row in found.items() if name.endswith(layout)]
-        ratios[layout] = round(found["ours"]["tokens_per_s"] / max(rates), 3) if rates and "ours" in found else None
+        return serve(args)
+    meetings = []
+    for against in [f"{base}-{layout}" for layout in ("padded", "packed") for base in args.peers] or [None]:
+        contenders = {name: Contender(name) for name in ("ours", against) if name}
+        while (behind := min(contenders.values(), key=lambda contender: contender.share)).share < 1:
+            behind.step()
+        found = {name: contender.result(args) for name, contender in contenders.items()}
+        for name, row in found.items():
+            print(f"{name:12} {row['tokens_per_s']:10.1f} tokens/s {row['flops_per_s'] / 1e12:8.3f} TFLOP/s "
+                  f"{row['peak_memory'] / 2**30:7.2f} GiB   {row['device']}", flush=True)  # fmt: skip
+        meetings.append(found | {"against": against})
+    ratios: dict[str, float] = {}
+    for found in meetings:
+        base, _, layout = (found["against"] or "").partition("-")
+        if base:
+            ratio = found["ours"]["tokens_per_s"] / found[found["against"]]["tokens_per_s"]
+            ratios[layout] = min(round(ratio, 3), ratios.get(layout, math.inf))
     print(
         f"{processor()}, {os.cpu_count()} cores; {args.shape}, {args.targets} r {args.rank}, {args.trajectories} "
         f"trajectories, a step {args.rows} rows of {args.tokens} or {args.batch} trajectories; ours / the faster peer: "
-        f"{ratios['padded']} where it pads, {ratios['packed']} on packed rows"
+        f"{ratios.get('padded')} where it pads, {ratios.get('packed')} on packed rows"
     )
     arguments = {key: value for key, value in asdict(args).items() if key != "contender"}
-    print(json.dumps({"args": arguments, "processor": processor(), "ratios": ratios, **found}))
+    print(json.dumps({"args": arguments, "processor": processor(), "ratios": ratios, "meetings": meetings}))
+    return None
 
 
 if __name__ == "__main__":

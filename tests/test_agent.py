@@ -1,5 +1,6 @@
 """The play loop with scripted policies on generated games: the sampling rule, faults, and independence of order."""
 
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -40,13 +41,13 @@ class Room:
         return ["look", "wave"]
 
 
-def run(lines, actre=None, jobs=None, **changes):
+def run(lines, actre=None, jobs=None, world=Room, **changes):
     """Plays Room with the given lines and returns the trajectories."""
     done = []
     react = ScriptedPolicy(lambda opening: ReplayScript(lines))
     explainer = ScriptedPolicy(lambda opening: ReplayScript(actre)) if actre else None
     jobs = jobs or [Job(Room().tasks("")[0], 0)]
-    play(jobs, settings(**changes), Room, react, explainer, lambda t: done.append(t) or ())
+    play(jobs, settings(**changes), world, react, explainer, lambda t: done.append(t) or ())
     return done
 
 
@@ -77,9 +78,52 @@ def test_patience_ends_an_attempt_that_goes_in_circles():
     assert t.end == "success"  # the forced action comes before the patience ends
 
 
-def test_a_world_that_breaks_is_evidence_not_a_crash():
+class Flaky(Room):
+    """Rooms that fail: of all that are made, `failing` many, in `where`."""
+
+    made, failing, where = 0, 0, "step"
+
+    def __init__(self):
+        type(self).made += 1
+        self.fails = self.made <= self.failing
+
+    def reset(self, task_id):
+        if self.fails and self.where == "reset":
+            raise OSError("the server is gone")
+        return super().reset(task_id)
+
+    def step(self, action):
+        if self.fails and self.where == "step":
+            raise OSError("the server is gone")
+        return super().step(action)
+
+
+@pytest.mark.parametrize("where", ["reset", "step"])
+def test_a_world_that_fails_once_is_played_again_in_a_new_one(where):
+    world = type("World", (Flaky,), {"failing": 1, "where": where})
+    (t,) = run([" act[win]\n"], world=world)
+    assert t.success and world.made == 2
+
+
+@pytest.mark.parametrize("where", ["reset", "step"])
+def test_a_world_that_breaks_is_evidence_not_a_crash(where):
+    world = type("World", (Flaky,), {"failing": 9, "where": where})
+    (t,) = run([" act[wave]\n"], world=world)
+    assert t.end == "env_error" and not t.success and not t.turns and world.made == 2
     (t,) = run([" act[wave]\n", " act[break]\n"])
     assert t.end == "env_error" and not t.success and len(t.turns) == 1
+
+
+def test_an_attempt_ends_at_its_deadline():
+    class Slow(Room):
+        def step(self, action):
+            time.sleep(0.05)
+            return super().step(action)
+
+    (t,) = run([" act[wave]\n"] * 12, world=Slow, deadline=0.12)
+    assert t.end == "timeout" and 2 <= len(t.turns) <= 3
+    (t,) = run([" act[wave]\n"] * 12, world=Slow, deadline=30.0)
+    assert t.end == "max_turns"
 
 
 def test_three_invalid_actions_force_a_sampled_one_explained_by_actre():

@@ -222,6 +222,25 @@ def test_full_context_is_none_and_leaves_the_neighbour_alone():
     assert one.sample([(full, 1.0, 6)]) == [None]
 
 
+def test_a_group_waits_for_its_own_sessions_and_for_no_other():
+    one, together = engine(), engine()
+    first, second, third = (one.open() for _ in range(3))
+    for session in (first, second, third):
+        one.extend(session, prompt(10))
+    one.ask(first, 1.0, 1)
+    assert one.replies(wait=False) == {}
+    one.ask(third, 1.0, 3)
+    found = one.replies()  # the second group, of which `third` is all that is open
+    assert found.keys() == {third}
+    found |= one.replies()  # nothing else runs: the first group starts without `second`
+    one.ask(second, 1.0, 2)
+    found |= one.replies()
+    sessions = [together.open() for _ in range(3)]
+    for session in sessions:
+        together.extend(session, prompt(10))
+    assert [found[s] for s in sessions] == together.sample([(s, 1.0, s + 1) for s in sessions])
+
+
 def test_misuse_is_named():
     one = engine(slots=2)
     first, second = one.open(), one.open()
