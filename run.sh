@@ -21,7 +21,7 @@ case "${1:-tiny}" in
       python -m lora.convert --weights nf4 --out "$base" \
         --model "${MODEL:?MODEL must name the folder of Mistral-7B-Instruct-v0.2}"
     common+=(--model "$base")
-    play+=(--patience 0)
+    play+=(--patience 0 --context 1920)
     compose+=(--probability 0.5 --budget "${BUDGET:-40}" --force "${BUDGET:-40}")
     train+=(--targets q v --rank 16 --alpha 32 --learning-rate 1e-4 --epochs 10 6 --failure-reward -1 --world-weight 1
             --weights nf4 --dtype bfloat16 --remat full --row-length 2048 --batch-rows 16) ;;

@@ -28,12 +28,13 @@ SHAPE = Config(
     num_key_value_heads=4, head_dim=64, max_position_embeddings=4096, rope_theta=1e6,
 )  # fmt: skip
 MEASURE = """
-import json, resource, sys, time
+import json, re, sys, time
 from pathlib import Path
 sys.path.insert(0, "")
 start = time.time()
 {code}
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss, which a process inherits from the one that started it.
+peak = int(re.search(r"VmHWM:\\s+([0-9]+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 print(json.dumps({{"seconds": time.time() - start, "peak_memory": peak}}))
 """
 IMPORTS = "import jax\nfrom lora.convert import load_model, convert\nstart = time.time()\n"

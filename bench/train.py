@@ -172,7 +172,7 @@ def peer(args: Args, base: str, layout: str) -> tuple[list[Callable[[], object]]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        float(loss)
+        loss.item()
         if device == "cuda":
             torch.cuda.synchronize()
 
