@@ -271,9 +271,7 @@ def play(
             bar.set_postfix(success=f"{won}/{done}", refresh=False)
             bar.update()
 
-        def advance(running: Running, line: Line) -> None:
-            if settings.deadline and time.monotonic() - running.start > settings.deadline:
-                line = Overdue()
+        def advance(running: Running, line: Line | Overdue) -> None:
             try:
                 send = running.attempt.throw if isinstance(line, Exception) else running.attempt.send
                 waiting = send(line)
@@ -293,4 +291,6 @@ def play(
                 busiest = max(set(waiting), key=lambda index: (waiting.count(index), -index))
                 came = [(busiest, *each) for each in policies[busiest].lines()]
             for index, session, line in came:
-                advance(active.pop((index, session)), line)
+                running = active.pop((index, session))
+                late = settings.deadline is not None and time.monotonic() - running.start > settings.deadline
+                advance(running, Overdue() if late else line)

@@ -122,6 +122,8 @@ def test_an_attempt_ends_at_its_deadline():
 
     (t,) = run([" act[wave]\n"] * 12, world=Slow, deadline=0.12)
     assert t.end == "timeout" and 2 <= len(t.turns) <= 3
+    (t,) = run([" act[wave]\n"] * 12, world=Slow, deadline=0.0)
+    assert t.end == "timeout" and not t.turns
     (t,) = run([" act[wave]\n"] * 12, world=Slow, deadline=30.0)
     assert t.end == "max_turns"
 
