@@ -86,7 +86,7 @@ class LocalPolicy:
         if len(self._newline) != 1:
             raise ValueError(f"{model_dir}: a newline is {len(self._newline)} tokens; one was expected, as the stop")
         self._engine = Engine(
-            model, slots=slots, context=context, max_new_tokens=max_new_tokens, stop_id=self._newline[0]
+            model, slots=slots, context=context, max_new_tokens=max_new_tokens, stop_ids=self._newline
         )
         self.counts = {"prompt_tokens": 0, "completion_tokens": 0}
         self._ids: dict[int, list[int]] = {}

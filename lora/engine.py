@@ -2,15 +2,16 @@
 
 `extend` only queues ids and `ask` only says that a session may sample. A group of slots then prefills, in chunks of a
 fixed width, all queued ids but the last of its asked sessions, and decodes in one jitted `while_loop` until every asked
-row has sampled the stop id, reached its limit or filled its context; `replies` gives what the groups that are done have
-sampled, and no group waits for another. Keys and values made inside a call stay in a small buffer beside the cache,
-which is only read, and are written into it once at the end.
+row has sampled a stop id, reached its limit, filled its context or made a chunk of ids; `replies` gives what ended, the
+other rows go on in their group's next chunk beside newly asked ones, and no group waits for another. Keys and values
+made inside a call stay in a small buffer beside the cache, which is only read, and are written into it once at the end.
+A `prefix` that all sessions begin with is computed and held once: attention reads it for all rows together.
 
-What a row samples depends on its own ids, temperature and seed alone, to the last bit: chunks are cut by a row's own
-length, blocks of the cache beyond it add exact zeros, and every call has the same number of rows, a group of slots.
-Left out: more sessions than slots, a shared prefix, top-p, stop strings.
+What a row samples depends on its own ids, temperature, top_p and seed alone, to the last bit: chunks are cut by a row's
+own length, blocks of the cache beyond it add exact zeros, and every call has the same number of rows, a group of slots.
+Left out: more sessions than slots, a stop string that is no set of ids.
 
-    engine = Engine(model, slots=64, context=1024, max_new_tokens=64, stop_id=13)
+    engine = Engine(model, slots=64, context=1024, max_new_tokens=64, stop_ids=[13])
     session = engine.open()
     engine.extend(session, prompt_ids)
     [reply] = engine.sample([(session, 0.7, 1234)])
@@ -21,6 +22,7 @@ keys [slots, K, N, C, W] and values [slots, K, N, W, C]: both products of attent
 in, a few KiB at a time, which is up to eight times faster on a CPU than other orders.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -49,7 +51,7 @@ WIDTHS = (128, 32, 8)
 
 
 class Reply(NamedTuple):
-    """Ids that a row sampled, the stop id included, and their log-probabilities at temperature 1."""
+    """Ids that a row sampled, the stop id included, and their log-probabilities at temperature 1 among all ids."""
 
     ids: list[int]
     logprobs: list[float]
@@ -61,16 +63,32 @@ class View(NamedTuple):
     embed: jax.Array
     norm: jax.Array
     head_DV: jax.Array
+    stops_V: jax.Array  # which ids end a reply
     layers: list
+    prefix: list  # of each layer, keys [K, C, S] and values [K, S, C] of what all sessions begin with; S may be 0
 
 
 class Asked(NamedTuple):
     """What decoding needs to know of each row, [R] each."""
 
     first_id: np.ndarray
-    limit: np.ndarray  # how many ids it may sample; 0 for a row that fills up the batch
+    limit: np.ndarray  # how many ids it may sample now; 0 for a row that fills up the batch
+    drawn: np.ndarray  # how many it sampled in earlier chunks
     temperature: np.ndarray
+    top_p: np.ndarray
     seed: np.ndarray
+
+
+@dataclasses.dataclass
+class Row:
+    """An ask under way: what was asked, and what has been sampled for it."""
+
+    session: int
+    temperature: float
+    seed: int
+    top_p: float
+    ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
 
 
 class Graph:
@@ -89,10 +107,13 @@ class Graph:
         return nnx.merge(self._graph, weights)
 
 
-def attend(q_RTHC, past, lengths_R, k_RKCP, v_RKPC, at, window):
-    """Attention of T new tokens over the cache (places before the row's length) and the buffer (up to themselves).
+def attend(q_RTHC, prefix, past, lengths_R, k_RKCP, v_RKPC, at, window):
+    """Attention of T new tokens over the prefix, the cache (places before the row's length) and the buffer (up to
+    themselves).
 
-    `past` is a list of blocks; the tokens are at places `at`.. of the buffer. Returns [R, T, H * C].
+    `past` is a list of blocks; the tokens are at places `at`.. of the buffer, and a row's first place comes after the
+    prefix. The softmax is one over all pieces: each is weighted relative to the largest score of all, and sums are
+    added. Returns [R, T, H * C].
     """
     R, T, H, C = q_RTHC.shape
     K, P = k_RKCP.shape[1], k_RKCP.shape[3]
@@ -115,10 +136,18 @@ def attend(q_RTHC, past, lengths_R, k_RKCP, v_RKPC, at, window):
         pieces.append(hide(scores, before_R1S, lengths_R[:, None, None] + query_T[:, None] - place_S))
         values.append(v_RKNWC.reshape(R, K, -1, C))
         offset += scores.shape[-1]
+    k_KCS, v_KSC = prefix
+    if size := k_KCS.shape[-1]:
+        scores = jnp.einsum("rkxc,kcs->rkxs", q_RKXC, k_KCS, preferred_element_type=jnp.float32)
+        distance_RTS = lengths_R[:, None, None] + query_T[:, None] + size - jnp.arange(size)
+        pieces.append(hide(scores, jnp.ones((1, 1, size), bool), distance_RTS))
     top = functools.reduce(jnp.maximum, (piece.max(axis=-1, keepdims=True) for piece in pieces))
     weights = [jnp.exp(piece - top) for piece in pieces]
     total = sum(piece.sum(axis=-1, keepdims=True) for piece in weights)
-    read = sum(jnp.einsum("rkxs,rksc->rkxc", w.astype(v.dtype), v) for w, v in zip(weights, values, strict=True))
+    weights = [piece.astype(q_RTHC.dtype) for piece in weights]
+    read = sum(jnp.einsum("rkxs,rksc->rkxc", w, v) for w, v in zip(weights, values, strict=False))
+    if size:
+        read += jnp.einsum("rkxs,ksc->rkxc", weights[-1], v_KSC)
     read = (read / total).astype(q_RTHC.dtype).reshape(R, K, H // K, T, C)
     return read.transpose(0, 3, 1, 2, 4).reshape(R, T, H * C)
 
@@ -132,12 +161,12 @@ def cache_scores(q_RKXC, k_RKNCW):
     return scores_RKNXW.swapaxes(2, 3).reshape(R, K, X, -1)
 
 
-def run_layer(layer, config, x_RTD, turn, past, lengths_R, buffer, at):
+def run_layer(layer, config, x_RTD, turn, prefix, past, lengths_R, buffer, at):
     """One layer over T tokens of each row. Returns its output and the buffer with their keys and values at `at`..."""
     q, k, v = layer.queries_keys_values(x_RTD, turn)
     k_RKCP = jax.lax.dynamic_update_slice_in_dim(buffer[0], k.transpose(0, 2, 3, 1), at, axis=3)
     v_RKPC = jax.lax.dynamic_update_slice_in_dim(buffer[1], v.transpose(0, 2, 1, 3), at, axis=2)
-    attended = attend(q, past, lengths_R, k_RKCP, v_RKPC, at, config.sliding_window)
+    attended = attend(q, prefix, past, lengths_R, k_RKCP, v_RKPC, at, config.sliding_window)
     return layer.finish(x_RTD, attended), (k_RKCP, v_RKPC)
 
 
@@ -201,45 +230,45 @@ def empty_cache(config, rows: int, sizes: tuple[int, ...], dtype):
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config"), donate_argnames="x_BTD")
-def prefill_layer(graph, config, weights, x_BTD, past, rows_B, lengths_B):
-    """A layer over chunks [B, T, D] that follow what rows of the blocks `past` hold: its output and their buffer.
+def prefill_layer(graph, config, weights, x_BTD, prefix, past, rows_B, lengths_B):
+    """A layer over chunks [B, T, D] that follow the prefix and what rows of `past` hold: its output and their buffer.
 
     One layer a call: all layers are compiled alike, so that there is one to compile.
     """
     B, T = x_BTD.shape[:2]
-    turn = rotation(lengths_B[:, None] + jnp.arange(T), config)
+    turn = rotation(prefix[0].shape[-1] + lengths_B[:, None] + jnp.arange(T), config)
     past = jax.tree.map(lambda x: x[rows_B], past)
     buffer = empty_buffer(config, B, T, x_BTD.dtype)
-    return run_layer(graph.merge(weights), config, x_BTD, turn, past, lengths_B, buffer, 0)
+    return run_layer(graph.merge(weights), config, x_BTD, turn, prefix, past, lengths_B, buffer, 0)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config", "places", "stop_id"))
-def decode(graph, config, view: View, past, lengths_R, asked: Asked, *, places: int, stop_id: int):
+@functools.partial(jax.jit, static_argnames=("graph", "config", "places"))
+def decode(graph, config, view: View, past, lengths_R, asked: Asked, *, places: int):
     """Samples up to `asked.limit` ids a row. Returns ids [R, P], log-probabilities [R, P], counts [R] and the buffer.
 
-    `past` holds, for each layer, the blocks that the rows reach into; it is read and not changed. Draw t of a row is
+    `past` holds, for each layer, the blocks that the rows reach into; it is read and not changed. Draw t of an ask is
     made from fold_in(PRNGKey(seed), t). The last sampled id of a row is in neither the cache nor the buffer.
     """
     R = len(lengths_R)
 
     def step(state):
         t, last_R, counts_R, active_R, ids_RP, logprobs_RP, buffer = state
-        turn = rotation((lengths_R + t)[:, None], config)
+        turn = rotation((view.prefix[0][0].shape[-1] + lengths_R + t)[:, None], config)
         x_RTD, filled = view.embed[last_R[:, None]], []
-        for weights, blocks, fresh in zip(view.layers, past, buffer, strict=True):
+        for weights, prefix, blocks, fresh in zip(view.layers, view.prefix, past, buffer, strict=True):
             # Weights that wait for the layer's input cannot be decoded from NF4 before the loop and all be held there.
             weights, x_RTD = jax.lax.optimization_barrier((weights, x_RTD))
-            x_RTD, fresh = run_layer(graph.merge(weights), config, x_RTD, turn, blocks, lengths_R, fresh, t)
+            x_RTD, fresh = run_layer(graph.merge(weights), config, x_RTD, turn, prefix, blocks, lengths_R, fresh, t)
             filled.append(fresh)
         hidden_RD = rms_norm(x_RTD[:, 0], view.norm, config.rms_norm_eps)
         logits_RV = jnp.dot(hidden_RD, view.head_DV, preferred_element_type=jnp.float32)
-        ids_R = sample(logits_RV, asked.temperature, asked.seed, t)
+        ids_R = sample(logits_RV, asked.temperature, asked.top_p, asked.seed, asked.drawn + t)
         chosen_R = jnp.take_along_axis(logits_RV, ids_R[:, None], axis=1)[:, 0]
         logprobs_R = chosen_R - jax.nn.logsumexp(logits_RV, axis=1)
         ids_RP = jax.lax.dynamic_update_slice_in_dim(ids_RP, ids_R[:, None], t, axis=1)
         logprobs_RP = jax.lax.dynamic_update_slice_in_dim(logprobs_RP, logprobs_R[:, None], t, axis=1)
         counts_R = counts_R + active_R
-        active_R = active_R & (ids_R != stop_id) & (t + 1 < asked.limit)
+        active_R = active_R & ~view.stops_V[ids_R] & (t + 1 < asked.limit)
         return t + 1, ids_R, counts_R, active_R, ids_RP, logprobs_RP, filled
 
     state = (
@@ -250,24 +279,36 @@ def decode(graph, config, view: View, past, lengths_R, asked: Asked, *, places: 
     return ids_RP, logprobs_RP, counts_R, buffer
 
 
-def sample(logits_RV, temperature_R, seed_R, t):
+def sample(logits_RV, temperature_R, top_p_R, seed_R, t_R):
     """Draw t of each row [R] int32, from softmax(logits / temperature); at temperature 0 the first largest logit.
 
-    One uniform number a row, looked up in the cumulated weights of groups of ids and then inside its group: noise for
-    every id and sums over the whole vocabulary would take longer than a layer on a CPU.
+    Below a top_p of 1 only the likeliest ids are drawn from, as few as have that share of the weight together (and what
+    is as likely as the last of them). One uniform number a row, looked up in the cumulated weights of groups of ids and
+    then inside its group: noise for every id and sums over the whole vocabulary take longer than a layer on a CPU.
     """
     R, V = logits_RV.shape
-    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.PRNGKey(seed), t))(seed_R)
+    keys = jax.vmap(lambda seed, t: jax.random.fold_in(jax.random.PRNGKey(seed), t))(seed_R, t_R)
     uniform_R = jax.vmap(jax.random.uniform)(keys)
     top_R1 = logits_RV.max(axis=1, keepdims=True)
     greedy_R = jnp.where(logits_RV == top_R1, jnp.arange(V), V).min(axis=1)
     weights_RV = jnp.exp((logits_RV - top_R1) / jnp.where(temperature_R > 0, temperature_R, 1.0)[:, None])
+    # Only where some row wants it: sorting the vocabulary takes longer than all else here.
+    weights_RV = jax.lax.cond((top_p_R < 1).any(), nucleus, lambda weights_RV, _: weights_RV, weights_RV, top_p_R)
     size = math.isqrt(V - 1) + 1
     weights_RGI = jnp.pad(weights_RV, ((0, 0), (0, size**2 - V))).reshape(R, size, size)
     sums_RG = weights_RGI.sum(axis=2)
     group_R, rest_R = pick(sums_RG, uniform_R * sums_RG.sum(axis=1))
     inside_R, _ = pick(jnp.take_along_axis(weights_RGI, group_R[:, None, None], axis=1)[:, 0], rest_R)
     return jnp.where(temperature_R > 0, group_R * size + inside_R, greedy_R).astype(jnp.int32)
+
+
+def nucleus(weights_RV, top_p_R):
+    """The weights, with 0 for what top-p leaves out (Holtzman et al. 2020); at least the largest stays."""
+    sorted_RV = jnp.sort(weights_RV, axis=1, descending=True)
+    before_RV = jnp.cumsum(sorted_RV, axis=1) - sorted_RV
+    inside_RV = before_RV < top_p_R[:, None] * sorted_RV.sum(axis=1, keepdims=True)
+    least_R = jnp.where(inside_RV, sorted_RV, jnp.inf).min(axis=1)
+    return jnp.where((weights_RV < least_R[:, None]) & (top_p_R[:, None] < 1), 0.0, weights_RV)
 
 
 def pick(weights_RX, target_R):
@@ -288,22 +329,26 @@ class Engine:
     NF4 is decoded at every step and the adapter stays apart: for when memory is short. `rows` is how many slots make a
     group: all of a group's rows decode even if one is asked, and groups run beside each other; `prefill_rows` is how
     many of a group's rows prefill together. 8 and 1 are right for a small model on a CPU, all slots for an
-    accelerator.
+    accelerator. `chunk` is after how many ids a group's rows that have not ended let others in (default: never).
+    Sessions begin with the ids of `prefix`, which count neither as theirs nor into `context`.
     """
 
     def __init__(
-        self, model: Mistral, *, slots: int = 64, context: int = 1024, max_new_tokens: int = 64, stop_id: int,
-        merge: bool = True, rows: int = 8, prefill_rows: int = 1,
+        self, model: Mistral, *, slots: int = 64, context: int = 1024, max_new_tokens: int = 64,
+        stop_ids: Sequence[int], prefix: Sequence[int] = (), merge: bool = True, rows: int = 8, prefill_rows: int = 1,
+        chunk: int | None = None,
     ):  # fmt: skip
         config = model.config
-        longest = config.max_position_embeddings
-        if not 1 <= context <= longest or min(slots, max_new_tokens, rows, prefill_rows) < 1:
+        longest = config.max_position_embeddings - len(prefix)
+        chunk = min(chunk or max_new_tokens, max_new_tokens)
+        if not 1 <= context <= longest or min(slots, max_new_tokens, rows, prefill_rows, chunk) < 1:
             raise ValueError(
                 f"Engine got slots={slots}, context={context}, max_new_tokens={max_new_tokens}, rows={rows}, "
-                f"prefill_rows={prefill_rows}; expected at least 1 of each, and a context of at most the model's "
-                f"max_position_embeddings, {longest}."
+                f"prefill_rows={prefill_rows}, chunk={chunk}; expected at least 1 of each, and a context of at most "
+                f"the model's max_position_embeddings less the prefix's {len(prefix)} ids, {longest}."
             )
-        self.slots, self.context, self.max_new_tokens, self.stop_id = slots, context, max_new_tokens, stop_id
+        self.slots, self.context, self.max_new_tokens = slots, context, max_new_tokens
+        self._chunk, self._stops = chunk, frozenset(stop_ids)
         self._config = config
         layers = nnx.clone(model.layers)
         if merge:
@@ -311,7 +356,9 @@ class Engine:
                 setattr(layers, name, getattr(layers, name).merged(model.embed.dtype))
         graph, stacked = nnx.split(layers)
         self._graph = Graph(graph)
-        self._view = View(model.embed[...], model.norm[...], model.unembed().T, unstack(stacked))
+        stops_V = np.isin(np.arange(config.vocab_size), list(self._stops))
+        self._view = View(model.embed[...], model.norm[...], model.unembed().T, stops_V, unstack(stacked), [])
+        self._view = self._view._replace(prefix=self._prefix(prefix))
 
         tiles = -(-context // TILE)
         self._ends = [min(FIRST_BLOCK // TILE, tiles)]  # where each block of the cache ends, in tiles
@@ -325,8 +372,22 @@ class Engine:
         self._pool = ThreadPoolExecutor(min(len(self._cache), os.cpu_count() or 1))
         self._lengths: dict[int, int] = {}  # places in the cache, per open session
         self._queued: dict[int, list[int]] = {}  # ids not in the cache yet
-        self._asked: dict[int, dict[int, tuple[int, float, int]]] = {}  # by group and session, not started yet
+        self._asked: dict[int, dict[int, Row]] = {}  # by group and session, waiting for their (next) chunk
         self._running: dict[Future, int] = {}  # the groups that are decoding
+        self._busy: set[int] = set()  # sessions whose reply is still to come
+
+    def _prefix(self, ids: Sequence[int]) -> list:
+        """Keys [K, C, S] and values [K, S, C] of each layer for what all sessions begin with."""
+        C, dtype = self._config.head_dim, self._view.embed.dtype
+        nothing = (jnp.zeros((self._config.num_key_value_heads, C, 0), dtype),) * 2
+        nothing = nothing[0], nothing[1].swapaxes(1, 2)
+        if not len(ids):
+            return [nothing for _ in self._view.layers]
+        x_BTD, found, zero = look_up(self._view.embed, np.array([ids], np.int32)), [], np.zeros(1, np.int32)
+        for weights in self._view.layers:
+            x_BTD, fresh = prefill_layer(self._graph, self._config, weights, x_BTD, nothing, [], zero, zero)
+            found.append((fresh[0][0], fresh[1][0]))
+        return found
 
     def open(self) -> int:
         """A new session, which is the lowest free slot. Raises RuntimeError if there is none."""
@@ -353,59 +414,74 @@ class Engine:
         """How many more ids fit; negative if more were queued than fit."""
         return self.context - self.length(session)
 
-    def ask(self, session: int, temperature: float, seed: int) -> None:
-        """Wants the session to sample until the stop id; temperature 0 is greedy, `seed` is a uint32.
+    def ask(self, session: int, temperature: float, seed: int, top_p: float = 1.0) -> None:
+        """Wants the session to sample until a stop id; temperature 0 is greedy, `seed` is a uint32 (see `sample`).
 
-        Raises ValueError for a session that is asked already, not open, or has nothing queued.
+        Raises ValueError for a session that is asked already, not open, or has nothing queued, and for a top_p outside
+        (0, 1].
         """
+        if not 0 < top_p <= 1:
+            raise ValueError(f"session {session} was asked with top_p={top_p}; expected more than 0 and at most 1.")
         asked = self._asked.setdefault(session // self._rows, {})
-        if session in asked or not self._queued.get(session):
+        if session in self._busy or not self._queued.get(session):
             raise ValueError(f"session {session} was asked: it must be open, extended and not be asked already.")
-        asked[session] = session, temperature, seed
+        asked[session] = Row(session, temperature, seed, top_p)
+        self._busy.add(session)
 
     def replies(self, wait: bool = True) -> dict[int, Reply | None]:
-        """What asked sessions have sampled since, as soon as one group of slots is done.
+        """What asked sessions have sampled since, as soon as one group of slots has made a chunk.
 
-        A group starts when all of its open sessions are asked; one where some are not starts if `wait` is true and no
-        other runs. A reply without the stop id ended at max_new_tokens or at the end of the context; None says that the
-        context had no room left for a single id (nothing was computed for that session). Sampled ids belong to the
-        session. Without `wait` there may be none.
+        A group starts when all of its open sessions are asked or not done yet; one where some are not starts if `wait`
+        is true and no other runs. A reply without a stop id ended at max_new_tokens or at the end of the context; None
+        says that the context had no room left for a single id (nothing was computed for that session). Sampled ids
+        belong to the session. There may be none.
         """
         opened = Counter(session // self._rows for session in self._lengths)
-        idle = [group for group in self._asked if group not in self._running.values()]
+        idle = [group for group, rows in self._asked.items() if rows and group not in self._running.values()]
         whole = [group for group in idle if len(self._asked[group]) == opened[group]]
         for group in whole or (idle if wait and not self._running else []):
             self._running[self._pool.submit(self._sample_group, group, [*self._asked.pop(group).values()])] = group
         done, _ = wait_for(self._running, timeout=None if wait else 0, return_when=FIRST_COMPLETED)
         replies = {}
         for future in done:
-            del self._running[future]
-            replies |= future.result()
+            group, (ended, others) = self._running.pop(future), future.result()
+            replies |= ended
+            self._asked.setdefault(group, {}).update((row.session, row) for row in others)
+        self._busy -= replies.keys()
         return replies
 
-    def sample(self, asks: Sequence[tuple[int, float, int]]) -> list[Reply | None]:
-        """The replies to all asks (session, temperature, seed), in their order."""
+    def sample(self, asks: Sequence[tuple]) -> list[Reply | None]:
+        """The replies to all asks (session, temperature, seed), or with top_p after them, in their order."""
         replies = {}
         for ask in asks:
             self.ask(*ask)
         while len(replies) < len(asks):
             replies |= self.replies()
-        return [replies[session] for session, _, _ in asks]
+        return [replies[ask[0]] for ask in asks]
 
-    def _sample_group(self, group: int, members: list[tuple[int, float, int]]) -> dict[int, Reply | None]:
-        """The replies to the asks of one group, whose cache and asked sessions no other thread touches."""
-        replies = {session: None for session, _, _ in members if self.room(session) <= 0}
-        members = [member for member in members if member[0] not in replies]
+    def _sample_group(self, group: int, members: list[Row]) -> tuple[dict[int, Reply | None], list[Row]]:
+        """One chunk for the asks of one group, whose cache and asked sessions no other thread touches.
+
+        Returns the replies that ended and the rows that did not.
+        """
+        replies: dict[int, Reply | None] = {row.session: None for row in members if self.room(row.session) <= 0}
+        members, others = [row for row in members if row.session not in replies], []
         if not members:
-            return replies
-        self._prefill(group, [session for session, _, _ in members])
+            return replies, others
+        self._prefill(group, [row.session for row in members])
         ids_RP, logprobs_RP, counts_R = (np.asarray(x) for x in self._decode(group, members))
-        for session, _, _ in members:
-            row, count = session % self._rows, int(counts_R[session % self._rows])
-            replies[session] = Reply(ids_RP[row, :count].tolist(), logprobs_RP[row, :count].tolist())
+        for row in members:
+            index, session = row.session % self._rows, row.session
+            count = int(counts_R[index])
+            row.ids += ids_RP[index, :count].tolist()
+            row.logprobs += logprobs_RP[index, :count].tolist()
             self._lengths[session] += count
-            self._queued[session] = replies[session].ids[-1:]
-        return replies
+            self._queued[session] = row.ids[-1:]
+            if row.ids[-1] in self._stops or len(row.ids) == self.max_new_tokens or self.room(session) == 0:
+                replies[session] = Reply(row.ids, row.logprobs)
+            else:
+                others.append(row)
+        return replies, others
 
     def _prefill(self, group: int, sessions: list[int]) -> None:
         """Puts all queued ids but the last into the cache. Chunks are cut by a session's own queue alone."""
@@ -424,28 +500,31 @@ class Engine:
                 x_BTD = look_up(self._view.embed, ids_BT)
                 for layer, weights in enumerate(self._view.layers):
                     past = self._cache[group][layer][:reached]
-                    x_BTD, fresh = prefill_layer(self._graph, self._config, weights, x_BTD, past, rows_B, lengths_B)
+                    x_BTD, fresh = prefill_layer(
+                        self._graph, self._config, weights, x_BTD, self._view.prefix[layer], past, rows_B, lengths_B
+                    )
                     self._append(group, layer, touched, fresh, rows_B, lengths_B, counts_B)
                 for session, count in zip(members, counts_B.tolist(), strict=False):
                     self._lengths[session] += count
                     del self._queued[session][:count]
 
-    def _decode(self, group: int, members: list[tuple[int, float, int]]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Starts the decoding of a group's asks; returns ids [R, P], log-probabilities [R, P] and counts [R]."""
-        asked = Asked(*(np.zeros(self._rows, dtype) for dtype in (np.int32, np.int32, np.float32, np.uint32)))
-        for session, temperature, seed in members:
-            row = session % self._rows
-            asked.first_id[row] = self._queued[session][-1]
-            asked.limit[row] = min(self.max_new_tokens, self.room(session))
-            asked.temperature[row], asked.seed[row] = temperature, seed
-        reached = self._reach([session for session, _, _ in members])
+    def _decode(self, group: int, members: list[Row]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Decodes a chunk of a group's asks; returns ids [R, P], log-probabilities [R, P] and counts [R]."""
+        i, f, u = np.int32, np.float32, np.uint32
+        asked = Asked(*(np.zeros(self._rows, dtype) for dtype in (i, i, i, f, f, u)))
+        asked.top_p[:] = 1
+        for member in members:
+            row, drawn = member.session % self._rows, len(member.ids)
+            asked.first_id[row], asked.drawn[row] = self._queued[member.session][-1], drawn
+            asked.limit[row] = min(self._chunk, self.max_new_tokens - drawn, self.room(member.session))
+            asked.temperature[row], asked.top_p[row], asked.seed[row] = member.temperature, member.top_p, member.seed
+        reached = self._reach([member.session for member in members])
         past = [blocks[:reached] for blocks in self._cache[group]]
         rows_R = np.arange(self._rows, dtype=np.int32)
         lengths_R = np.array([self._lengths.get(group * self._rows + row, 0) for row in rows_R], np.int32)
         ids_RP, logprobs_RP, counts_R, buffer = decode(
-            self._graph, self._config, self._view, past, lengths_R, asked,
-            places=self.max_new_tokens, stop_id=self.stop_id,
-        )  # fmt: skip
+            self._graph, self._config, self._view, past, lengths_R, asked, places=self._chunk
+        )
         touched = self._touched(lengths_R, asked.limit)
         for layer, fresh in enumerate(buffer):
             self._append(group, layer, touched, fresh, rows_R, lengths_R, counts_R)

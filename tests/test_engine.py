@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from peft import PeftModel
 
 from lora import engine as engine_module
-from lora.convert import load_model, save_model
+from lora.convert import load_model, save_adapter, save_model
 from lora.engine import Asked, Engine, Graph, View, append, decode, empty_buffer, sample
 from lora.linear import LoRAConfig, LoRAParam
 from lora.mistral import Config, Mistral, token_logprobs
@@ -35,7 +36,7 @@ def model(window: int | None = None) -> Mistral:
 
 
 def engine(**changes) -> Engine:
-    sizes = {"slots": 4, "rows": 2, "context": CONTEXT, "max_new_tokens": 6, "stop_id": STOP}
+    sizes = {"slots": 4, "rows": 2, "context": CONTEXT, "max_new_tokens": 6, "stop_ids": [STOP]}
     return Engine(**({"model": model()} | sizes | changes))
 
 
@@ -90,7 +91,7 @@ def test_cached_decoding_equals_the_full_forward_over_turns(window, prefill_rows
 
 
 def test_greedy_reply_is_the_argmax_of_the_full_forward():
-    one = engine(stop_id=-1)
+    one = engine(stop_ids=())
     session = one.open()
     ids = prompt(11)
     one.extend(session, ids)
@@ -122,6 +123,68 @@ def test_adapter_is_sampled_from_merged_or_apart(tmp_path, weights):
     assert len(jax.tree.leaves(nnx.state(adapted, LoRAParam))) == 6  # merging left the caller's model alone
 
 
+@pytest.mark.parametrize("window", [None, 7])
+def test_a_shared_prefix_is_what_each_session_would_begin_with(window):
+    prefix, length = prompt(13, seed=3), 13
+    shared = engine(model=model(window), prefix=prefix, context=CONTEXT - length, stop_ids=())
+    own, other = engine(model=model(window), stop_ids=()), engine(model=model(window), prefix=prompt(13), stop_ids=())
+    found = {}
+    for name, one in (("shared", shared), ("own", own), ("other", other)):
+        sessions = [one.open() for _ in range(3)]
+        for session in sessions:
+            one.extend(session, (prefix if one is own else []) + prompt(5 + 4 * session))
+        found[name] = one.sample([(session, 1.0, session) for session in sessions])
+        for session in sessions:
+            one.extend(session, [7, 8, 9])
+        found[name] += one.sample([(session, 1.0, 9 + session) for session in sessions])
+    assert shared.length(0) == own.length(0) - length
+    assert [reply.ids for reply in found["shared"]] == [reply.ids for reply in found["own"]]
+    differences = [np.subtract(a.logprobs, b.logprobs) for a, b in zip(found["shared"], found["own"], strict=True)]
+    assert np.abs(differences).max() < 1e-5
+    assert window or found["other"] != found["shared"]  # else the prefix is not read
+
+
+# ---- the peer --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_greedy_ids_are_those_of_transformers_generate(tmp_path, adapted):
+    """54 prompts of 1 to 41 ids in 5 slots, in two orders, once in chunks of two ids, against generate()."""
+    import torch
+    from transformers import MistralForCausalLM
+
+    save_model(model(), tmp_path)
+    ours, theirs = model(), MistralForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    if adapted:
+        ours = load_model(tmp_path, weights="fp32", lora=LoRAConfig(rank=2, alpha=6.0, targets=("q", "v", "down")))
+        graph, adapter, rest = nnx.split(ours, LoRAParam, ...)
+        adapter = jax.tree.map(lambda x: 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), adapter)
+        ours = nnx.merge(graph, adapter, rest)
+        save_adapter(tmp_path / "adapter", ours, tmp_path)
+        theirs = PeftModel.from_pretrained(theirs, str(tmp_path / "adapter"))
+    prompts = [prompt(1 + (7 * index) % 41, seed=index) for index in range(54)]
+    expected = []
+    for ids in prompts:
+        row = torch.tensor([ids])
+        out = theirs.generate(
+            input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=6, do_sample=False, eos_token_id=STOP,
+            pad_token_id=0,
+        )  # fmt: skip
+        expected.append(out[0, len(ids) :].tolist())
+    assert len({tuple(ids) for ids in expected}) > 40  # else the prompts do not matter
+    for slots, order, chunk in ((5, list(range(54)), None), (4, list(range(53, -1, -1)), 2)):
+        one = engine(model=ours, slots=slots, chunk=chunk)
+        for start in range(0, 54, slots):
+            sessions = {one.open(): index for index in order[start : start + slots]}
+            for session, index in sessions.items():
+                one.extend(session, prompts[index])
+            for (session, index), reply in zip(
+                sessions.items(), one.sample([(session, 0.0, 0) for session in sessions]), strict=True
+            ):
+                assert reply.ids == expected[index]
+                one.close(session)
+
+
 # ---- draws -----------------------------------------------------------------------------------------------------------
 
 
@@ -131,7 +194,7 @@ def test_draws_do_not_depend_on_slot_order_or_company(prefill_rows):
     asks = {name: (prompt(length, seed=9), 40 + length) for name, length in zip("abcd", (3, 21, 8, 13), strict=True)}
 
     def play(order: str, wasted_slots: int = 0) -> dict:
-        one = engine(stop_id=-1, prefill_rows=prefill_rows)
+        one = engine(stop_ids=(), prefill_rows=prefill_rows)
         for _ in range(wasted_slots):
             one.open()
         sessions = {name: one.open() for name in order}
@@ -150,8 +213,55 @@ def test_draws_do_not_depend_on_slot_order_or_company(prefill_rows):
             assert replies == together[name]
 
 
+def test_rows_that_go_on_in_later_chunks_draw_what_they_would_have_drawn():
+    """Two ids a chunk: a row that ended is asked again while its neighbour still samples, and both are as if alone."""
+    often = range(0, TINY.vocab_size, 6)
+    whole, one = engine(stop_ids=often), engine(stop_ids=often, chunk=2)
+    found, expected, turns = {}, {}, 4
+    for name in range(2):
+        session = whole.open()
+        for turn in range(turns):
+            whole.extend(session, prompt(3 + 2 * name, seed=turn))
+            [expected[name, turn]] = whole.sample([(session, 2.0, 100 * name + turn)])
+    assert {len(reply.ids) for reply in expected.values()} != {6}  # else no row ends before the other
+    next_turn = {one.open(): 0 for _ in range(2)}
+
+    def ask(name):
+        one.extend(name, prompt(3 + 2 * name, seed=next_turn[name]))
+        one.ask(name, 2.0, 100 * name + next_turn[name])
+
+    for name in next_turn:
+        ask(name)
+    arrived_alone = 0
+    while len(found) < 2 * turns:
+        came = one.replies()
+        arrived_alone += len(came) == 1
+        for name, reply in came.items():
+            found[name, next_turn[name]] = reply
+            next_turn[name] += 1
+            if next_turn[name] < turns:
+                ask(name)
+    assert arrived_alone > 2
+    for place, reply in found.items():
+        assert reply.ids == expected[place].ids
+        np.testing.assert_allclose(reply.logprobs, expected[place].logprobs, atol=1e-4)
+
+
+def test_top_p_draws_from_the_likeliest_ids_alone():
+    """Weights .5, .3, .1, .1 with p = .6: the first two, in their proportion; p = 1 in the same batch has them all."""
+    draws = 20_000
+    rows = jnp.tile(jnp.log(jnp.asarray([0.1, 0.5, 0.1, 0.3])), (2 * draws, 1))
+    top_p = jnp.where(jnp.arange(2 * draws) < draws, 0.6, 1.0)
+    seeds = jnp.arange(2 * draws, dtype=jnp.uint32)
+    ids = np.asarray(sample(rows, jnp.ones(2 * draws), top_p, seeds, jnp.zeros(2 * draws, int)))
+    shares = [np.bincount(part, minlength=4) / draws for part in (ids[:draws], ids[draws:])]
+    np.testing.assert_allclose(shares[0], [0, 0.625, 0, 0.375], atol=0.02)
+    assert shares[0][[0, 2]].tolist() == [0, 0]
+    np.testing.assert_allclose(shares[1], [0.1, 0.5, 0.1, 0.3], atol=0.02)
+
+
 def test_seed_changes_the_draws_and_temperature_zero_ignores_it():
-    one = engine(stop_id=-1)
+    one = engine(stop_ids=())
     sessions = [one.open() for _ in range(4)]
     for session in sessions:
         one.extend(session, prompt(5))
@@ -172,13 +282,17 @@ def test_sampling_follows_the_softmax(temperature):
     logits = np.random.default_rng(0).normal(size=V).astype(np.float32)
     logits[[0, 7, V - 1]] = -np.inf
     rows = jnp.tile(jnp.asarray(logits), (draws, 1))
-    ids = np.asarray(sample(rows, jnp.full(draws, temperature), jnp.arange(draws, dtype=jnp.uint32), 3))
+    ids = np.asarray(
+        sample(
+            rows, jnp.full(draws, temperature), jnp.ones(draws), jnp.arange(draws, dtype=jnp.uint32), jnp.full(draws, 3)
+        )
+    )
     expected = np.asarray(jax.nn.softmax(logits / temperature)) * draws
     counts = np.bincount(ids, minlength=V)
     assert (counts[[0, 7, V - 1]] == 0).all()
     chi_square = ((counts - expected)[expected > 0] ** 2 / expected[expected > 0]).sum()
     assert chi_square < 90  # 41 degrees of freedom: above with probability 1e-5
-    greedy = sample(rows[:3], jnp.zeros(3), jnp.arange(3, dtype=jnp.uint32), 0)
+    greedy = sample(rows[:3], jnp.zeros(3), jnp.ones(3), jnp.arange(3, dtype=jnp.uint32), jnp.zeros(3, int))
     assert greedy.tolist() == [int(logits.argmax())] * 3
 
 
@@ -203,12 +317,12 @@ def test_reply_ends_at_the_stop_id_or_the_limit():
 
 
 def test_full_context_is_none_and_leaves_the_neighbour_alone():
-    alone = engine(stop_id=-1)
+    alone = engine(stop_ids=())
     session = alone.open()
     alone.extend(session, prompt(10))
     expected = [alone.sample([(session, 1.0, 1)]), alone.extend(session, [3]), alone.sample([(session, 1.0, 2)])]
 
-    one = engine(stop_id=-1)
+    one = engine(stop_ids=())
     full, neighbour = one.open(), one.open()
     one.extend(full, prompt(CONTEXT - 3))
     one.extend(neighbour, prompt(10))
@@ -250,7 +364,9 @@ def test_misuse_is_named():
     for asks in ([(first, 1.0, 0), (first, 1.0, 1)], [(second, 1.0, 0)], [(9, 1.0, 0)]):
         with pytest.raises(ValueError, match="session [019] was asked: it must be open, extended"):
             one.sample(asks)
-    with pytest.raises(ValueError, match="context=4096.*max_position_embeddings, 2048"):
+    with pytest.raises(ValueError, match="top_p=0.0; expected more than 0"):
+        engine(slots=2).sample([(first, 1.0, 0, 0.0)])
+    with pytest.raises(ValueError, match="context=4096.*max_position_embeddings less the prefix's 0 ids, 2048"):
         engine(context=4096)
 
 
@@ -263,12 +379,16 @@ def test_nothing_of_the_size_of_the_cache_is_copied(monkeypatch):
     rows, T, H, C = 16, 8, TINY.num_attention_heads, TINY.head_dim
     graph, stacked = nnx.split(model().layers)
     layers = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(2)]
-    view = View(model().embed[...], model().norm[...], model().unembed().T, layers)
+    nothing = jnp.zeros((2, C, 0)), jnp.zeros((2, 0, C))
+    view = View(
+        model().embed[...], model().norm[...], model().unembed().T, np.arange(61) == STOP, layers, [nothing] * 2
+    )
     block = (jnp.zeros((rows, 2, 16, C, 64)), jnp.zeros((rows, 2, 16, 64, C)))  # 1,024 places
     size = sum(x.nbytes for x in block)
     ints = np.zeros(rows, np.int32)
-    asked = Asked(ints, ints, ints.astype(np.float32), ints.astype(np.uint32))
-    decoding = decode.lower(Graph(graph), TINY, view, [[block]] * 2, ints, asked, places=T, stop_id=STOP).compile()
+    floats = ints.astype(np.float32)
+    asked = Asked(ints, ints, ints, floats, floats, ints.astype(np.uint32))
+    decoding = decode.lower(Graph(graph), TINY, view, [[block]] * 2, ints, asked, places=T).compile()
     scores = rows * H * 1024 * 4
     assert decoding.memory_analysis().temp_size_in_bytes < 4 * scores < size
     writing = append.lower(block, empty_buffer(TINY, rows, T, jnp.float32), 0, ints, ints, ints).compile()
