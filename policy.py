@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple, Protocol
 from envs.demonstrator import Demonstrator
 from lora.convert import load_adapter, load_model
 from lora.engine import Engine
-from lora.tokenizer import load_tokenizer
+from lora.tokenizer import encode_piece, load_tokenizer
 from trajectory import ACTION, REASON, act_line, flat, parse_reply, think_line
 
 
@@ -82,27 +82,27 @@ class LocalPolicy:
         self.slots, self.context = slots, context
         self._tokenizer = load_tokenizer(model_dir)
         model = load_model(model_dir, weights=weights) if adapter is None else load_adapter(model_dir, adapter, weights)
-        self._newline = self.encode("\n")
+        self._newline = self.encode("\n", first=False)
         if len(self._newline) != 1:
             raise ValueError(f"{model_dir}: a newline is {len(self._newline)} tokens; one was expected, as the stop")
-        self._engine = Engine(
-            model, slots=slots, context=context, max_new_tokens=max_new_tokens, stop_ids=self._newline
-        )
+        self._end = model.config.eos_token_id  # what ends an instructed model's reply where a newline does not
+        stop_ids = self._newline if self._end is None else [*self._newline, self._end]
+        self._engine = Engine(model, slots=slots, context=context, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
         self.counts = {"prompt_tokens": 0, "completion_tokens": 0}
         self._ids: dict[int, list[int]] = {}
         self._sampled: dict[int, list[int]] = {}
 
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, first: bool) -> list[int]:
+        return encode_piece(self._tokenizer, text, first)
 
     def open(self, text: str) -> int:
         session = self._engine.open()
         self._ids[session], self._sampled[session] = [], []
-        self.extend(session, text)
+        self._append(session, self.encode(text, first=True), 0)
         return session
 
     def extend(self, session: int, text: str) -> None:
-        self._append(session, self.encode(text), 0)
+        self._append(session, self.encode(text, first=False), 0)
 
     def _append(self, session: int, ids: list[int], sampled: int) -> None:
         self._ids[session] += ids
@@ -115,7 +115,7 @@ class LocalPolicy:
         self._engine.ask(*ask)
 
     def lines(self, wait: bool = True) -> list[tuple[int, Line]]:
-        """See Policy. A line that its token limit cut off is closed with a newline, so that the form holds."""
+        """See Policy. A line that has no newline (cut off by its limit, or ended) gets one, so that the form holds."""
         lines: list[tuple[int, Line]] = []
         for session, reply in self._engine.replies(wait).items():
             if reply is None:
@@ -124,7 +124,9 @@ class LocalPolicy:
             self._append(session, reply.ids, 1)
             if reply.ids[-1] != self._newline[0]:
                 self._append(session, self._newline, 0)
-            lines.append((session, self._tokenizer.decode(reply.ids, skip_special_tokens=False)))
+            lines.append(
+                (session, self._tokenizer.decode([i for i in reply.ids if i != self._end], skip_special_tokens=False))
+            )
         return lines
 
     def close(self, session: int) -> tuple[list[int], list[int]]:

@@ -14,6 +14,7 @@ Shapes: N packed rows, S microbatches of B rows, L tokens.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -42,7 +43,7 @@ from lora.device import lora_step_flops, peak_flops, peak_memory
 from lora.linear import LoRAConfig, LoRAParam
 from lora.mistral import token_logprobs
 from lora.sharding import AXES, ROWS, join_processes, make_mesh, specs_of
-from lora.tokenizer import load_tokenizer
+from lora.tokenizer import encode_piece, load_tokenizer
 from stage import (
     Stage,
     StageError,
@@ -174,7 +175,7 @@ def collect(args: Args, number: int) -> tuple[list[Example], dict[str, str]]:
     return examples, hashes
 
 
-def pack_examples(examples: list[Example], args: Args, encode: Callable[[str], list[int]]) -> Packed:
+def pack_examples(examples: list[Example], args: Args, encode: Callable[[str, bool], list[int]]) -> Packed:
     """Tokens and weights of all examples in rows. ValueError if no token has a weight."""
     sequences = []
     for example in examples:
@@ -435,7 +436,7 @@ def main(args: Args) -> None:
     number = current_round(args.run) if args.round is None else args.round
     examples, hashes = collect(args, number)
     tokenizer = load_tokenizer(args.model)
-    packed = pack_examples(examples, args, lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
+    packed = pack_examples(examples, args, functools.partial(encode_piece, tokenizer))
     if args.preview:
         return preview(packed, examples, lambda ids: tokenizer.decode(ids, skip_special_tokens=False), args.preview)
     mesh = mesh_of(args)

@@ -264,11 +264,12 @@ class Tokens(NamedTuple):
     turn: list[int]
 
 
-def tokens_of(trajectory: Trajectory, encode: Callable[[str], list[int]]) -> Tokens:
+def tokens_of(trajectory: Trajectory, encode: Callable[[str, bool], list[int]]) -> Tokens:
     """The trajectory's token ids, each with its author and turn.
 
     `ids` are those that were played where the record has them; a text-only record is rendered and encoded segment by
-    segment. Raises ValueError where the played ids do not spell the record's own text.
+    segment: `encode(text, first)` is told of the first one (lora.tokenizer.encode_piece). Raises ValueError where the
+    played ids do not spell the record's own text.
     """
     ids, agent, turn = [], [], []
     played, sampled = trajectory.ids, trajectory.sampled
@@ -281,11 +282,11 @@ def tokens_of(trajectory: Trajectory, encode: Callable[[str], list[int]]) -> Tok
             while end < len(played) and sampled[end]:
                 end += 1
             piece = played[start:end]
-            newline = encode("\n")  # a reply cut off by its token limit was closed by the harness
+            newline = encode("\n", False)  # a reply cut off by its token limit was closed by the harness
             if played[end : end + len(newline)] == newline and piece[-len(newline) :] != newline:
                 piece = piece + newline
         else:
-            piece = encode(segment.text)
+            piece = encode(segment.text, not ids)
             if played and played[start : start + len(piece)] != piece:
                 raise ValueError(
                     f"{trajectory.task_id} trial {trajectory.trial}: the ids from position {start} do not spell "

@@ -47,6 +47,21 @@ def from_sentencepiece(model_dir: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def encode_piece(tokenizer: Tokenizer, text: str, first: bool) -> list[int]:
+    """Ids of a piece of a longer text that is made piece by piece: those that it has there.
+
+    The `first` one has what the tokenizer puts before a text (Mistral: <s> and a space); a later one has not, as if it
+    came after a newline. Ids of all pieces are those of the whole text where no token spans two of them. Raises
+    ValueError for a tokenizer that makes a newline and what follows one token.
+    """
+    if first:
+        return tokenizer.encode(text).ids
+    newline, ids = (tokenizer.encode(t, add_special_tokens=False).ids for t in ("\n", "\n" + text))
+    if ids[: len(newline)] != newline:
+        raise ValueError(f"the tokenizer joins a newline with {text[:20]!r}; expected lines that begin with own tokens")
+    return ids[len(newline) :]
+
+
 def chat_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Ids of a chat in the form of Mistral-7B-Instruct v0.1 and v0.2: <s> [INST] user [/INST] assistant</s> [INST] ...
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lora.tokenizer import chat_ids, load_tokenizer
+from lora.tokenizer import chat_ids, encode_piece, load_tokenizer
 from tests.helpers import byte_tokenizer
 
 CHAT = [
@@ -35,6 +35,17 @@ def tokenizer(pieces, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mistral")
     (folder / "tokenizer.model").write_bytes(pieces.read_bytes())
     return load_tokenizer(folder)
+
+
+def test_pieces_of_a_transcript_have_the_ids_of_the_whole_text(tokenizer):
+    """As in play: opening, the agent's lines, the world's; a blank before every piece would be another text."""
+    pieces = ["Observation: You see a desk 1.\nAction:", " think[I check it. é😀]\n", "Observation: OK.\nAction:",
+              " act[go to desk 1]\n", "Observation: Nothing happens.\n"]  # fmt: skip
+    ids = [i for number, piece in enumerate(pieces) for i in encode_piece(tokenizer, piece, number == 0)]
+    assert ids == tokenizer.encode("".join(pieces)).ids
+    assert ids[0] == 1 and 1 not in ids[1:]  # <s>, once
+    assert encode_piece(tokenizer, "\n", False) == [13]  # one id, that a line can end with
+    assert encode_piece(tokenizer, pieces[2], False) != tokenizer.encode(pieces[2], add_special_tokens=False).ids
 
 
 def test_ids_of_a_chat(tokenizer):

@@ -1,5 +1,7 @@
 """Pairing and filtering, the objective against ten lines of numpy, and what a weight of zero or minus one does."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from lora.convert import load_model
 from lora.linear import LoRAConfig, LoRAParam
 from lora.mistral import token_logprobs
 from lora.sharding import make_mesh
+from lora.tokenizer import encode_piece
 from stage import StageError
 from tests.helpers import byte_tokenizer, trajectory, write_tiny_model
 from train_pg import (
@@ -188,7 +191,7 @@ def test_padding_rows_change_nothing(model):
 def test_all_weights_zero_is_an_error():
     examples = [Example(trajectory(), 0.0, "f", 1)]
     with pytest.raises(ValueError, match="nothing to train on"):
-        pack_examples(examples, Args(), lambda text: byte_tokenizer().encode(text).ids)
+        pack_examples(examples, Args(), functools.partial(encode_piece, byte_tokenizer()))
 
 
 @pytest.mark.parametrize("wrong", [{"epochs": ()}, {"epochs": (2, 0)}, {"batch_rows": 0}, {"device_rows": 0}])

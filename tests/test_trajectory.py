@@ -4,6 +4,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from lora.tokenizer import encode_piece
 from tests.helpers import byte_tokenizer, trajectory, turn
 from trajectory import (
     Writer,
@@ -38,11 +39,11 @@ Observation: You arrive at shelf 1. On the shelf 1, you see a mug 1.
 Action: act[take mug 1 from shelf 1]
 Observation: You pick up the mug 1 from the shelf 1.
 """
-STRANGE = "a\u2028b\u2029c\x85d\x0b\U0001f9f9 \"quote\" \\ é"
+STRANGE = 'a\u2028b\u2029c\x85d\x0b\U0001f9f9 "quote" \\ é'
 
 
-def encode(text):
-    return byte_tokenizer().encode(text, add_special_tokens=False).ids
+def encode(text, first=False):
+    return encode_piece(byte_tokenizer(), text, first)
 
 
 def test_both_renderings_are_the_papers_form():
