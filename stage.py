@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+# Settings of a server that change how a stage asks it, and not what for: a stage may be resumed with others.
+HOW_ONLY = ("concurrency", "timeout", "retries")
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy", "alfworld")
 
 
@@ -103,6 +105,15 @@ def adapter_sha(adapter: Path | None) -> str | None:
 # ---- one stage -------------------------------------------------------------------------------------------------------
 
 
+def by_name(settings: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings as one dict: {"args": {"server": {"model": "x"}}} -> {"args.server.model": "x"}."""
+    found = {}
+    for name, value in settings.items():
+        inner = by_name(value) if isinstance(value, dict) else {}
+        found |= {f"{name}.{key}": v for key, v in inner.items()} or {name: value}
+    return found
+
+
 class Stage:
     """`stage = Stage(directory, args, facts)`; `if stage.finished: return`; ...; `stage.finish(counts)`.
 
@@ -117,11 +128,11 @@ class Stage:
         path = self.directory / "config.json"
         if path.exists():
             old = read_json(path)
+            there, now = (by_name({"args": c.get("args", {}), "facts": c.get("facts", {})}) for c in (old, config))
             differing = [
-                f"{group}.{key}: there {old.get(group, {}).get(key)!r}, now {config[group].get(key)!r}"
-                for group in ("args", "facts")
-                for key in sorted({*old.get(group, {}), *config[group]})
-                if old.get(group, {}).get(key) != config[group].get(key)
+                f"{name}: there {there.get(name)!r}, now {now.get(name)!r}"
+                for name in sorted({*there, *now})
+                if there.get(name) != now.get(name) and name.split(".")[-1] not in HOW_ONLY
             ]
             if differing:
                 raise StageError(

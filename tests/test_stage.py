@@ -20,7 +20,14 @@ from stage import (
 
 
 @dataclass(frozen=True, kw_only=True)
+class Server:
+    model: str = "a"
+    concurrency: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
 class Args:
+    server: Server = Server()
     run: Path = Path("runs/x")
     seed: int = 0
 
@@ -29,7 +36,8 @@ def test_config_comes_first_and_done_last(tmp_path):
     directory = tmp_path / "round_0" / "rollout"
     stage = Stage(directory, Args(), {"panel": "abc"})
     config = read_json(directory / "config.json")
-    assert config["args"] == {"run": "runs/x", "seed": 0} and config["facts"] == {"panel": "abc"}
+    assert config["args"] == {"server": {"model": "a", "concurrency": 16}, "run": "runs/x", "seed": 0}
+    assert config["facts"] == {"panel": "abc"}
     assert config["versions"]["jax"] and not (directory / "done.json").exists() and not stage.finished
     stage.finish({"n": 3})
     assert read_json(directory / "done.json")["n"] == 3
@@ -43,6 +51,9 @@ def test_other_settings_are_refused_by_name_and_nothing_is_replaced(tmp_path):
         Stage(tmp_path, replace(Args(), seed=1), {"panel": "abc"})
     with pytest.raises(StageError, match=r"facts\.panel: there 'abc', now 'def'"):
         Stage(tmp_path, Args(), {"panel": "def"})
+    with pytest.raises(StageError, match=r"args\.server\.model: there 'a', now 'b'"):
+        Stage(tmp_path, Args(server=Server(model="b")), {"panel": "abc"})
+    assert not Stage(tmp_path, Args(server=Server(concurrency=2)), {"panel": "abc"}).finished  # resumed
     assert (tmp_path / "config.json").read_bytes() == before
 
 
