@@ -1,0 +1,159 @@
+"""How fast is the sampler over the turns of a game, beside transformers as agents' rollouts use it?
+
+Both play the same recorded games at once: before each reply the world's words are appended, then every row writes the
+same number of ids, greedily, and goes on from its own. `lora.engine` keeps each row's keys and values over the turns;
+the peer is one batched `generate` a turn over the whole histories, padded on the left, with its cache on within the
+call. The two take turns, so that whatever else the machine does falls on both; each has played one replay before, which
+is not counted: compiling is in no figure.
+
+    python -m bench.rollout          # two models, some minutes on 2 cores
+
+Left out: a whole loop with its worlds, adapters, GPUs.
+"""
+
+import gc
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import tyro
+from flax import nnx
+from tqdm import tqdm
+
+from agent import Job, Play, play
+from bench.shapes import MISTRAL_100M
+from envs.alfworld import AlfWorld
+from lora.convert import load_model, save_model
+from lora.engine import Engine
+from lora.mistral import Mistral
+from lora.tokenizer import encode_piece, load_tokenizer
+from policy import DemonstratorScript, ScriptedPolicy
+from trajectory import Trajectory, react_segments
+
+BASE = "models/tiny-alfworld"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    turns: int = 6
+    """Turns of a game that are replayed; a thought and its action are two replies."""
+    new: int = 16
+    """Ids of a reply."""
+    context: int = 1024
+    """Tokens that a session can hold."""
+    tiny_slots: int = 64
+    """Games at once with the tiny base."""
+    slots: int = 8
+    """Games at once with the model of 98 M parameters (random weights)."""
+
+
+def recorded(count: int, replies: int) -> list[list[list[int]]]:
+    """For each of `count` games, the ids that the world wrote before each of its first replies."""
+    tasks = AlfWorld().tasks("gen_train")[: 4 * count]
+    settings = Play(env="alfworld", stage="bench", round=0, seed=0, max_turns=20, patience=0, temperature=0.0)
+    games: list[Trajectory] = []
+    play([Job(task, 0) for task in tasks], settings, AlfWorld, ScriptedPolicy(DemonstratorScript), None,
+         lambda game: games.append(game) or (), total=len(tasks))  # fmt: skip
+    tokenizer, found = load_tokenizer(BASE), []
+    for game in sorted(games, key=lambda game: game.key):
+        segments = react_segments(game)
+        world = [encode_piece(tokenizer, s.text, i == 0) for i, s in enumerate(segments) if not s.agent]
+        if len(world) > replies:
+            found.append(world[:replies])
+    if len(found) < count:
+        raise ValueError(f"only {len(found)} of {len(tasks)} games have {replies} replies; ask for fewer turns")
+    return found[:count]
+
+
+class Ours:
+    def __init__(self, model: Mistral, slots: int, args: Args):
+        self.engine = Engine(model, slots=slots, context=args.context, max_new_tokens=args.new, stop_ids=())
+        self.computed = 0
+
+    def start(self, slots: int) -> None:
+        self.sessions, self.computed = [self.engine.open() for _ in range(slots)], 0
+
+    def reply(self, said: list[list[int]]) -> list[list[int]]:
+        for session, ids in zip(self.sessions, said, strict=True):
+            self.engine.extend(session, ids)
+        self.computed += sum(map(len, said))
+        return [reply.ids for reply in self.engine.sample([(session, 0.0, 0) for session in self.sessions])]
+
+    def end(self) -> None:
+        for session in self.sessions:
+            self.engine.close(session)
+
+
+class Transformers:
+    def __init__(self, folder: str, new: int):
+        import torch
+        from transformers import MistralForCausalLM
+
+        torch.set_num_threads(os.cpu_count() or 1)
+        self.torch, self.new, self.computed = torch, new, 0
+        self.model = MistralForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def start(self, slots: int) -> None:
+        self.histories, self.computed = [[] for _ in range(slots)], 0
+
+    def reply(self, said: list[list[int]]) -> list[list[int]]:
+        self.histories = [history + ids for history, ids in zip(self.histories, said, strict=True)]
+        longest = max(map(len, self.histories))
+        rows = np.zeros((2, len(said), longest), np.int64)  # ids and mask
+        for row, history in enumerate(self.histories):
+            rows[0, row, longest - len(history) :], rows[1, row, longest - len(history) :] = history, 1
+        self.computed += sum(map(len, self.histories))
+        ids, mask = map(self.torch.from_numpy, rows)
+        out = self.model.generate(
+            input_ids=ids, attention_mask=mask, do_sample=False, min_new_tokens=self.new, max_new_tokens=self.new,
+            pad_token_id=0, eos_token_id=None,
+        )  # fmt: skip
+        replies = out[:, longest:].tolist()
+        self.histories = [history + reply for history, reply in zip(self.histories, replies, strict=True)]
+        return replies
+
+    def end(self) -> None:
+        """Nothing is kept from turn to turn."""
+
+
+def compare(name: str, model: Mistral, slots: int, games: list[list[list[int]]], args: Args) -> float:
+    """Replays the games with both, twice; prints a line of the second time each and returns the ratio."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, folder)
+        players = {"ours": Ours(model, slots, args), "transformers": Transformers(folder, args.new)}
+    rounds = len(games[0])
+    for counted in (False, True):
+        seconds, replies = dict.fromkeys(players, 0.0), {player: [] for player in players}
+        for player in players.values():
+            player.start(slots)
+        for turn in tqdm(range(rounds), desc=f"{name}, {'measured' if counted else 'warm-up'}", unit="reply"):
+            for who, player in players.items():
+                start = time.perf_counter()
+                replies[who] += player.reply([game[turn] for game in games])
+                seconds[who] += time.perf_counter() - start
+        for player in players.values():
+            player.end()
+    made = slots * rounds * args.new
+    same = np.mean(np.array(replies["ours"]) == np.array(replies["transformers"]))
+    for who, player in players.items():
+        print(f"{name}, {slots} games x {rounds} replies of {args.new} ids, {who}: {made / seconds[who]:,.0f} ids/s, "
+              f"{player.computed:,} ids of histories computed")  # fmt: skip
+    ratio = seconds["transformers"] / seconds["ours"]
+    print(f"{name}: ours / transformers {ratio:.1f}, {same:.2%} of the ids alike\n")
+    return ratio
+
+
+def main(args: Args) -> None:
+    replies = 2 * args.turns
+    ratios = [compare("tiny base", load_model(BASE, weights="fp32"), args.tiny_slots,
+                      recorded(args.tiny_slots, replies), args)]  # fmt: skip
+    gc.collect()
+    ratios.append(compare("98 M parameters", Mistral(MISTRAL_100M, rngs=nnx.Rngs(0)), args.slots,
+                          recorded(args.slots, replies), args))  # fmt: skip
+    print(f"rollout: {ratios[0]:.1f} and {ratios[1]:.1f} times the ids a second of transformers")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
