@@ -403,7 +403,9 @@ class Engine:
         self._queued[session].extend(ids)
 
     def close(self, session: int) -> None:
-        """Frees the session's slot."""
+        """Frees the session's slot. Raises ValueError while its reply is still to come."""
+        if session in self._busy:
+            raise ValueError(f"session {session} cannot be closed: its reply is still to come; take `replies` first.")
         del self._lengths[session], self._queued[session]
 
     def length(self, session: int) -> int:

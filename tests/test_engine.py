@@ -364,6 +364,8 @@ def test_misuse_is_named():
     for asks in ([(first, 1.0, 0), (first, 1.0, 1)], [(second, 1.0, 0)], [(9, 1.0, 0)]):
         with pytest.raises(ValueError, match="session [019] was asked: it must be open, extended"):
             one.sample(asks)
+    with pytest.raises(ValueError, match="session 0 cannot be closed: its reply is still to come"):
+        one.close(first)  # the first of two asks above was taken
     with pytest.raises(ValueError, match="top_p=0.0; expected more than 0"):
         engine(slots=2).sample([(first, 1.0, 0, 0.0)])
     with pytest.raises(ValueError, match="context=4096.*max_position_embeddings less the prefix's 0 ids, 2048"):
