@@ -5,11 +5,13 @@ fixed width, all queued ids but the last of its asked sessions, and decodes in o
 row has sampled a stop id, reached its limit, filled its context or made a chunk of ids; `replies` gives what ended, the
 other rows go on in their group's next chunk beside newly asked ones, and no group waits for another. Keys and values
 made inside a call stay in a small buffer beside the cache, which is only read, and are written into it once at the end.
-A `prefix` that all sessions begin with is computed and held once: attention reads it for all rows together.
+A `prefix` that all sessions begin with is computed and held once: attention reads it for all rows together. There may
+be more sessions than slots: the one asked longest ago gives its slot up, and is computed anew when it is asked again.
 
 What a row samples depends on its own ids, temperature, top_p and seed alone, to the last bit: chunks are cut by a row's
 own length, blocks of the cache beyond it add exact zeros, and every call has the same number of rows, a group of slots.
-Left out: more sessions than slots, a stop string that is no set of ids.
+(A session that lost its slot is prefilled where it was decoded before, which may change last bits.)
+Left out: stop strings that are no set of ids.
 
     engine = Engine(model, slots=64, context=1024, max_new_tokens=64, stop_ids=[13])
     session = engine.open()
@@ -31,7 +33,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +41,19 @@ import numpy as np
 from flax import nnx
 
 from lora.linear import FUSED
-from lora.mistral import Mistral, rms_norm, rotation
+from lora.mistral import Layer, Mistral, rms_norm, rotation
 
 # Places of the first block of the cache; later ones end at 1.5, 2, 3, 4, 6, ... times as many, so that attention reads
 # at most half more than its longest row needs, in few compiled shapes.
 FIRST_BLOCK = 256
-# Places of a tile of the cache.
-TILE = 64
+# Places of a tile of the cache: on a CPU, and on accelerators, whose registers are 128 wide.
+TILE, ACCELERATOR_TILE = 64, 128
 # Widths of prefill chunks; one is used while more than twice the next narrower one is left.
 WIDTHS = (128, 32, 8)
+# How the base lies while it samples: dense in float32 with the adapter added, dense in bfloat16 with the adapter beside
+# it (a sum in bfloat16 would round most of it away), or as the model has it, NF4, decoded at every step.
+RolloutWeights = Literal["fp32", "bf16", "nf4"]
+DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 
 
 class Reply(NamedTuple):
@@ -177,18 +183,19 @@ def append(block, buffer, offset, rows_B, lengths_B, counts_B):
     `block` is keys and values from place `offset` on, changed in place. A row reads, changes and writes back as many
     tiles as the buffer can touch; places that are not its new ones keep what they have.
     """
-    tiles = min(-(-buffer[0].shape[3] // TILE) + 1, block[0].shape[2])
-    margin = tiles * TILE  # on both sides of the buffer, so that no slice of it is moved to fit
-    start_B = jnp.clip((lengths_B - offset) // TILE, 0, block[0].shape[2] - tiles)
-    first_B = offset + start_B * TILE - lengths_B  # place of the buffer at the first tile's first place
+    tile = block[0].shape[4]
+    tiles = min(-(-buffer[0].shape[3] // tile) + 1, block[0].shape[2])
+    margin = tiles * tile  # on both sides of the buffer, so that no slice of it is moved to fit
+    start_B = jnp.clip((lengths_B - offset) // tile, 0, block[0].shape[2] - tiles)
+    first_B = offset + start_B * tile - lengths_B  # place of the buffer at the first tile's first place
 
     def write(index, old, fresh, axis):
         first, corner = first_B[index], (rows_B[index], 0, start_B[index], 0, 0)
         padded = jnp.pad(fresh[index], [(margin, margin) if i == axis else (0, 0) for i in range(3)])
         new = jax.lax.dynamic_slice_in_dim(padded, first + margin, margin, axis)
-        new = new.reshape(*new.shape[:axis], tiles, TILE, *new.shape[axis + 1 :])
+        new = new.reshape(*new.shape[:axis], tiles, tile, *new.shape[axis + 1 :])
         new = new.swapaxes(1, axis)[None]
-        place_NW = first + jnp.arange(margin).reshape(tiles, TILE)
+        place_NW = first + jnp.arange(margin).reshape(tiles, tile)
         counted = (place_NW >= 0) & (place_NW < counts_B[index])
         kept = jax.lax.dynamic_slice(old, corner, new.shape)
         new = jnp.where(counted[:, None] if axis == 2 else counted[:, :, None], new, kept)
@@ -213,16 +220,38 @@ def look_up(embed, ids_BT):
 
 
 @jax.jit
-def unstack(stacked):
-    """One tree for each place of the first axis of a tree's arrays."""
-    return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(len(jax.tree.leaves(stacked)[0]))]
+def take_layer(stacked, number):
+    """The arrays of one layer."""
+    return jax.tree.map(lambda x: x[number], stacked)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "rows", "sizes", "dtype"))
-def empty_cache(config, rows: int, sizes: tuple[int, ...], dtype):
+def decoding_layers(layers: Layer, weights: RolloutWeights) -> tuple[Graph, list]:
+    """What decoding reads of each layer, made a layer at a time, and their common graph. The model stays as it is.
+
+    Raises ValueError where NF4 is asked of a model that has none.
+    """
+    if weights == "nf4" and not layers.qkv.quantized:
+        raise ValueError("the rollout weights were to be nf4, but the model's are dense: load it in NF4, or say fp32.")
+    graph, stacked = nnx.split(layers)
+    found = []
+    for number in range(layers.config.num_hidden_layers):
+        layer = nnx.merge(graph, take_layer(stacked, number))
+        if weights != "nf4":
+            dtype = DTYPES[weights]
+            for name in FUSED:
+                setattr(layer, name, getattr(layer, name).dense(dtype, merge=weights == "fp32"))
+            for name in ("attention_norm", "mlp_norm"):
+                setattr(layer, name, nnx.Param(getattr(layer, name)[...].astype(dtype)))
+        one, arrays = nnx.split(layer)
+        found.append(arrays)
+    return Graph(one), found
+
+
+@functools.partial(jax.jit, static_argnames=("config", "rows", "sizes", "tile", "dtype"))
+def empty_cache(config, rows: int, sizes: tuple[int, ...], tile: int, dtype):
     """Zeros for the keys and values of a group: of each layer, of each block with its number of tiles."""
     K, C = config.num_key_value_heads, config.head_dim
-    shapes = [((rows, K, size, C, TILE), (rows, K, size, TILE, C)) for size in sizes]
+    shapes = [((rows, K, size, C, tile), (rows, K, size, tile, C)) for size in sizes]
     return [
         [(jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for keys, values in shapes]
         for _ in range(config.num_hidden_layers)
@@ -323,24 +352,24 @@ def pick(weights_RX, target_R):
 
 
 class Engine:
-    """Sessions over one model. `merge` (default) samples from dense weights with the adapter added, made once here.
+    """Sessions over one model, whose base lies as `weights` says; both dense forms are copies, made once here.
 
-    Dense and in float32, they are the values of the NF4 base exactly and the adapter's to rounding. With `merge=False`
-    NF4 is decoded at every step and the adapter stays apart: for when memory is short. `rows` is how many slots make a
-    group: all of a group's rows decode even if one is asked, and groups run beside each other; `prefill_rows` is how
-    many of a group's rows prefill together. 8 and 1 are right for a small model on a CPU, all slots for an
-    accelerator. `chunk` is after how many ids a group's rows that have not ended let others in (default: never).
+    `rows` is how many slots make a group: all of a group's rows decode even if one is asked, and groups run beside each
+    other. `prefill_rows` is how many of a group's rows prefill together. `chunk` is after how many ids a group's rows
+    that have not ended let others in. By default 8, 1 and never on a CPU; all slots, at most 8 and 32 on accelerators.
     Sessions begin with the ids of `prefix`, which count neither as theirs nor into `context`.
     """
 
     def __init__(
         self, model: Mistral, *, slots: int = 64, context: int = 1024, max_new_tokens: int = 64,
-        stop_ids: Sequence[int], prefix: Sequence[int] = (), merge: bool = True, rows: int = 8, prefill_rows: int = 1,
-        chunk: int | None = None,
+        stop_ids: Sequence[int], prefix: Sequence[int] = (), weights: RolloutWeights = "fp32", rows: int | None = None,
+        prefill_rows: int | None = None, chunk: int | None = None,
     ):  # fmt: skip
-        config = model.config
+        config, on_cpu = model.config, jax.default_backend() == "cpu"
         longest = config.max_position_embeddings - len(prefix)
-        chunk = min(chunk or max_new_tokens, max_new_tokens)
+        rows = (8 if on_cpu else slots) if rows is None else rows
+        prefill_rows = (1 if on_cpu else 8) if prefill_rows is None else prefill_rows
+        chunk = min((max_new_tokens if on_cpu else 32) if chunk is None else chunk, max_new_tokens)
         if not 1 <= context <= longest or min(slots, max_new_tokens, rows, prefill_rows, chunk) < 1:
             raise ValueError(
                 f"Engine got slots={slots}, context={context}, max_new_tokens={max_new_tokens}, rows={rows}, "
@@ -348,31 +377,32 @@ class Engine:
                 f"the model's max_position_embeddings less the prefix's {len(prefix)} ids, {longest}."
             )
         self.slots, self.context, self.max_new_tokens = slots, context, max_new_tokens
+        self.prefilled = 0  # ids whose keys and values were computed; those of sampled ids come on top
         self._chunk, self._stops = chunk, frozenset(stop_ids)
         self._config = config
-        layers = nnx.clone(model.layers)
-        if merge:
-            for name in FUSED:
-                setattr(layers, name, getattr(layers, name).merged(model.embed.dtype))
-        graph, stacked = nnx.split(layers)
-        self._graph = Graph(graph)
+        self._graph, layers = decoding_layers(model.layers, weights)
         stops_V = np.isin(np.arange(config.vocab_size), list(self._stops))
-        self._view = View(model.embed[...], model.norm[...], model.unembed().T, stops_V, unstack(stacked), [])
+        dtype = DTYPES.get(weights, model.embed.dtype)
+        embed, norm, head = (x.astype(dtype) for x in (model.embed[...], model.norm[...], model.unembed()))
+        self._view = View(embed, norm, head.T, stops_V, layers, [])
         self._view = self._view._replace(prefix=self._prefix(prefix))
 
-        tiles = -(-context // TILE)
-        self._ends = [min(FIRST_BLOCK // TILE, tiles)]  # where each block of the cache ends, in tiles
+        self._tile = TILE if on_cpu else ACCELERATOR_TILE
+        tiles = -(-context // self._tile)
+        self._ends = [min(FIRST_BLOCK // self._tile, tiles)]  # where each block of the cache ends, in tiles
         while (end := self._ends[-1]) < tiles:
             self._ends.append(min(-(-3 * end // 2) if end & (end - 1) == 0 else 4 * end // 3, tiles))
         self._rows, self._prefill_rows = min(rows, slots), min(prefill_rows, rows, slots)
         sizes = tuple(np.diff([0, *self._ends]).tolist())
         groups = -(-slots // self._rows)
-        self._cache = [empty_cache(config, self._rows, sizes, model.embed.dtype) for _ in range(groups)]
+        self._cache = [empty_cache(config, self._rows, sizes, self._tile, dtype) for _ in range(groups)]
         # XLA:CPU runs what one thread dispatches in order; groups run beside each other from threads of their own.
         self._pool = ThreadPoolExecutor(min(len(self._cache), os.cpu_count() or 1))
-        self._lengths: dict[int, int] = {}  # places in the cache, per open session
-        self._queued: dict[int, list[int]] = {}  # ids not in the cache yet
-        self._asked: dict[int, dict[int, Row]] = {}  # by group and session, waiting for their (next) chunk
+        self._ids: dict[int, list[int]] = {}  # of each open session
+        self._lengths: dict[int, int] = {}  # how many of them are in the cache
+        self._slot: dict[int, int] = {}  # of the sessions that have one; the one asked longest ago comes first
+        self._asked: dict[int, dict[int, Row]] = {}  # by group and session, ready for their (next) chunk
+        self._unseated: list[Row] = []  # asked while all slots were busy
         self._running: dict[Future, int] = {}  # the groups that are decoding
         self._busy: set[int] = set()  # sessions whose reply is still to come
 
@@ -390,27 +420,27 @@ class Engine:
         return found
 
     def open(self) -> int:
-        """A new session, which is the lowest free slot. Raises RuntimeError if there is none."""
-        free = (slot for slot in range(self.slots) if slot not in self._lengths)
-        session = next(free, None)
-        if session is None:
-            raise RuntimeError(f"all {self.slots} slots are taken: close a session first, or make the engine larger.")
-        self._lengths[session], self._queued[session] = 0, []
+        """A new session: the lowest free number. It has the lowest free slot, or takes one when it is asked."""
+        session = next(number for number in itertools.count() if number not in self._ids)
+        self._ids[session], self._lengths[session] = [], 0
+        if (slot := self._free_slot()) is not None:
+            self._slot[session] = slot
         return session
 
     def extend(self, session: int, ids: Sequence[int]) -> None:
         """Appends ids; nothing is computed until it is asked, and answered None once more than `room` were appended."""
-        self._queued[session].extend(ids)
+        self._ids[session].extend(ids)
 
     def close(self, session: int) -> None:
-        """Frees the session's slot. Raises ValueError while its reply is still to come."""
+        """Ends the session. Raises ValueError while its reply is still to come."""
         if session in self._busy:
             raise ValueError(f"session {session} cannot be closed: its reply is still to come; take `replies` first.")
-        del self._lengths[session], self._queued[session]
+        del self._ids[session], self._lengths[session]
+        self._slot.pop(session, None)
 
     def length(self, session: int) -> int:
         """How many ids the session holds, queued and sampled ones included."""
-        return self._lengths[session] + len(self._queued[session])
+        return len(self._ids[session])
 
     def room(self, session: int) -> int:
         """How many more ids fit; negative if more were queued than fit."""
@@ -424,32 +454,57 @@ class Engine:
         """
         if not 0 < top_p <= 1:
             raise ValueError(f"session {session} was asked with top_p={top_p}; expected more than 0 and at most 1.")
-        asked = self._asked.setdefault(session // self._rows, {})
-        if session in self._busy or not self._queued.get(session):
+        if session in self._busy or len(self._ids.get(session, ())) == self._lengths.get(session, 0):
             raise ValueError(f"session {session} was asked: it must be open, extended and not be asked already.")
-        asked[session] = Row(session, temperature, seed, top_p)
         self._busy.add(session)
+        row = Row(session, temperature, seed, top_p)
+        if session in self._slot:
+            self._start(row, self._slot.pop(session))
+        else:
+            self._unseated.append(row)
+            self._seat()
+
+    def _start(self, row: Row, slot: int) -> None:
+        """Lets a session sample in that slot, as the one asked last."""
+        self._slot[row.session] = slot
+        self._asked.setdefault(slot // self._rows, {})[row.session] = row
+
+    def _free_slot(self) -> int | None:
+        return min(set(range(self.slots)).difference(self._slot.values()), default=None)
+
+    def _seat(self) -> None:
+        """Gives asked sessions free slots, or those of the sessions that are not busy and were asked longest ago."""
+        while self._unseated:
+            slot = self._free_slot()
+            if slot is None:
+                loser = next((session for session in self._slot if session not in self._busy), None)
+                if loser is None:
+                    return
+                slot, self._lengths[loser] = self._slot.pop(loser), 0
+            self._start(self._unseated.pop(0), slot)
 
     def replies(self, wait: bool = True) -> dict[int, Reply | None]:
         """What asked sessions have sampled since, as soon as one group of slots has made a chunk.
 
-        A group starts when all of its open sessions are asked or not done yet; one where some are not starts if `wait`
-        is true and no other runs. A reply without a stop id ended at max_new_tokens or at the end of the context; None
+        A group starts when all of its sessions are asked or not done yet; one where some are not starts if `wait` is
+        true and no other runs. A reply without a stop id ended at max_new_tokens or at the end of the context; None
         says that the context had no room left for a single id (nothing was computed for that session). Sampled ids
         belong to the session. There may be none.
         """
-        opened = Counter(session // self._rows for session in self._lengths)
+        seated = Counter(slot // self._rows for slot in self._slot.values())
         idle = [group for group, rows in self._asked.items() if rows and group not in self._running.values()]
-        whole = [group for group in idle if len(self._asked[group]) == opened[group]]
+        whole = [group for group in idle if len(self._asked[group]) == seated[group]]
         for group in whole or (idle if wait and not self._running else []):
             self._running[self._pool.submit(self._sample_group, group, [*self._asked.pop(group).values()])] = group
         done, _ = wait_for(self._running, timeout=None if wait else 0, return_when=FIRST_COMPLETED)
         replies = {}
         for future in done:
-            group, (ended, others) = self._running.pop(future), future.result()
+            group, (ended, others, computed) = self._running.pop(future), future.result()
             replies |= ended
+            self.prefilled += computed
             self._asked.setdefault(group, {}).update((row.session, row) for row in others)
         self._busy -= replies.keys()
+        self._seat()
         return replies
 
     def sample(self, asks: Sequence[tuple]) -> list[Reply | None]:
@@ -461,42 +516,50 @@ class Engine:
             replies |= self.replies()
         return [replies[ask[0]] for ask in asks]
 
-    def _sample_group(self, group: int, members: list[Row]) -> tuple[dict[int, Reply | None], list[Row]]:
+    def _sample_group(self, group: int, members: list[Row]) -> tuple[dict[int, Reply | None], list[Row], int]:
         """One chunk for the asks of one group, whose cache and asked sessions no other thread touches.
 
-        Returns the replies that ended and the rows that did not.
+        Returns the replies that ended, the rows that did not, and how many ids were prefilled.
         """
         replies: dict[int, Reply | None] = {row.session: None for row in members if self.room(row.session) <= 0}
         members, others = [row for row in members if row.session not in replies], []
         if not members:
-            return replies, others
-        self._prefill(group, [row.session for row in members])
+            return replies, others, 0
+        computed = self._prefill(group, [row.session for row in members])
         ids_RP, logprobs_RP, counts_R = (np.asarray(x) for x in self._decode(group, members))
         for row in members:
-            index, session = row.session % self._rows, row.session
+            index, session = self._slot[row.session] % self._rows, row.session
             count = int(counts_R[index])
-            row.ids += ids_RP[index, :count].tolist()
+            fresh = ids_RP[index, :count].tolist()
+            row.ids += fresh
             row.logprobs += logprobs_RP[index, :count].tolist()
-            self._lengths[session] += count
-            self._queued[session] = row.ids[-1:]
+            self._ids[session] += fresh
+            self._lengths[session] += count  # all but the last, and the one before the first
             if row.ids[-1] in self._stops or len(row.ids) == self.max_new_tokens or self.room(session) == 0:
                 replies[session] = Reply(row.ids, row.logprobs)
             else:
                 others.append(row)
-        return replies, others
+        return replies, others, computed
 
-    def _prefill(self, group: int, sessions: list[int]) -> None:
-        """Puts all queued ids but the last into the cache. Chunks are cut by a session's own queue alone."""
+    def _prefill(self, group: int, sessions: list[int]) -> int:
+        """Puts all ids but the last into the cache, in chunks that are cut by a session's own ids alone.
+
+        Returns how many were computed.
+        """
+        computed = 0
+
+        def left(session: int) -> int:
+            return len(self._ids[session]) - 1 - self._lengths[session]
+
         for width, narrower in zip(WIDTHS, (*WIDTHS[1:], 0), strict=True):
-            while members := [s for s in sessions if len(self._queued[s]) - 1 > 2 * narrower]:
+            while members := [session for session in sessions if left(session) > 2 * narrower]:
                 members = members[: self._prefill_rows]
                 rows_B, lengths_B, counts_B = np.zeros((3, self._prefill_rows), np.int32)
                 ids_BT = np.zeros((self._prefill_rows, width), np.int32)
                 for index, session in enumerate(members):
-                    chunk = self._queued[session][:-1][:width]
-                    ids_BT[index, : len(chunk)] = chunk
-                    rows_B[index], counts_B[index] = session % self._rows, len(chunk)
-                    lengths_B[index] = self._lengths[session]
+                    start, count = self._lengths[session], min(width, left(session))
+                    ids_BT[index, :count] = self._ids[session][start : start + count]
+                    rows_B[index], lengths_B[index], counts_B[index] = self._slot[session] % self._rows, start, count
                 # Every other reach, so that there are half as many shapes to compile: a chunk reads few rows.
                 reached, touched = self._reach(members) | 1, self._touched(lengths_B, counts_B)
                 x_BTD = look_up(self._view.embed, ids_BT)
@@ -506,28 +569,29 @@ class Engine:
                         self._graph, self._config, weights, x_BTD, self._view.prefix[layer], past, rows_B, lengths_B
                     )
                     self._append(group, layer, touched, fresh, rows_B, lengths_B, counts_B)
+                computed += int(counts_B.sum())
                 for session, count in zip(members, counts_B.tolist(), strict=False):
                     self._lengths[session] += count
-                    del self._queued[session][:count]
+        return computed
 
     def _decode(self, group: int, members: list[Row]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Decodes a chunk of a group's asks; returns ids [R, P], log-probabilities [R, P] and counts [R]."""
         i, f, u = np.int32, np.float32, np.uint32
         asked = Asked(*(np.zeros(self._rows, dtype) for dtype in (i, i, i, f, f, u)))
         asked.top_p[:] = 1
+        lengths_R = np.zeros(self._rows, np.int32)
         for member in members:
-            row, drawn = member.session % self._rows, len(member.ids)
-            asked.first_id[row], asked.drawn[row] = self._queued[member.session][-1], drawn
+            row, drawn = self._slot[member.session] % self._rows, len(member.ids)
+            lengths_R[row] = self._lengths[member.session]
+            asked.first_id[row], asked.drawn[row] = self._ids[member.session][-1], drawn
             asked.limit[row] = min(self._chunk, self.max_new_tokens - drawn, self.room(member.session))
             asked.temperature[row], asked.top_p[row], asked.seed[row] = member.temperature, member.top_p, member.seed
         reached = self._reach([member.session for member in members])
         past = [blocks[:reached] for blocks in self._cache[group]]
-        rows_R = np.arange(self._rows, dtype=np.int32)
-        lengths_R = np.array([self._lengths.get(group * self._rows + row, 0) for row in rows_R], np.int32)
         ids_RP, logprobs_RP, counts_R, buffer = decode(
             self._graph, self._config, self._view, past, lengths_R, asked, places=self._chunk
         )
-        touched = self._touched(lengths_R, asked.limit)
+        touched, rows_R = self._touched(lengths_R, asked.limit), np.arange(self._rows, dtype=np.int32)
         for layer, fresh in enumerate(buffer):
             self._append(group, layer, touched, fresh, rows_R, lengths_R, counts_R)
         return ids_RP, logprobs_RP, counts_R
@@ -535,12 +599,12 @@ class Engine:
     def _reach(self, sessions: list[int]) -> int:
         """How many blocks of the cache the longest of some sessions reaches into."""
         longest = max(self._lengths[session] for session in sessions)
-        return int(np.searchsorted([0, *self._ends], -(-longest // TILE)))
+        return int(np.searchsorted([0, *self._ends], -(-longest // self._tile)))
 
     def _touched(self, lengths_B, limit_B) -> list[tuple[int, int]]:
         """The blocks, with their first places, that at most `limit_B` new places of some rows can lie in."""
         first, last = lengths_B[limit_B > 0].min(), (lengths_B + limit_B)[limit_B > 0].max()
-        spans = enumerate(itertools.pairwise(end * TILE for end in [0, *self._ends]))
+        spans = enumerate(itertools.pairwise(end * self._tile for end in [0, *self._ends]))
         return [(index, start) for index, (start, end) in spans if first < end and last > start]
 
     def _append(self, group: int, layer: int, touched: list[tuple[int, int]], buffer, rows_B, lengths_B, counts_B):

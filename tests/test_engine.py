@@ -14,6 +14,7 @@ from lora.convert import load_model, save_adapter, save_model
 from lora.engine import Asked, Engine, Graph, View, append, decode, empty_buffer, sample
 from lora.linear import LoRAConfig, LoRAParam
 from lora.mistral import Config, Mistral, token_logprobs
+from tests.helpers import with_random_adapter
 
 TINY = Config(
     vocab_size=61, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -101,26 +102,42 @@ def test_greedy_reply_is_the_argmax_of_the_full_forward():
     assert reply == logits[10:16].argmax(axis=1).tolist()
 
 
-@pytest.mark.parametrize("weights", ["nf4", "fp32"])
-def test_adapter_is_sampled_from_merged_or_apart(tmp_path, weights):
-    save_model(model(), tmp_path)
-    adapted = load_model(tmp_path, weights=weights, lora=LoRAConfig(rank=2, alpha=6.0, targets=("q", "v", "down")))
-    graph, adapter, rest = nnx.split(adapted, LoRAParam, ...)
-    adapter = jax.tree.map(lambda x: 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), adapter)
-    adapted = nnx.merge(graph, adapter, rest)
-    ids, replies = prompt(9), []
-    for merge in (True, False):
-        one = engine(model=adapted, merge=merge)
-        session = one.open()
-        one.extend(session, ids)
-        replies += one.sample([(session, 1.0, 3)])
-    assert replies[0].ids == replies[1].ids
-    expected = full_logprobs(adapted, ids + replies[0].ids)[9:]
-    plain = full_logprobs(load_model(tmp_path, weights=weights), ids + replies[0].ids)[9:]
+def adapted(folder, weights: str, targets=("q", "v", "down")) -> Mistral:
+    """The model, saved and loaded in a form, with an adapter whose A and B are not zero."""
+    save_model(model(), folder)
+    return with_random_adapter(load_model(folder, weights=weights, lora=LoRAConfig(rank=2, alpha=6.0, targets=targets)))
+
+
+@pytest.mark.parametrize(("held", "weights"), [("nf4", "fp32"), ("fp32", "fp32"), ("nf4", "nf4"), ("nf4-dq", "nf4")])
+def test_an_adapter_is_sampled_from_added_or_beside(tmp_path, held, weights):
+    source, ids = adapted(tmp_path, held), prompt(9)
+    one = engine(model=source, weights=weights)
+    session = one.open()
+    one.extend(session, ids)
+    [reply] = one.sample([(session, 1.0, 3)])
+    expected = full_logprobs(source, ids + reply.ids)[9:]
+    plain = full_logprobs(load_model(tmp_path, weights=held), ids + reply.ids)[9:]
     assert np.abs(expected - plain).max() > 0.05  # else the adapter does nothing
-    for reply in replies:
-        assert np.abs(expected - reply.logprobs).max() < 1e-4
-    assert len(jax.tree.leaves(nnx.state(adapted, LoRAParam))) == 6  # merging left the caller's model alone
+    assert np.abs(expected - reply.logprobs).max() < 1e-4
+    assert len(jax.tree.leaves(nnx.state(source, LoRAParam))) == 6  # the caller's model is left alone
+
+
+def test_a_bfloat16_copy_keeps_the_adapter_beside_it(tmp_path):
+    """An adapter of small numbers, which a sum in bfloat16 would round away, still does all that it does."""
+    source, ids = adapted(tmp_path, "nf4"), prompt(9)
+    one = engine(model=source, weights="bf16")
+    base = one._view.layers[0]["qkv"]["weight"][...]
+    graph, adapter, rest = nnx.split(source, LoRAParam, ...)
+    assert base.dtype == jnp.bfloat16 and base.shape == (64, 128)
+    assert len(jax.tree.leaves(one._view.layers)) == 2 * (len(jax.tree.leaves(adapter)) + 6)
+    session = one.open()
+    one.extend(session, ids)
+    [reply] = one.sample([(session, 1.0, 3)])
+    expected = full_logprobs(source, ids + reply.ids)[9:]
+    plain = full_logprobs(load_model(tmp_path, weights="nf4"), ids + reply.ids)[9:]
+    assert np.abs(expected - reply.logprobs).max() < 0.25 * np.abs(expected - plain).max()
+    with pytest.raises(ValueError, match="the rollout weights were to be nf4, but the model's are dense"):
+        engine(weights="nf4")
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -355,11 +372,45 @@ def test_a_group_waits_for_its_own_sessions_and_for_no_other():
     assert [found[s] for s in sessions] == together.sample([(s, 1.0, s + 1) for s in sessions])
 
 
+def test_more_sessions_than_slots_take_turns():
+    """Nine sessions over four slots, in changing company, answer what they would with a slot each; all get one."""
+    crowded, roomy = (engine(slots=slots, chunk=2, stop_ids=(STOP,)) for slots in (4, 9))
+    random, sessions, worst = np.random.default_rng(0), range(9), 0.0
+    for one in (crowded, roomy):
+        assert [one.open() for _ in sessions] == [*sessions]
+    for turn in range(5):
+        for session in sessions:
+            ids = prompt(int(random.integers(1, 9)), seed=turn)
+            for one in (crowded, roomy):
+                one.extend(session, ids)
+        asked = [(session, 1.0, 100 * turn + session) for session in random.permutation(sessions).tolist()]
+        for found, expected in zip(*(one.sample(asked) for one in (crowded, roomy)), strict=True):
+            assert (found is None) == (expected is None)
+            if found:
+                assert found.ids == expected.ids
+                worst = max(worst, np.abs(np.subtract(found.logprobs, expected.logprobs)).max())
+    assert worst < 1e-4
+    assert crowded.prefilled > 1.5 * roomy.prefilled  # what is computed anew is counted
+
+
+def test_a_session_without_a_slot_is_not_starved_by_one_that_is_asked_again_and_again():
+    one = engine(slots=1, rows=1)
+    greedy, patient = one.open(), one.open()
+    for session in (greedy, patient):
+        one.extend(session, prompt(4))
+        one.ask(session, 1.0, session)
+    answered = []
+    while patient not in answered and len(answered) < 3:
+        for session in one.replies():
+            answered.append(session)
+            one.extend(session, [1])
+            one.ask(session, 1.0, 7)
+    assert answered == [greedy, patient]
+
+
 def test_misuse_is_named():
     one = engine(slots=2)
     first, second = one.open(), one.open()
-    with pytest.raises(RuntimeError, match="all 2 slots are taken"):
-        one.open()
     one.extend(first, [1, 2])
     for asks in ([(first, 1.0, 0), (first, 1.0, 1)], [(second, 1.0, 0)], [(9, 1.0, 0)]):
         with pytest.raises(ValueError, match="session [019] was asked: it must be open, extended"):

@@ -135,15 +135,6 @@ def test_bfloat16_activations_keep_the_adapter_and_its_gradient_in_float32(base_
     assert abs(value - np.take_along_axis(np.asarray(logprobs), ids[:, 1:, None], axis=2).sum()) < 0.02 * abs(value)
 
 
-def test_merge_is_the_same_model(base_dir):
-    model = with_random_adapter(load_model(base_dir, weights="nf4", lora=ALL))
-    expected = logits_of(model, random_ids(2, 11))
-    for name in FUSED:
-        setattr(model.layers, name, getattr(model.layers, name).merged(jnp.float32))
-    assert not jax.tree.leaves(nnx.state(model, LoRAParam))
-    assert np.abs(logits_of(model, random_ids(2, 11)) - expected).max() < 1e-4
-
-
 def test_unknown_target_is_refused():
     with pytest.raises(ValueError, match="qkv.*expected.*'gate'"):
         LoRAConfig(targets=("q", "qkv"))
