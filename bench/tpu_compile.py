@@ -1,9 +1,10 @@
-"""Does the 7B training step fit a TPU, and what crosses its chips? Asked of the TPU compiler, without a TPU.
+"""Do the 7B training step and decoding fit a TPU, and what crosses its chips? Asked of the TPU compiler, without a TPU.
 
-Compiles the step of train_pg.py on Mistral-7B's shape for each configuration, from descriptions of the arrays alone,
-and prints the memory that the compiler assigns, the floor that physics sets (NF4 codes and scales, 16-bit embeddings
-and head, the adapter and Adam's moments), every kind of all-gather, and whether a decoded weight ever lies in memory.
-Needs libtpu (requirements-test.txt), no TPU; one process at a time.
+Compiles, on Mistral-7B's shape and from descriptions of the arrays alone, the step of train_pg.py and a chunk of the
+sampler's decoding, 64 slots beside a shared prefix. Prints the memory that the compiler assigns, the floor that physics
+sets (the base, 16-bit embeddings and head, the adapter; Adam's moments, or the keys and values of the cache), every
+kind of all-gather, and whether a decoded weight ever lies in memory. Needs libtpu (requirements-test.txt), no TPU; one
+process at a time.
 
     python -m bench.tpu_compile
     python -m bench.tpu_compile --only v5e/2048
@@ -28,6 +29,9 @@ from jax.sharding import PartitionSpec as P
 
 from bench.shapes import MISTRAL_7B, described
 from lora import nf4
+from lora.decoding import Asked, RolloutWeights, View, decode, decoding_layers, empty_cache
+from lora.engine import ACCELERATOR_TILE as TILE
+from lora.engine import cache_sizes
 from lora.linear import LoRAConfig, LoRAParam
 from lora.sharding import ROWS, make_mesh
 from train_pg import Batch, make_update, state_places
@@ -37,7 +41,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One compilation."""
+    """One training step."""
 
     topology: str
     mesh: tuple[int, int, int]
@@ -60,8 +64,29 @@ CASES = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Decode:
+    """One chunk of decoding on one chip."""
+
+    topology: str
+    weights: RolloutWeights
+    context: int
+    limit: float
+    slots: int = 64
+    prefix: int = 512
+    places: int = 32
+    mesh: tuple[int, int, int] = (1, 1, 1)
+
+
+DECODES = {
+    "decode/v5e/nf4": Decode(topology="v5e:2x2", weights="nf4", context=1024, limit=15.75),
+    "decode/v6e/bf16": Decode(topology="v6e:2x2", weights="bf16", context=1024, limit=31.25),
+    "decode/v4/bf16": Decode(topology="v4:2x2x1", weights="bf16", context=1024, limit=31.25),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Args:
-    only: tuple[str, ...] = tuple(CASES)
+    only: tuple[str, ...] = (*CASES, *DECODES)
     """Which configurations."""
 
 
@@ -84,16 +109,52 @@ def compile_case(case: Case) -> dict:
     one = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, P()))
     start = time.time()
     compiled = update.lower(adapter, state, frozen, one, batch, one, None).compile()
+    return facts(compiled, case) | {"seconds": round(time.time() - start)}
+
+
+def compile_decode(case: Decode) -> dict:
+    """Compiles a chunk of decoding, in which every row reads its whole context: `compile_case` for the sampler."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices
+    mesh, config, graphs = make_mesh(case.mesh, devices[:1]), MISTRAL_7B, []
+    model = described(config, LoRAConfig(rank=16, alpha=32.0, targets=("q", "v")), mesh)
+    K, C, N = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
+
+    def layers_of(state) -> list:
+        graph, layers = decoding_layers(nnx.merge(definition, state), case.weights)
+        graphs.append(graph)
+        return layers
+
+    definition, state = nnx.split(model.layers)
+    layers = jax.eval_shape(layers_of, state)
+
+    def array(*shape: int, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    V, D, R = config.vocab_size, config.hidden_size, case.slots
+    prefix = [(array(K, C, case.prefix), array(K, case.prefix, C))] * N
+    view = View(array(V, D), array(D), array(D, V), array(V, dtype=bool), layers, prefix)
+    past = jax.eval_shape(lambda: empty_cache(config, R, cache_sizes(case.context, TILE), TILE, jnp.bfloat16))
+    ints, floats = array(R, dtype=jnp.int32), array(R, dtype=jnp.float32)
+    asked = Asked(ints, ints, ints, floats, floats, array(R, dtype=jnp.uint32))
+    here = NamedSharding(mesh, P())
+    arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (view, past, ints, asked))
+    start = time.time()
+    compiled = decode.lower(graphs[0], config, *arrays, places=case.places).compile()
+    return facts(compiled, case) | {"seconds": round(time.time() - start)}
+
+
+def facts(compiled, case: Case | Decode) -> dict:
+    """Bytes, all-gathers and decoded weights of a compiled program; a dense base has none to decode."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return {
         "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "all_gathers": sorted(set(re.findall(r"= \(?(\w+\[[\d,]*\]).{0,200}? all-gather(?:-start)?\(", text))),
-        "decoded": decoded_weights(text, case), "seconds": round(time.time() - start),
+        "decoded": decoded_weights(text, case) if getattr(case, "weights", "nf4") == "nf4" else [],
     }  # fmt: skip
 
 
-def decoded_weights(text: str, case: Case) -> list[str]:
+def decoded_weights(text: str, case: Case | Decode) -> list[str]:
     """Arrays of the compiled program, outside of fusions, that are a whole decoded weight of a device."""
     config, tensor = MISTRAL_7B, case.mesh[2]
     D, F = config.hidden_size, config.intermediate_size
@@ -111,20 +172,24 @@ def decoded_weights(text: str, case: Case) -> list[str]:
     return sorted(found)
 
 
-def floor_bytes(case: Case) -> int:
-    """The least that a device must hold between steps."""
-    linear = 6_979_321_856
-    bits = 4 + (8 / 64 + 32 / (64 * 256) if case.double else 32 / 64)
+def floor_bytes(case: Case | Decode) -> int:
+    """The least that a device must hold between steps, or chunks."""
+    linear, adapter = 6_979_321_856, 6_815_744 * 4
     dense = 2 * (2 * MISTRAL_7B.vocab_size * MISTRAL_7B.hidden_size)
-    return int(linear * bits / 8 / (case.mesh[1] * case.mesh[2]) + dense + 6_815_744 * 4 * 3)
+    if isinstance(case, Decode):
+        bits, place = {"nf4": 4.5, "bf16": 16}[case.weights], 4 * MISTRAL_7B.num_key_value_heads * MISTRAL_7B.head_dim
+        cached = (case.slots * case.context + case.prefix) * place * MISTRAL_7B.num_hidden_layers
+        return int(linear * bits / 8 + dense + adapter + cached)
+    bits = 4 + (8 / 64 + 32 / (64 * 256) if case.double else 32 / 64)
+    return int(linear * bits / 8 / (case.mesh[1] * case.mesh[2]) + dense + 3 * adapter)
 
 
 def main(args: Args) -> None:
     rows = {}
     print(f"{'configuration':24} {'arguments':>9} {'temporary':>9} {'total GiB':>9} {'floor':>6} {'limit':>6} {'s':>4}")
     for name in args.only:
-        case = CASES[name]
-        found = compile_case(case)
+        case = (CASES | DECODES)[name]
+        found = compile_case(case) if name in CASES else compile_decode(case)
         total = found["arguments"] + found["temporaries"] + found["outputs"]
         rows[name] = found | {"total": total, "floor": floor_bytes(case), "limit": case.limit}
         gib = [f"{x / GIB:9.2f}" for x in (found["arguments"], found["temporaries"], total)]

@@ -11,7 +11,8 @@ from peft import PeftModel
 
 from lora import engine as engine_module
 from lora.convert import load_model, save_adapter, save_model
-from lora.engine import Asked, Engine, Graph, View, append, decode, empty_buffer, sample
+from lora.decoding import Asked, Graph, View, append, decode, empty_buffer, sample
+from lora.engine import Engine
 from lora.linear import LoRAConfig, LoRAParam
 from lora.mistral import Config, Mistral, token_logprobs
 from tests.helpers import with_random_adapter
@@ -60,10 +61,10 @@ def full_logprobs(of: Mistral, ids: list[int]) -> np.ndarray:
 # ---- the cache -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("window", "prefill_rows"), [(None, 1), (7, 1), (None, 2)])
-def test_cached_decoding_equals_the_full_forward_over_turns(window, prefill_rows):
+@pytest.mark.parametrize("window", [None, 7])
+def test_cached_decoding_equals_the_full_forward_over_turns(window):
     """Sessions of different lengths, asked in changing company, reopened in used slots, up to a full context."""
-    random, one = np.random.default_rng(1), engine(model=model(window), prefill_rows=prefill_rows)
+    random, one = np.random.default_rng(1), engine(model=model(window))
     history = {one.open(): [] for _ in range(4)}
     full, worst = 0, 0.0
     for turn in range(9):
@@ -205,13 +206,17 @@ def test_greedy_ids_are_those_of_transformers_generate(tmp_path, adapted):
 # ---- draws -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefill_rows", [1, 2])
-def test_draws_do_not_depend_on_slot_order_or_company(prefill_rows):
-    """Bit for bit: a resumed rollout plays its games in other company and must sample the same text."""
-    asks = {name: (prompt(length, seed=9), 40 + length) for name, length in zip("abcd", (3, 21, 8, 13), strict=True)}
+@pytest.mark.parametrize(("rows", "widths", "lengths"), [(2, (8, 3), (3, 21, 8, 13)), (4, (128, 8), (97, 128, 21, 90))])
+def test_draws_do_not_depend_on_slot_order_or_company(monkeypatch, rows, widths, lengths):
+    """Bit for bit: a resumed rollout plays its games in other company and must sample the same text.
+
+    In the second case what is prefilled together is one size in company and another alone.
+    """
+    monkeypatch.setattr(engine_module, "WIDTHS", widths)
+    asks = {name: (prompt(length, seed=9), 40 + length) for name, length in zip("abcd", lengths, strict=True)}
 
     def play(order: str, wasted_slots: int = 0) -> dict:
-        one = engine(stop_ids=(), prefill_rows=prefill_rows)
+        one = engine(stop_ids=(), rows=rows, context=256)
         for _ in range(wasted_slots):
             one.open()
         sessions = {name: one.open() for name in order}
@@ -444,6 +449,6 @@ def test_nothing_of_the_size_of_the_cache_is_copied(monkeypatch):
     decoding = decode.lower(Graph(graph), TINY, view, [[block]] * 2, ints, asked, places=T).compile()
     scores = rows * H * 1024 * 4
     assert decoding.memory_analysis().temp_size_in_bytes < 4 * scores < size
-    writing = append.lower(block, empty_buffer(TINY, rows, T, jnp.float32), 0, ints, ints, ints).compile()
+    writing = append.lower(block, empty_buffer(TINY, rows, T, jnp.float32), 0, ints, ints).compile()
     assert writing.memory_analysis().alias_size_in_bytes >= size
     assert writing.memory_analysis().temp_size_in_bytes < size / 2
