@@ -2,11 +2,11 @@
 
 Pure functions on arrays; which session lies where is `lora/engine.py`'s.
 
-Shapes: R rows of a call, T tokens of a row, F tokens of several rows, P places of the buffer, S places of a block of
-the cache = N tiles of W places, D model, H heads, K kv heads, X queries of a kv head, C head dim, A = H * C, V
-vocabulary in G groups of I ids. A block is keys [slots, K, N, C, W] and values [slots, K, N, W, C]: both products of
-attention then read it in the order it lies in, a few KiB at a time, which is up to eight times faster on a CPU than
-other orders.
+Shapes: R rows of a group, B of them that prefill, T tokens of a row, F tokens of several rows, P places of the buffer,
+S places of a block of the cache = N tiles of W places, D model, H heads, K kv heads, X queries of a kv head, C head
+dim, A = H * C, V vocabulary in G groups of I ids. A block is keys [slots, K, N, C, W] and values [slots, K, N, W, C]:
+both products of attention then read it in the order it lies in, a few KiB at a time, which is up to eight times faster
+on a CPU than other orders.
 """
 
 import functools
@@ -129,8 +129,8 @@ def run_layer(layer, config, x_RTD, turn, prefix, past, lengths_R, buffer, at):
 
 
 @functools.partial(jax.jit, donate_argnames="block")
-def append(block, buffer, offset, lengths_R, counts_R):
-    """Appends the first `counts_R` places of a layer's buffer to the rows of a block, as far as they lie in it.
+def append(block, buffer, offset, rows_B, lengths_B, counts_B):
+    """Appends the first `counts_B` places of a layer's buffer to some rows of a block, as far as they lie in it.
 
     `block` is keys and values from place `offset` on, changed in place. A row reads, changes and writes back as many
     tiles as the buffer can touch; places that are not its new ones keep what they have.
@@ -138,25 +138,25 @@ def append(block, buffer, offset, lengths_R, counts_R):
     tile = block[0].shape[4]
     tiles = min(-(-buffer[0].shape[3] // tile) + 1, block[0].shape[2])
     margin = tiles * tile  # on both sides of the buffer, so that no slice of it is moved to fit
-    start_R = jnp.clip((lengths_R - offset) // tile, 0, block[0].shape[2] - tiles)
-    first_R = offset + start_R * tile - lengths_R  # place of the buffer at the first tile's first place
+    start_B = jnp.clip((lengths_B - offset) // tile, 0, block[0].shape[2] - tiles)
+    first_B = offset + start_B * tile - lengths_B  # place of the buffer at the first tile's first place
 
-    def write(row, old, fresh, axis):
-        first, corner = first_R[row], (row, 0, start_R[row], 0, 0)
-        padded = jnp.pad(fresh[row], [(margin, margin) if i == axis else (0, 0) for i in range(3)])
+    def write(index, old, fresh, axis):
+        first, corner = first_B[index], (rows_B[index], 0, start_B[index], 0, 0)
+        padded = jnp.pad(fresh[index], [(margin, margin) if i == axis else (0, 0) for i in range(3)])
         new = jax.lax.dynamic_slice_in_dim(padded, first + margin, margin, axis)
         new = new.reshape(*new.shape[:axis], tiles, tile, *new.shape[axis + 1 :])
         new = new.swapaxes(1, axis)[None]
         place_NW = first + jnp.arange(margin).reshape(tiles, tile)
-        counted = (place_NW >= 0) & (place_NW < counts_R[row])
+        counted = (place_NW >= 0) & (place_NW < counts_B[index])
         kept = jax.lax.dynamic_slice(old, corner, new.shape)
         new = jnp.where(counted[:, None] if axis == 2 else counted[:, :, None], new, kept)
         return jax.lax.dynamic_update_slice(old, new, corner)
 
-    def write_both(row, block):
-        return tuple(write(row, *each) for each in zip(block, buffer, (2, 1), strict=True))
+    def write_both(index, block):
+        return tuple(write(index, *each) for each in zip(block, buffer, (2, 1), strict=True))
 
-    return jax.lax.fori_loop(0, len(lengths_R), write_both, block)
+    return jax.lax.fori_loop(0, len(lengths_B), write_both, block)
 
 
 def empty_buffer(config, rows: int, places: int, dtype):
@@ -211,31 +211,34 @@ def empty_cache(config, rows: int, sizes: tuple[int, ...], tile: int, dtype):
 
 
 class Pieces(NamedTuple):
-    """New ids of some rows, those of a row one after the other: of each its row and its place among the row's.
+    """New ids of B rows of a group, those of a row one after the other: which row (0..B-1) each is of, and its place
+    among the row's. What fills the F up has row B."""
 
-    What fills them up has a row that does not exist.
-    """
-
+    rows_B: np.ndarray
+    lengths_B: np.ndarray
+    counts_B: np.ndarray
     row_F: np.ndarray
     place_F: np.ndarray
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config", "width"), donate_argnames="x_FD")
-def prefill_layer(graph, config, weights, x_FD, pieces: Pieces, prefix, past, lengths_R, *, width: int):
+def prefill_layer(graph, config, weights, x_FD, pieces: Pieces, prefix, past, *, width: int):
     """A layer over pieces [F, D], at most `width` ids a row, that follow the prefix and what the rows of `past` hold.
 
     Returns its output and the rows' buffer. Linear layers see the ids alone; attention sees rows filled up to `width`.
     One layer a call: all layers are compiled alike, so that there is one to compile.
     """
-    layer, R = graph.merge(weights), len(lengths_R)
-    positions_F = prefix[0].shape[-1] + lengths_R[pieces.row_F] + pieces.place_F
+    rows_B, lengths_B, _, *where = pieces
+    layer, B = graph.merge(weights), len(rows_B)
+    positions_F = prefix[0].shape[-1] + lengths_B[pieces.row_F] + pieces.place_F
     q, k, v = layer.queries_keys_values(x_FD[None], rotation(positions_F[None], config))
-    q_RTHC, k_RTKC, v_RTKC = (
-        jnp.zeros((R, width, *x.shape[2:]), x.dtype).at[*pieces].set(x[0], mode="drop") for x in (q, k, v)
+    q_BTHC, k_BTKC, v_BTKC = (
+        jnp.zeros((B, width, *x.shape[2:]), x.dtype).at[*where].set(x[0], mode="drop") for x in (q, k, v)
     )
-    buffer = k_RTKC.transpose(0, 2, 3, 1), v_RTKC.transpose(0, 2, 1, 3)
-    attended_RTA = attend(q_RTHC, prefix, past, lengths_R, *buffer, 0, config.sliding_window)
-    return layer.finish(x_FD[None], attended_RTA[*pieces][None])[0], buffer
+    buffer = k_BTKC.transpose(0, 2, 3, 1), v_BTKC.transpose(0, 2, 1, 3)
+    past = jax.tree.map(lambda x: x[rows_B], past)
+    attended_BTA = attend(q_BTHC, prefix, past, lengths_B, *buffer, 0, config.sliding_window)
+    return layer.finish(x_FD[None], attended_BTA[*where][None])[0], buffer
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config", "places"))

@@ -58,7 +58,7 @@ from lora.mistral import Mistral
 FIRST_BLOCK = 256
 # Places of a tile of the cache: on a CPU, and on accelerators, whose registers are 128 wide.
 TILE, ACCELERATOR_TILE = 64, 128
-# Ids of a row that are prefilled at once, at most: a width is used while more than twice the next narrower one is left.
+# Ids of a row that are prefilled at once, at most: a width is used while more than the next narrower one is left.
 WIDTHS = (128, 32, 8)
 # Ids of all rows that are prefilled at once. From 64 rows on a product's bits do not depend on how many there are.
 SIZES = (1024, 256, 128, 64)
@@ -151,11 +151,9 @@ class Engine:
         if not len(ids):
             return [nothing for _ in self._view.layers]
         x_FD, found, zero = look_up(self._view.embed, np.array(ids, np.int32)), [], np.zeros(1, np.int32)
-        pieces = Pieces(np.zeros(len(ids), np.int32), np.arange(len(ids), dtype=np.int32))
+        pieces = Pieces(zero, zero, zero, np.zeros(len(ids), np.int32), np.arange(len(ids), dtype=np.int32))
         for weights in self._view.layers:
-            x_FD, fresh = prefill_layer(
-                self._graph, self._config, weights, x_FD, pieces, nothing, [], zero, width=len(ids)
-            )
+            x_FD, fresh = prefill_layer(self._graph, self._config, weights, x_FD, pieces, nothing, [], width=len(ids))
             found.append((fresh[0][0], fresh[1][0]))
         return found
 
@@ -292,35 +290,37 @@ class Engine:
             return len(self._ids[session]) - 1 - self._lengths[session]
 
         for width, narrower in zip(WIDTHS, (*WIDTHS[1:], 0), strict=True):
-            while members := [session for session in sessions if left(session) > 2 * narrower]:
-                counts = {session: min(width, left(session)) for session in members}
-                fitting = [size for size in SIZES if size >= width]  # for any one piece of this width
+            fitting = [size for size in SIZES if size >= width]
+            while counts := {session: min(width, left(session)) for session in sessions if left(session) > narrower}:
                 size = next((size for size in fitting if size <= sum(counts.values())), fitting[-1])
                 totals = itertools.accumulate(counts.values())
-                taken = {s: n for (s, n), total in zip(counts.items(), totals, strict=True) if total <= size}
-                self._prefill_together(group, taken, width, size)
-                computed += sum(taken.values())
+                taken = [each for each, total in zip(counts.items(), totals, strict=True) if total <= size]
+                rows = min(self._rows, max(1, 2 * size // width))  # so attention sees no more than twice what is filled
+                self._prefill_together(group, dict(taken[:rows]), rows, width, size)
+                computed += sum(count for _, count in taken[:rows])
         return computed
 
-    def _prefill_together(self, group: int, counts: dict[int, int], width: int, size: int) -> None:
-        """Computes the next so many ids of some sessions, at most `width` each and `size` together."""
-        pieces = Pieces(np.full(size, self._rows, np.int32), np.zeros(size, np.int32))
-        lengths_R, counts_R = np.zeros((2, self._rows), np.int32)
+    def _prefill_together(self, group: int, counts: dict[int, int], rows: int, width: int, size: int) -> None:
+        """Computes the next so many ids of at most `rows` sessions, at most `width` each and `size` together."""
+        pieces = Pieces(*np.zeros((3, rows), np.int32), np.full(size, rows, np.int32), np.zeros(size, np.int32))
         ids_F, filled = np.zeros(size, np.int32), 0
-        for session, count in counts.items():
-            row, start, part = self._slot[session] % self._rows, self._lengths[session], slice(filled, filled + count)
+        for index, (session, count) in enumerate(counts.items()):
+            start, part = self._lengths[session], slice(filled, filled + count)
             ids_F[part] = self._ids[session][start : start + count]
-            pieces.row_F[part], pieces.place_F[part] = row, np.arange(count)
-            lengths_R[row], counts_R[row], filled = start, count, filled + count
+            pieces.rows_B[index] = self._slot[session] % self._rows
+            pieces.lengths_B[index], pieces.counts_B[index] = start, count
+            pieces.row_F[part], pieces.place_F[part] = index, np.arange(count)
+            filled += count
         # Every other reach, so that there are half as many shapes to compile: a piece reads few rows.
-        reached, touched = self._reach(counts) | 1, self._touched(lengths_R, counts_R)
-        x_FD = look_up(self._view.embed, ids_F)
+        reached = self._reach(counts)
+        reached |= reached > 0
+        x_FD, appended = look_up(self._view.embed, ids_F), pieces[:3]
         for layer, weights in enumerate(self._view.layers):
-            past = self._cache[group][layer][:reached]
             x_FD, fresh = prefill_layer(
-                self._graph, self._config, weights, x_FD, pieces, self._view.prefix[layer], past, lengths_R, width=width
-            )
-            self._append(group, layer, touched, fresh, lengths_R, counts_R)
+                self._graph, self._config, weights, x_FD, pieces, self._view.prefix[layer],
+                self._cache[group][layer][:reached], width=width,
+            )  # fmt: skip
+            self._append(group, layer, fresh, *appended)
         for session, count in counts.items():
             self._lengths[session] += count
 
@@ -341,9 +341,9 @@ class Engine:
         ids_RP, logprobs_RP, counts_R, buffer = decode(
             self._graph, self._config, self._view, past, lengths_R, asked, places=self._chunk
         )
-        touched = self._touched(lengths_R, asked.limit)
+        rows_R = np.arange(self._rows, dtype=np.int32)
         for layer, fresh in enumerate(buffer):
-            self._append(group, layer, touched, fresh, lengths_R, counts_R)
+            self._append(group, layer, fresh, rows_R, lengths_R, counts_R, asked.limit)
         return ids_RP, logprobs_RP, counts_R
 
     def _reach(self, sessions: Iterable[int]) -> int:
@@ -351,14 +351,14 @@ class Engine:
         longest = max(self._lengths[session] for session in sessions)
         return int(np.searchsorted([0, *self._ends], -(-longest // self._tile)))
 
-    def _touched(self, lengths_R, limit_R) -> list[tuple[int, int]]:
-        """The blocks, with their first places, that at most `limit_R` new places of the rows can lie in."""
-        first, last = lengths_R[limit_R > 0].min(), (lengths_R + limit_R)[limit_R > 0].max()
-        spans = enumerate(itertools.pairwise(end * self._tile for end in [0, *self._ends]))
-        return [(index, start) for index, (start, end) in spans if first < end and last > start]
+    def _append(self, group: int, layer: int, buffer, rows_B, lengths_B, counts_B, limit_B=None) -> None:
+        """Writes the first `counts_B` places of a layer's buffer into the blocks that they can lie in.
 
-    def _append(self, group: int, layer: int, touched: list[tuple[int, int]], buffer, lengths_R, counts_R):
-        """Writes the first `counts_R` places of a layer's buffer into the blocks that they can lie in."""
+        `limit_B` is as many or more, for counts that the device still computes.
+        """
+        limit_B = counts_B if limit_B is None else limit_B
+        first, last = lengths_B[limit_B > 0].min(), (lengths_B + limit_B)[limit_B > 0].max()
         blocks = self._cache[group][layer]
-        for index, start in touched:
-            blocks[index] = append(blocks[index], buffer, start, lengths_R, counts_R)
+        for index, (start, end) in enumerate(itertools.pairwise(end * self._tile for end in [0, *self._ends])):
+            if first < end and last > start:
+                blocks[index] = append(blocks[index], buffer, start, rows_B, lengths_B, counts_B)

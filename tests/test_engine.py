@@ -449,6 +449,6 @@ def test_nothing_of_the_size_of_the_cache_is_copied(monkeypatch):
     decoding = decode.lower(Graph(graph), TINY, view, [[block]] * 2, ints, asked, places=T).compile()
     scores = rows * H * 1024 * 4
     assert decoding.memory_analysis().temp_size_in_bytes < 4 * scores < size
-    writing = append.lower(block, empty_buffer(TINY, rows, T, jnp.float32), 0, ints, ints).compile()
+    writing = append.lower(block, empty_buffer(TINY, rows, T, jnp.float32), 0, ints, ints, ints).compile()
     assert writing.memory_analysis().alias_size_in_bytes >= size
     assert writing.memory_analysis().temp_size_in_bytes < size / 2
