@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 import rollout
-from policy import Ask, NoReply, Server, ServerPolicy
+from policy import Ask, NoReply
+from server import Server, ServerPolicy
 from stage import read_json
 from trajectory import read_trajectories
 
@@ -79,8 +80,9 @@ def line_of(policy: ServerPolicy, text: str = "Observation: a room.\nAction:", s
 
 
 def policy_of(server, path: Path, **changes) -> ServerPolicy:
+    how = {name: changes.pop(name) for name in ("prompt", "top_p") if name in changes}
     settings = {"url": server.url, "model": "m", "retries": 2, "timeout": 1.0} | changes
-    return ServerPolicy(Server(**settings), path / "replies.sqlite")
+    return ServerPolicy(Server(**settings), path / "replies.sqlite", **how)
 
 
 FAULTS = {
@@ -112,13 +114,13 @@ def test_a_fault_that_stays_is_no_reply_and_is_not_kept(server, tmp_path, fault)
 
 def test_a_server_that_never_answered_stops_the_run(server, tmp_path):
     server.answers[:] = [(500, {}, b"")]
-    with pytest.raises(ValueError, match="has not answered once.*Is it up"):
+    with pytest.raises(ValueError, match="has not answered.*Is it up"):
         line_of(policy_of(server, tmp_path, retries=0))
-    with pytest.raises(ValueError, match="localhost:1/v1 has not answered once: APIConnectionError"):
+    with pytest.raises(ValueError, match=r"localhost:1/v1 has not answered \(1 in a row\): APIConnectionError"):
         line_of(policy_of(server, tmp_path, retries=0, url="http://localhost:1/v1"))
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 422])
+@pytest.mark.parametrize("status", [401, 403, 404])
 def test_what_will_never_work_stops_the_run_and_says_what_to_check(server, tmp_path, status):
     server.answers[:] = [(status, {}, b'{"error": {"message": "the model `m` does not exist"}}')]
     with pytest.raises(ValueError, match=r"refuses model 'm' with the key in \$OPENAI_API_KEY.*does not exist"):
@@ -126,18 +128,34 @@ def test_what_will_never_work_stops_the_run_and_says_what_to_check(server, tmp_p
     assert len(server.requests) == 1
 
 
-def test_a_context_that_is_full_and_other_bad_requests(server, tmp_path):
-    server.answers[:] = [(400, {}, b'{"error": {"message": "maximum context length is 4096 tokens"}}')]
-    assert line_of(policy_of(server, tmp_path)) is None
-    server.answers[:] = [(400, {}, b'{"error": {"message": "seed is not supported"}}')]
-    with pytest.raises(ValueError, match="does not take the request.*seed is not supported"):
-        line_of(policy_of(server, tmp_path))
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_context_that_is_full_and_other_bad_requests(server, tmp_path, status):
+    policy = policy_of(server, tmp_path)
+    server.answers[:] = [(status, {}, b'{"error": {"message": "maximum context length is 4096 tokens"}}')]
+    assert line_of(policy) is None
+    server.answers[:] = [(status, {}, b'{"error": {"message": "seed is not supported"}}')]
+    with pytest.raises(ValueError, match=r"does not take the request.*seed is not supported.*--server\.extra"):
+        line_of(policy)
+    server.answers[:] = [completion("act[look]"), (status, {}, b'{"error": {"message": "content filter"}}')]
+    line_of(policy, "taken")
+    assert isinstance(line_of(policy, "not taken"), NoReply)  # one bad session among good ones stops nothing
+
+
+def test_parameters_are_added_and_taken_out(server, tmp_path):
+    extra = '{"max_tokens": null, "temperature": null, "seed": null, "max_completion_tokens": 99, "top_k": 5}'
+    line_of(policy_of(server, tmp_path, extra=extra, top_p=0.9))
+    assert server.requests[0].keys() == {"path", "model", "messages", "max_completion_tokens", "top_k", "top_p"}
+    line_of(policy_of(server, tmp_path))
+    assert server.requests[1].keys() == {"path", "model", "messages", "max_tokens", "temperature", "seed"}
+    with pytest.raises(ValueError, match=r"--server\.extra is 'top_k=5'.*expected a JSON object"):
+        policy_of(server, tmp_path, extra="top_k=5")
 
 
 @pytest.mark.parametrize(
     "said, line",
     [("", " \n"), (None, " \n"), ("\n\n  Action: act[look]\nObservation: x", " act[look]\n"),
-     ("Reason for the action: [It is dark.]", " [It is dark.]\n"), ("think[I\rwait.]", " think[I\n"),
+     ("Reason for the action: [It is dark.]", " [It is dark.]\n"),
+     ("<think>A desk.\nact[x]</think>\n\nact[look]", " act[look]\n"), ("think[I\rwait.]", " think[I\n"),
      ("x" * 200_000, f" {'x' * 2048}\n")],
 )  # fmt: skip
 def test_whatever_is_said_is_one_line_of_bounded_length(server, tmp_path, said, line):
@@ -153,14 +171,13 @@ def test_whatever_is_said_is_one_line_of_bounded_length(server, tmp_path, said, 
 
 
 def test_a_request_is_paid_once_and_told_apart_by_seed_and_prompt(server, tmp_path):
-    (tmp_path / "prompt.txt").write_text("An example.\n\n")
     first = policy_of(server, tmp_path)
     assert [line_of(first), line_of(first)] == [" act[look]\n"] * 2
     assert first.counts == {"requests": 1, "from_cache": 1, "prompt_tokens": 10, "completion_tokens": 3}
     again = policy_of(server, tmp_path)
     line_of(again), line_of(again, seed=1)
     assert again.counts["from_cache"] == 1 and len(server.requests) == 2
-    with_prompt = policy_of(server, tmp_path, prompt=tmp_path / "prompt.txt", api="completions")
+    with_prompt = policy_of(server, tmp_path, prompt="An example.\n\n", api="completions")
     line_of(with_prompt)
     assert server.requests[2]["prompt"] == "An example.\n\nObservation: a room.\nAction:"
     assert server.requests[2]["stop"] == "\n" and server.requests[2]["path"] == "/v1/completions"
@@ -193,11 +210,28 @@ def test_a_killed_run_loses_nothing_and_asks_nothing_twice(server, tmp_path, mon
     assert read_json(path.parent / "done.json")["asked"]["requests"] > 0
 
 
-def test_a_server_that_goes_down_is_no_failure_of_the_agent(server, tmp_path, monkeypatch):
+def test_a_server_that_goes_down_is_no_failure_of_the_agent_and_stops_the_run(server, tmp_path, monkeypatch):
     monkeypatch.delenv("ALFWORLD_DATA", raising=False)
     monkeypatch.chdir(ROOT)
     server.answers[:] = [completion("act[look]")] * 3 + [(500, {}, b"")]
-    settings = Server(url=server.url, model="m", retries=0, concurrency=1)
-    rollout.main(rollout.Args(run=tmp_path, limit=3, server=settings))
-    rows = list(read_trajectories(tmp_path / "round_0/rollout/trajectories.jsonl"))
-    assert [row.end for row in rows] == ["llm_error"] * 3 and [len(row.turns) for row in rows] == [3, 0, 0]
+    args = rollout.Args(run=tmp_path, limit=6, server=Server(url=server.url, model="m", retries=0, concurrency=1))
+    path = tmp_path / "round_0/rollout/trajectories.jsonl"
+    with pytest.raises(ValueError, match=r"has not answered \(2 in a row\): InternalServerError.*run again to go on"):
+        rollout.main(args)
+    (row,) = read_trajectories(path)
+    assert row.end == "llm_error" and len(row.turns) == 3
+    server.answers[:] = [completion("act[look]")]
+    rollout.main(args)
+    assert Counter(row.end for row in read_trajectories(path)) == {"llm_error": 1, "stuck": 5}
+
+
+def test_an_interrupted_run_does_not_wait_for_a_server_that_hangs(server, tmp_path):
+    server.answers[:] = ["hang"]
+    command = [sys.executable, "rollout.py", *flags(server, tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env=os.environ | {"JAX_PLATFORMS": "cpu"})  # fmt: skip
+    deadline = time.time() + 60
+    while not server.requests and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) != 0 and server.requests
