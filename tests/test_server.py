@@ -1,7 +1,10 @@
-"""ServerPolicy against a scripted HTTP server on loopback: every fault that a server is known for, and a killed run."""
+"""ServerPolicy against a scripted HTTP server on loopback: every fault that a server is known for, and a killed run.
+
+And against `transformers serve` (slow)."""
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +17,10 @@ from pathlib import Path
 
 import pytest
 
+import actre
 import rollout
+import train_pg
+from lora import convert
 from policy import Ask, NoReply
 from server import Server, ServerPolicy
 from stage import read_json
@@ -235,3 +241,68 @@ def test_an_interrupted_run_does_not_wait_for_a_server_that_hangs(server, tmp_pa
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=5) != 0 and server.requests
+
+
+@pytest.fixture
+def transformers_serve(tmp_path):
+    """The address of `transformers serve` on the CPU: the model of a request is any folder of weights."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", "--device", "cpu", "--port", str(port)]
+    with open(tmp_path / "serve.log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", port)) == 0:
+                break
+        time.sleep(0.1)
+    assert process.poll() is None, (tmp_path / "serve.log").read_text()
+    yield f"http://localhost:{port}/v1"
+    process.terminate()
+    process.wait()
+
+
+@pytest.mark.slow
+def test_transformers_serve_plays_and_explains_as_the_local_model_does(transformers_serve, tmp_path, monkeypatch):
+    """Round 0 by the base, round 1 by an exported merged model, and ActRe by the base, each from the server and here.
+
+    All is greedy, in float32, with the same draws of sampled actions, so that only rounding can tell them apart.
+    """
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    monkeypatch.chdir(ROOT)
+    base, merged = Path("models/tiny-alfworld"), tmp_path / "merged"
+
+    def at(model: Path) -> Server:
+        return Server(url=transformers_serve, model=str(model.absolute()), api="completions", concurrency=4)
+
+    def games(run: Path, agent: Server, explainer: Server, **how) -> None:
+        how |= {"run": run, "weights": "fp32", "temperature": 0.0}
+        rollout.main(rollout.Args(server=agent, limit=6, **how))
+        actre.main(actre.Args(server=agent, actre_server=explainer, probability=0.3, budget=1, **how))
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    games(here, Server(), Server())
+    train_pg.main(train_pg.Args(run=here, weights="fp32", epochs=(4,), learning_rate=0.01))
+    adapter = here / "round_0/train_pg/adapter"
+    convert.main(convert.Args(model=base, adapter=adapter, weights="fp32", out=merged))
+    games(here, Server(), Server())
+    games(there, at(base), at(base))
+    shutil.copytree(adapter.parent, there / "round_0/train_pg")
+    games(there, at(merged), at(base))
+    played = {}
+    for stage in ("round_0/rollout", "round_1/rollout", "round_1/actre"):
+        ours, theirs = (list(read_trajectories(run / stage / "trajectories.jsonl")) for run in (here, there))
+        assert [row.key for row in ours] == [row.key for row in theirs] != []
+        played[stage] = [row.turns for row in theirs]
+        alike = sum((a.turns, a.end) == (b.turns, b.end) for a, b in zip(ours, theirs, strict=True))
+        asked = read_json(there / stage / "done.json")["asked"]
+        print(f"{stage}: {alike} of {len(ours)} games alike, won {sum(row.success for row in ours)} here and "
+              f"{sum(row.success for row in theirs)} there; {asked}")  # fmt: skip
+        assert alike >= len(ours) - 1
+    assert played["round_0/rollout"] != played["round_1/rollout"]  # else the adapter may be lost in the export
+    written = [turn for row in theirs for turn in row.turns if turn.thought_by == "actre"]
+    assert written and all(turn.thought and turn.action_by == "sampled" for turn in written)
