@@ -153,7 +153,8 @@ def make_policy(
         raise ValueError(f"--top-p is {top_p}; expected more than 0 and at most 1")
     from server import ServerPolicy  # on demand, as it builds on this file
 
-    how = {"prompt": prompt.read_text() if prompt else "", "top_p": top_p}
+    example = prompt.read_text().rstrip("\n") + "\n\n" if prompt else ""
+    how = {"prompt": example, "top_p": top_p}
     return ServerPolicy(server, cache, **how) if server.url else LocalPolicy(model, adapter, **how, **shape)
 
 

@@ -76,6 +76,8 @@ class ServerPolicy:
 
         if not server.model:
             raise ValueError(f"the server at {server.url} needs the name of its model")
+        if min(server.concurrency, server.max_tokens) < 1 or server.retries < 0 or server.timeout <= 0:
+            raise ValueError(f"{server}: concurrency, max_tokens and timeout must be positive, retries not negative")
         try:
             self._extra = dict(json.loads(server.extra))
         except (TypeError, ValueError) as error:
@@ -124,11 +126,11 @@ class ServerPolicy:
             except queue.Empty:
                 break
             patience = 0.0
-        ready, self._ready = self._ready, []
+        ready, self._ready = [each for each in self._ready if each[0] in self._text], []
         return ready
 
     def close(self, session: int) -> tuple[list[int], list[int]]:
-        """Ends the session: a text, without ids."""
+        """Ends the session: a text, without ids. A reply that is still to come is kept, and is no line of `lines`."""
         del self._text[session]
         return [], []
 
@@ -211,5 +213,6 @@ class ServerPolicy:
         for words in (REASON, ACTION):
             said = said.removeprefix(words).strip()
         line = f" {flat(said[: 16 * self._server.max_tokens])}\n"
-        self._text[session] += line
+        if session in self._text:
+            self._text[session] += line
         self._ready.append((session, line))

@@ -77,13 +77,13 @@ def test_a_prompt_is_played_and_not_kept(model_dir, instructed):
     assert prompted.counts["prompt_tokens"] - alone.counts["prompt_tokens"] > len(before)
 
 
-def test_what_was_played_after_a_prompt_is_trained_on_without_it(tmp_path, monkeypatch):
+def test_what_was_played_after_a_prompt_is_trained_on_without_it(model_dir, tmp_path, monkeypatch):
     monkeypatch.delenv("ALFWORLD_DATA", raising=False)
     example = tmp_path / "example.txt"
     example.write_text(EXAMPLE)
-    how = {"limit": 2, "slots": 2, "max_turns": 3}
+    how = {"model": model_dir, "limit": 2, "slots": 2, "max_turns": 2}
     plain, prompted = rollout.Args(run=tmp_path / "a", **how), rollout.Args(run=tmp_path / "b", prompt=example, **how)
-    tokenizer, found = load_tokenizer(plain.model), []
+    tokenizer, found = load_tokenizer(model_dir), []
     for args in (plain, prompted):
         rollout.main(args)
         rows = list(read_trajectories(args.run / "round_0/rollout/trajectories.jsonl"))

@@ -189,6 +189,25 @@ def test_a_request_is_paid_once_and_told_apart_by_seed_and_prompt(server, tmp_pa
     assert server.requests[2]["stop"] == "\n" and server.requests[2]["path"] == "/v1/completions"
 
 
+def test_a_session_closed_before_its_reply_comes_leaves_the_reply_for_later(server, tmp_path):
+    policy = policy_of(server, tmp_path)
+    session = policy.open("Observation: a room.\nAction:")
+    policy.ask(Ask(session, 0.0, 0))
+    policy.close(session)
+    deadline = time.time() + 60
+    while not policy.counts["requests"] and time.time() < deadline:
+        assert policy.lines() == []
+    assert line_of(policy) == " act[look]\n" and policy.counts["from_cache"] == 1 == len(server.requests)
+
+
+def test_settings_that_cannot_be(server, tmp_path):
+    for changes in ({"concurrency": 0}, {"retries": -1}, {"timeout": 0.0}, {"max_tokens": 0}):
+        with pytest.raises(ValueError, match="must be positive, retries not negative"):
+            policy_of(server, tmp_path, **changes)
+    with pytest.raises(ValueError, match="needs the name of its model"):
+        policy_of(server, tmp_path, model="")
+
+
 def flags(server, run: Path) -> list[str]:
     return ["--run", str(run), "--trials", "2", "--limit", "100", "--max-turns", "3", "--temperature", "1",
             "--server.url", server.url, "--server.model", "m", "--server.concurrency", "8"]  # fmt: skip
