@@ -272,7 +272,8 @@ def transformers_serve(tmp_path):
         port = free.getsockname()[1]
     command = [str(Path(sys.executable).with_name("transformers")), "serve", "--device", "cpu", "--port", str(port)]
     with open(tmp_path / "serve.log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        alone = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # threads of torch wait for busy cores
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=alone)
     deadline = time.time() + 120
     while time.time() < deadline and process.poll() is None:
         with socket.socket() as probe:
