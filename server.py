@@ -66,9 +66,8 @@ class ServerPolicy:
 
     Replies are kept in `cache`, a SQLite file keyed by the sha256 of the request, before they are used: a resumed run
     asks only what was not answered. The `openai` client repeats 429 (after Retry-After), 5xx, timeouts and dropped
-    connections; when that is of no use the line is NoReply. Raised is ValueError, for nothing could be played on: for a
-    wrong key, address or model (401, 403, 404), where the first request is refused or gets no reply, and where as many
-    requests in a row as sessions can be open, and one more, got none.
+    connections. When that is of no use, a short question tells the session from the server: if it is answered, the line
+    is NoReply; if not, as with a wrong key, address or model, nothing could be played on and `lines` raises ValueError.
     """
 
     def __init__(self, server: Server, cache: str | Path, *, prompt: str = "", top_p: float = 1.0):
@@ -85,17 +84,15 @@ class ServerPolicy:
         self.slots = server.concurrency
         self._server, self._openai, self._prompt, self._top_p = server, openai, prompt, top_p
         self._client = openai.OpenAI(
-            base_url=server.url, api_key=os.environ.get(server.key) or "none", timeout=server.timeout,
-            max_retries=server.retries,
-        )  # fmt: skip
+            base_url=server.url, api_key=os.environ.get(server.key) or "none", timeout=server.timeout
+        )
         self._cache = sqlite3.connect(cache)
         self._cache.execute("PRAGMA journal_mode=WAL")
         self._cache.execute("CREATE TABLE IF NOT EXISTS replies (request TEXT PRIMARY KEY, reply TEXT) WITHOUT ROWID")
-        self._answered = bool(self._cache.execute("SELECT EXISTS (SELECT * FROM replies)").fetchone()[0])
         self._permits = threading.Semaphore(server.concurrency)
         self._came: queue.SimpleQueue = queue.SimpleQueue()
         self._text: dict[int, str] = {}
-        self._opened = self._failed = 0
+        self._opened = 0
         self._ready: list[tuple[int, Line]] = []
         self.counts = {"requests": 0, "from_cache": 0, "prompt_tokens": 0, "completion_tokens": 0}
 
@@ -108,7 +105,7 @@ class ServerPolicy:
         self._text[session] += text
 
     def ask(self, ask: Ask) -> None:
-        request = self._request(ask)
+        request = self._request(self._text[ask.session], ask.temperature, ask.seed)
         key = hashlib.sha256(json.dumps([self._server.url, request], sort_keys=True).encode()).hexdigest()
         known = self._cache.execute("SELECT reply FROM replies WHERE request = ?", (key,)).fetchone()
         if known:
@@ -134,10 +131,9 @@ class ServerPolicy:
         del self._text[session]
         return [], []
 
-    def _request(self, ask: Ask) -> dict:
+    def _request(self, text: str, temperature: float, seed: int) -> dict:
         """The request's body."""
-        text = self._text[ask.session]
-        what = {"model": self._server.model, "temperature": ask.temperature, "seed": ask.seed % 2**31,
+        what = {"model": self._server.model, "temperature": temperature, "seed": seed % 2**31,
                 "max_tokens": self._server.max_tokens}  # fmt: skip
         if self._top_p < 1:
             what["top_p"] = self._top_p
@@ -148,20 +144,21 @@ class ServerPolicy:
         return {name: value for name, value in (what | self._extra).items() if value is not None}
 
     def _send(self, session: int, key: str, request: dict) -> None:
-        """Asks the server, in a thread of its own, and queues (session, key, the reply or what went wrong)."""
+        """Asks the server, in a thread of its own, and queues the session, the request's key and what came."""
         with self._permits:
             try:
-                came = self._reply(request)
+                came = self._reply(request, self._server.retries)
             except (*UNREADABLE, self._openai.OpenAIError) as error:
-                came = error
+                came = self._judge(error)
         self._came.put((session, key, came))
 
-    def _reply(self, request: dict) -> dict:
+    def _reply(self, request: dict, retries: int) -> dict:
         """One reply. One that is no JSON or holds no choice is asked for again."""
-        create = self._client.completions.create if "prompt" in request else self._client.chat.completions.create
+        client = self._client.with_options(max_retries=retries)
+        create = client.completions.create if "prompt" in request else client.chat.completions.create
         named = {name: request[name] for name in NAMED if name in request}
         rest = {name: value for name, value in request.items() if name not in NAMED}
-        for attempt in range(self._server.retries + 1):
+        for attempt in range(retries + 1):
             try:
                 reply = create(**named, extra_body=rest)
                 choice = reply.choices[0]
@@ -170,40 +167,44 @@ class ServerPolicy:
                 return {"text": text or "", "prompt_tokens": usage.prompt_tokens if usage else 0,
                         "completion_tokens": usage.completion_tokens if usage else 0}  # fmt: skip
             except (*UNREADABLE, self._openai.APIResponseValidationError):
-                if attempt == self._server.retries:
+                if attempt == retries:
                     raise
                 time.sleep(min(8.0, 0.5 * 2**attempt))
         raise AssertionError("unreachable")
 
-    def _take(self, session: int, key: str, came: dict | Exception) -> None:
-        """Keeps a reply that has come; says what became of one that has not."""
-        openai, server = self._openai, self._server
-        refused = isinstance(came, (openai.BadRequestError, openai.UnprocessableEntityError))
-        if isinstance(came, dict):
-            with self._cache:
-                self._cache.execute("INSERT OR IGNORE INTO replies VALUES (?, ?)", (key, json.dumps(came)))
-            self._failed, self._answered = 0, True
-            self.counts["requests"] += 1
-            self.counts["prompt_tokens"] += came["prompt_tokens"]
-            self.counts["completion_tokens"] += came["completion_tokens"]
-            return self._finish(session, came)
-        if refused and any(word in str(came).lower() for word in FULL):
-            return self._ready.append((session, None))
-        if isinstance(came, (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)):
-            raise ValueError(
-                f"{server.url} refuses model {server.model!r} with the key in ${server.key}: {came}. Check the "
+    def _judge(self, error: Exception) -> NoReply | ValueError | None:
+        """What it means that no reply came: the context is full (None), the session or the server is at fault."""
+        openai, server, said = self._openai, self._server, f"{type(error).__name__}: {error}"
+        if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)):
+            return ValueError(
+                f"{server.url} refuses model {server.model!r} with the key in ${server.key}: {error}. Check the "
                 "address, the model's name and the key; what was played is kept."
-            ) from came
-        self._failed += 1
-        answered = self._answered if refused else self.counts["requests"] > 0
-        if not answered or self._failed > self.slots:
-            what = "has not answered" if not refused else "does not take the request"
-            raise ValueError(
-                f"{server.url} {what} ({self._failed} in a row): {type(came).__name__}: {came}. Is it up? Are "
+            )
+        refused = isinstance(error, (openai.BadRequestError, openai.UnprocessableEntityError))
+        if refused and any(word in str(error).lower() for word in FULL):
+            return None
+        try:
+            self._reply(self._request("Say OK.", 0.0, 0), min(1, server.retries))
+        except (*UNREADABLE, openai.OpenAIError):
+            return ValueError(
+                f"{server.url} {'does not take the request' if refused else 'does not answer'}: {said}. Is it up? Are "
                 "address, model and --server.api right? --server.extra '{\"NAME\": null}' takes out a parameter. What "
                 "was played is kept: run again to go on."
-            ) from came
-        return self._ready.append((session, NoReply(f"{type(came).__name__}: {came}"[:500])))
+            )
+        return NoReply(said[:500])
+
+    def _take(self, session: int, key: str, came: dict | NoReply | ValueError | None) -> None:
+        """Keeps a reply that has come; says what became of one that has not."""
+        if isinstance(came, ValueError):
+            raise came
+        if isinstance(came, NoReply) or came is None:
+            return self._ready.append((session, came))
+        with self._cache:
+            self._cache.execute("INSERT OR IGNORE INTO replies VALUES (?, ?)", (key, json.dumps(came)))
+        self.counts["requests"] += 1
+        self.counts["prompt_tokens"] += came["prompt_tokens"]
+        self.counts["completion_tokens"] += came["completion_tokens"]
+        return self._finish(session, came)
 
     def _finish(self, session: int, reply: dict) -> None:
         """The reply's first line of text after what it thought, if it says that, without the words that it was to
