@@ -298,7 +298,8 @@ def transformers_serve(tmp_path):
 
 @pytest.mark.slow
 def test_transformers_serve_plays_and_explains_as_the_local_model_does(transformers_serve, tmp_path, monkeypatch):
-    """Round 0 by the base, round 1 by an exported merged model, and ActRe by the base, each from the server and here.
+    """Round 0 by the base, round 1 by an exported merged model, ActRe by the base, and the base after an example, each
+    from the server and here.
 
     All is greedy, in float32, with the same draws of sampled actions, so that only rounding can tell them apart.
     """
@@ -323,8 +324,11 @@ def test_transformers_serve_plays_and_explains_as_the_local_model_does(transform
     games(there, at(base), at(base))
     shutil.copytree(adapter.parent, there / "round_0/train_pg")
     games(there, at(merged), at(base))
+    example = {"prompt": Path("prompts/alfworld_react.txt"), "limit": 3, "weights": "fp32"}
+    rollout.main(rollout.Args(run=here / "prompted", **example))
+    rollout.main(rollout.Args(run=there / "prompted", server=at(base), **example))
     played = {}
-    for stage in ("round_0/rollout", "round_1/rollout", "round_1/actre"):
+    for stage in ("prompted/round_0/rollout", "round_0/rollout", "round_1/rollout", "round_1/actre"):
         ours, theirs = (list(read_trajectories(run / stage / "trajectories.jsonl")) for run in (here, there))
         assert [row.key for row in ours] == [row.key for row in theirs] != []
         played[stage] = [row.turns for row in theirs]
