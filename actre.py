@@ -24,7 +24,8 @@ import tyro
 from agent import Compose, Job, Play, play
 from envs.base import make_world
 from lora.checkpoint import base_sha
-from policy import Server, make_policy, server_facts
+from policy import make_policy, prompt_facts
+from server import Server
 from stage import (
     Stage,
     adapter_of_round,
@@ -58,6 +59,10 @@ class Args:
     """Where the agent asks instead of the local model."""
     actre_server: Server = Server()
     """Where ActRe asks instead of the local base: it may be another model than the agent."""
+    prompt: Path | None = None
+    """File with an example that stands before every session of the agent (prompts/)."""
+    actre_prompt: Path | None = None
+    """File with an example that stands before every session of ActRe (prompts/; paper: always)."""
     probability: float = 0.1
     """p, the chance of a sampled action at each step (the paper's number is not recoverable)."""
     sample: Literal["commands", "verbs"] = "commands"
@@ -70,6 +75,8 @@ class Args:
     """Composed before stopping at the first success (paper: the whole budget on ALFWorld, 3 on WebShop)."""
     temperature: float = 1.0
     """Sampling temperature of the agent's own turns (not stated in the paper)."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that have this share together; 1: from all."""
     max_turns: int = 20
     """Turns after which an attempt ends."""
     patience: int = 3
@@ -104,7 +111,7 @@ def main(args: Args) -> None:
     played = rollout / "trajectories.jsonl"
     directory = round_directory(args.run, number) / "actre"
     facts = {"rollout": sha256(played), "base": base_sha(args.model), "adapter": adapter_sha(adapter),
-             **server_facts(args.server, args.actre_server)}  # fmt: skip
+             **prompt_facts(args.prompt, args.actre_prompt)}  # fmt: skip
     stage = Stage(directory, args, facts)
     if stage.finished:
         return
@@ -136,11 +143,13 @@ def main(args: Args) -> None:
                             patience=args.patience, temperature=args.temperature, deadline=args.deadline,
                             compose=compose)  # fmt: skip
             shape = {"weights": args.weights, "slots": args.slots, "context": args.context}
-            react = make_policy(args.server, directory / "replies.sqlite", args.model, adapter, **shape)
+            react = make_policy(args.server, directory / "replies.sqlite", args.model, adapter, prompt=args.prompt,
+                                top_p=args.top_p, **shape)  # fmt: skip
             explainer = None
             if args.reason == "actre":
                 replies = directory / "replies_actre.sqlite"
-                explainer = make_policy(args.actre_server, replies, args.model, None, **shape)
+                explainer = make_policy(args.actre_server, replies, args.model, None, prompt=args.actre_prompt,
+                                        **shape)  # fmt: skip
             play(jobs, settings, lambda: make_world(args.env, data=args.data, engine=args.engine), react, explainer,
                  on_done, total=len(jobs))  # fmt: skip
             asked = {"react": react.counts, "actre": explainer.counts if explainer else {}}

@@ -24,7 +24,8 @@ from envs.alfworld import TASK_TYPES, task_type
 from envs.base import make_world
 from envs.panel import default_panels, pick_tasks
 from lora.checkpoint import base_sha
-from policy import Server, make_policy, server_facts
+from policy import make_policy, prompt_facts
+from server import Server
 from stage import (
     Stage,
     StageError,
@@ -65,8 +66,12 @@ class Args:
     """How the base is held."""
     server: Server = Server()
     """Where to ask instead of the local model."""
+    prompt: Path | None = None
+    """File with an example that stands before every session (prompts/)."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that have this share together; 1: from all."""
     max_turns: int = 20
     """Turns after which an attempt ends."""
     patience: int = 3
@@ -157,7 +162,7 @@ def evaluate(args: Args, directory: Path, adapter: Path | None, number: int) -> 
     panels = args.panels or default_panels("evaluate", args.env, args.data)
     tasks = {panel: pick_tasks(panel, args.limit) for panel in panels}
     facts = {"panels": {p: h for p, (_, h) in tasks.items()}, "base": base_sha(args.model),
-             "adapter": adapter_sha(adapter), **server_facts(args.server)}  # fmt: skip
+             "adapter": adapter_sha(adapter), **prompt_facts(args.prompt)}  # fmt: skip
     stage = Stage(directory, args, facts)
     if stage.finished:
         return
@@ -168,7 +173,8 @@ def evaluate(args: Args, directory: Path, adapter: Path | None, number: int) -> 
                     patience=args.patience, temperature=args.temperature,
                     deadline=args.deadline)  # fmt: skip
     policy = make_policy(args.server, directory / "replies.sqlite", args.model, adapter,
-                         weights=args.weights, slots=args.slots, context=args.context)  # fmt: skip
+                         prompt=args.prompt, top_p=args.top_p, weights=args.weights, slots=args.slots,
+                         context=args.context)  # fmt: skip
     path = directory / "trajectories.jsonl"
     with Writer(path) as writer:
 

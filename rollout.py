@@ -21,7 +21,8 @@ from envs.base import make_world
 from envs.panel import default_panels, pick_tasks
 from evaluate import success_by_type
 from lora.checkpoint import base_sha
-from policy import Server, make_policy, server_facts
+from policy import make_policy, prompt_facts
+from server import Server
 from stage import Stage, adapter_of_round, adapter_sha, current_round, round_directory, run_main
 from trajectory import Trajectory, Writer, sort_file
 
@@ -50,8 +51,13 @@ class Args:
     """How the base is held."""
     server: Server = Server()
     """Where to ask instead of the local model."""
+    prompt: Path | None = None
+    """File with an example that stands before every session (prompts/; paper: in round 0). Adapters are trained on the
+    sessions alone."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy (not stated in the paper; ReAct's own harness is greedy)."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that have this share together; 1: from all."""
     max_turns: int = 20
     """Turns after which an attempt ends; a thought and its action are one turn (not stated in the paper)."""
     patience: int = 3
@@ -74,7 +80,7 @@ def main(args: Args) -> None:
     tasks, panel_hash = pick_tasks(panel, args.limit)
     directory = round_directory(args.run, number) / "rollout"
     facts = {"panel": panel, "panel_sha256": panel_hash, "base": base_sha(args.model), "adapter": adapter_sha(adapter),
-             **server_facts(args.server)}  # fmt: skip
+             **prompt_facts(args.prompt)}  # fmt: skip
     stage = Stage(directory, args, facts)
     if stage.finished:
         return
@@ -84,7 +90,8 @@ def main(args: Args) -> None:
                     patience=args.patience, temperature=args.temperature,
                     deadline=args.deadline)  # fmt: skip
     react = make_policy(args.server, directory / "replies.sqlite", args.model, adapter,
-                        weights=args.weights, slots=args.slots, context=args.context)  # fmt: skip
+                        prompt=args.prompt, top_p=args.top_p, weights=args.weights, slots=args.slots,
+                        context=args.context)  # fmt: skip
     path = directory / "trajectories.jsonl"
     with Writer(path) as writer:
 

@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 RUN=${RUN:-runs/a3t} ROUNDS=${ROUNDS:-4} SEED=${SEED:-0}
-common=(--run "$RUN" --seed "$SEED") play=() compose=() train=()
+common=(--run "$RUN" --seed "$SEED") first=() play=() compose=() train=()
 case "${1:-tiny}" in
   tiny)
     common+=(--model "${MODEL:-models/tiny-alfworld}")
@@ -21,15 +21,18 @@ case "${1:-tiny}" in
       python -m lora.convert --weights nf4 --out "$base" \
         --model "${MODEL:?MODEL must name the folder of Mistral-7B-Instruct-v0.2}"
     common+=(--model "$base")
+    first+=(--prompt prompts/alfworld_react.txt) # round 0 is prompted; what is trained plays without
     play+=(--patience 0 --context 1920)
-    compose+=(--probability 0.5 --budget "${BUDGET:-40}" --force "${BUDGET:-40}")
+    compose+=(--probability 0.5 --budget "${BUDGET:-40}" --force "${BUDGET:-40}"
+              --actre-prompt prompts/alfworld_actre.txt)
     train+=(--targets q v --rank 16 --alpha 32 --learning-rate 1e-4 --epochs 10 6 --failure-reward -1 --world-weight 1
             --weights nf4 --dtype bfloat16 --remat full --row-length 2048 --batch-rows 16) ;;
   *) echo "run.sh: got '$1', expected nothing, 'tiny' or 'paper'" >&2; exit 2 ;;
 esac
 
 for ((round = 0; round < ROUNDS; round++)); do
-  python rollout.py "${common[@]}" --round "$round" ${play[@]+"${play[@]}"}
+  ((round == 0)) || first=()
+  python rollout.py "${common[@]}" --round "$round" ${first[@]+"${first[@]}"} ${play[@]+"${play[@]}"}
   python actre.py "${common[@]}" --round "$round" ${play[@]+"${play[@]}"} ${compose[@]+"${compose[@]}"}
   python train_pg.py "${common[@]}" --round "$round" ${train[@]+"${train[@]}"}
   python evaluate.py "${common[@]}" --round "$round" ${play[@]+"${play[@]}"}

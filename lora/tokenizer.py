@@ -62,6 +62,22 @@ def encode_piece(tokenizer: Tokenizer, text: str, first: bool) -> list[int]:
     return ids[len(newline) :]
 
 
+def prompt_ids(tokenizer: Tokenizer, model_dir: str | Path, text: str) -> list[int]:
+    """Ids of an example that stands before a text whose own ids follow, without what the tokenizer puts before them.
+
+    For a model of `model_dir` that is instructed in Mistral's form (its chat template says [INST]) the example is the
+    user's message and the text is the assistant's: <s> [INST] example [/INST] text. Any other model has the example as
+    it is: <s> example text.
+    """
+    path = Path(model_dir) / "tokenizer_config.json"
+    template = json.loads(path.read_text()).get("chat_template") if path.exists() else None
+    path = path.with_name("chat_template.jinja")
+    template = path.read_text() if path.exists() else template
+    if "[INST]" in str(template):
+        return chat_ids(tokenizer, [{"role": "user", "content": text.strip()}])
+    return tokenizer.encode(text).ids
+
+
 def chat_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Ids of a chat in the form of Mistral-7B-Instruct v0.1 and v0.2: <s> [INST] user [/INST] assistant</s> [INST] ...
 

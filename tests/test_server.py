@@ -1,7 +1,10 @@
-"""ServerPolicy against a scripted HTTP server on loopback: every fault that a server is known for, and a killed run."""
+"""ServerPolicy against a scripted HTTP server on loopback: every fault that a server is known for, and a killed run.
+
+And against `transformers serve` (slow)."""
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,8 +17,12 @@ from pathlib import Path
 
 import pytest
 
+import actre
 import rollout
-from policy import Ask, NoReply, Server, ServerPolicy
+import train_pg
+from lora import convert
+from policy import Ask, NoReply
+from server import Server, ServerPolicy
 from stage import read_json
 from trajectory import read_trajectories
 
@@ -79,8 +86,9 @@ def line_of(policy: ServerPolicy, text: str = "Observation: a room.\nAction:", s
 
 
 def policy_of(server, path: Path, **changes) -> ServerPolicy:
+    how = {name: changes.pop(name) for name in ("prompt", "top_p") if name in changes}
     settings = {"url": server.url, "model": "m", "retries": 2, "timeout": 1.0} | changes
-    return ServerPolicy(Server(**settings), path / "replies.sqlite")
+    return ServerPolicy(Server(**settings), path / "replies.sqlite", **how)
 
 
 FAULTS = {
@@ -103,22 +111,22 @@ def test_a_fault_is_asked_again(server, tmp_path, fault):
 def test_a_fault_that_stays_is_no_reply_and_is_not_kept(server, tmp_path, fault):
     policy = policy_of(server, tmp_path, retries=1)
     line_of(policy)
-    server.answers[:] = [FAULTS[fault]]
+    server.answers[:] = [lambda body: completion("OK.") if "Say OK." in str(body) else FAULTS[fault]]
     assert isinstance(line_of(policy, "another"), NoReply)
-    assert len(server.requests) == 3
+    assert len(server.requests) == 4  # twice, and whether it answers anything
     server.answers[:] = [completion("act[wait]")]
     assert line_of(policy, "another") == " act[wait]\n"
 
 
-def test_a_server_that_never_answered_stops_the_run(server, tmp_path):
+def test_a_server_that_answers_nothing_stops_the_run(server, tmp_path):
     server.answers[:] = [(500, {}, b"")]
-    with pytest.raises(ValueError, match="has not answered once.*Is it up"):
+    with pytest.raises(ValueError, match="does not answer: InternalServerError.*Is it up"):
         line_of(policy_of(server, tmp_path, retries=0))
-    with pytest.raises(ValueError, match="localhost:1/v1 has not answered once: APIConnectionError"):
+    with pytest.raises(ValueError, match="localhost:1/v1 does not answer: APIConnectionError"):
         line_of(policy_of(server, tmp_path, retries=0, url="http://localhost:1/v1"))
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 422])
+@pytest.mark.parametrize("status", [401, 403, 404])
 def test_what_will_never_work_stops_the_run_and_says_what_to_check(server, tmp_path, status):
     server.answers[:] = [(status, {}, b'{"error": {"message": "the model `m` does not exist"}}')]
     with pytest.raises(ValueError, match=r"refuses model 'm' with the key in \$OPENAI_API_KEY.*does not exist"):
@@ -126,18 +134,33 @@ def test_what_will_never_work_stops_the_run_and_says_what_to_check(server, tmp_p
     assert len(server.requests) == 1
 
 
-def test_a_context_that_is_full_and_other_bad_requests(server, tmp_path):
-    server.answers[:] = [(400, {}, b'{"error": {"message": "maximum context length is 4096 tokens"}}')]
-    assert line_of(policy_of(server, tmp_path)) is None
-    server.answers[:] = [(400, {}, b'{"error": {"message": "seed is not supported"}}')]
-    with pytest.raises(ValueError, match="does not take the request.*seed is not supported"):
-        line_of(policy_of(server, tmp_path))
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_context_that_is_full_and_other_bad_requests(server, tmp_path, status):
+    policy = policy_of(server, tmp_path)
+    server.answers[:] = [(status, {}, b'{"error": {"message": "maximum context length is 4096 tokens"}}')]
+    assert line_of(policy) is None
+    server.answers[:] = [(status, {}, b'{"error": {"message": "seed is not supported"}}')]
+    with pytest.raises(ValueError, match=r"does not take the request.*seed is not supported.*--server\.extra"):
+        line_of(policy)
+    server.answers[:] = [(status, {}, b'{"error": {"message": "content filter"}}'), completion("OK.")]
+    assert isinstance(line_of(policy), NoReply)  # one session that is refused stops nothing
+
+
+def test_parameters_are_added_and_taken_out(server, tmp_path):
+    extra = '{"max_tokens": null, "temperature": null, "seed": null, "max_completion_tokens": 99, "top_k": 5}'
+    line_of(policy_of(server, tmp_path, extra=extra, top_p=0.9))
+    assert server.requests[0].keys() == {"path", "model", "messages", "max_completion_tokens", "top_k", "top_p"}
+    line_of(policy_of(server, tmp_path))
+    assert server.requests[1].keys() == {"path", "model", "messages", "max_tokens", "temperature", "seed"}
+    with pytest.raises(ValueError, match=r"--server\.extra is 'top_k=5'.*expected a JSON object"):
+        policy_of(server, tmp_path, extra="top_k=5")
 
 
 @pytest.mark.parametrize(
     "said, line",
     [("", " \n"), (None, " \n"), ("\n\n  Action: act[look]\nObservation: x", " act[look]\n"),
-     ("Reason for the action: [It is dark.]", " [It is dark.]\n"), ("think[I\rwait.]", " think[I\n"),
+     ("Reason for the action: [It is dark.]", " [It is dark.]\n"),
+     ("<think>A desk.\nact[x]</think>\n\nact[look]", " act[look]\n"), ("think[I\rwait.]", " think[I\n"),
      ("x" * 200_000, f" {'x' * 2048}\n")],
 )  # fmt: skip
 def test_whatever_is_said_is_one_line_of_bounded_length(server, tmp_path, said, line):
@@ -153,17 +176,35 @@ def test_whatever_is_said_is_one_line_of_bounded_length(server, tmp_path, said, 
 
 
 def test_a_request_is_paid_once_and_told_apart_by_seed_and_prompt(server, tmp_path):
-    (tmp_path / "prompt.txt").write_text("An example.\n\n")
     first = policy_of(server, tmp_path)
     assert [line_of(first), line_of(first)] == [" act[look]\n"] * 2
     assert first.counts == {"requests": 1, "from_cache": 1, "prompt_tokens": 10, "completion_tokens": 3}
     again = policy_of(server, tmp_path)
     line_of(again), line_of(again, seed=1)
     assert again.counts["from_cache"] == 1 and len(server.requests) == 2
-    with_prompt = policy_of(server, tmp_path, prompt=tmp_path / "prompt.txt", api="completions")
+    with_prompt = policy_of(server, tmp_path, prompt="An example.\n\n", api="completions")
     line_of(with_prompt)
     assert server.requests[2]["prompt"] == "An example.\n\nObservation: a room.\nAction:"
     assert server.requests[2]["stop"] == "\n" and server.requests[2]["path"] == "/v1/completions"
+
+
+def test_a_session_closed_before_its_reply_comes_leaves_the_reply_for_later(server, tmp_path):
+    policy = policy_of(server, tmp_path)
+    session = policy.open("Observation: a room.\nAction:")
+    policy.ask(Ask(session, 0.0, 0))
+    policy.close(session)
+    deadline = time.time() + 60
+    while not policy.counts["requests"] and time.time() < deadline:
+        assert policy.lines() == []
+    assert line_of(policy) == " act[look]\n" and policy.counts["from_cache"] == 1 == len(server.requests)
+
+
+def test_settings_that_cannot_be(server, tmp_path):
+    for changes in ({"concurrency": 0}, {"retries": -1}, {"timeout": 0.0}, {"max_tokens": 0}):
+        with pytest.raises(ValueError, match="must be positive, retries not negative"):
+            policy_of(server, tmp_path, **changes)
+    with pytest.raises(ValueError, match="needs the name of its model"):
+        policy_of(server, tmp_path, model="")
 
 
 def flags(server, run: Path) -> list[str]:
@@ -193,11 +234,109 @@ def test_a_killed_run_loses_nothing_and_asks_nothing_twice(server, tmp_path, mon
     assert read_json(path.parent / "done.json")["asked"]["requests"] > 0
 
 
-def test_a_server_that_goes_down_is_no_failure_of_the_agent(server, tmp_path, monkeypatch):
+def test_a_server_that_goes_down_stops_the_run_which_goes_on_as_if_nothing_had_been(server, tmp_path, monkeypatch):
     monkeypatch.delenv("ALFWORLD_DATA", raising=False)
     monkeypatch.chdir(ROOT)
-    server.answers[:] = [completion("act[look]")] * 3 + [(500, {}, b"")]
-    settings = Server(url=server.url, model="m", retries=0, concurrency=1)
-    rollout.main(rollout.Args(run=tmp_path, limit=3, server=settings))
-    rows = list(read_trajectories(tmp_path / "round_0/rollout/trajectories.jsonl"))
-    assert [row.end for row in rows] == ["llm_error"] * 3 and [len(row.turns) for row in rows] == [3, 0, 0]
+    server.answers[:] = [completion("act[look]")] * 6 + [(500, {}, b"")]
+    args = rollout.Args(run=tmp_path, limit=6, server=Server(url=server.url, model="m", retries=0, concurrency=1))
+    path = tmp_path / "round_0/rollout/trajectories.jsonl"
+    with pytest.raises(ValueError, match=r"does not answer: InternalServerError.*run again to go on"):
+        rollout.main(args)
+    assert [row.end for row in read_trajectories(path)] == ["stuck"]
+    server.answers[:] = [completion("act[look]")]
+    rollout.main(args)
+    assert [row.end for row in read_trajectories(path)] == ["stuck"] * 6
+    assert len(server.requests) == 6 * 4 + 2  # those that failed: one of a game, and whether it answers anything
+
+
+def test_a_game_that_a_server_cannot_answer_is_no_failure_of_the_agent(server, tmp_path, monkeypatch):
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    monkeypatch.chdir(ROOT)
+    server.answers[:] = [lambda body: (500, {}, b"") if "keychain" in str(body) else completion("act[look]")]
+    args = rollout.Args(run=tmp_path, limit=10, server=Server(url=server.url, model="m", retries=0))
+    rollout.main(args)
+    ends = {row.task: row.end for row in read_trajectories(tmp_path / "round_0/rollout/trajectories.jsonl")}
+    assert set(ends.values()) == {"llm_error", "stuck"}
+    assert all((end == "llm_error") == ("keychain" in task) for task, end in ends.items()), ends
+
+
+def test_an_interrupted_run_does_not_wait_for_a_server_that_hangs(server, tmp_path):
+    server.answers[:] = ["hang"]
+    command = [sys.executable, "rollout.py", *flags(server, tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env=os.environ | {"JAX_PLATFORMS": "cpu"})  # fmt: skip
+    deadline = time.time() + 60
+    while not server.requests and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) != 0 and server.requests
+
+
+@pytest.fixture
+def transformers_serve(tmp_path):
+    """The address of `transformers serve` on the CPU: the model of a request is any folder of weights."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", "--device", "cpu", "--port", str(port)]
+    with open(tmp_path / "serve.log", "w") as log:
+        alone = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # threads of torch wait for busy cores
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=alone)
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", port)) == 0:
+                break
+        time.sleep(0.1)
+    assert process.poll() is None, (tmp_path / "serve.log").read_text()
+    yield f"http://localhost:{port}/v1"
+    process.terminate()
+    process.wait()
+
+
+@pytest.mark.slow
+def test_transformers_serve_plays_and_explains_as_the_local_model_does(transformers_serve, tmp_path, monkeypatch):
+    """Round 0 by the base, round 1 by an exported merged model, ActRe by the base, and the base after an example, each
+    from the server and here.
+
+    All is greedy, in float32, with the same draws of sampled actions, so that only rounding can tell them apart.
+    """
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    monkeypatch.chdir(ROOT)
+    base, merged = Path("models/tiny-alfworld"), tmp_path / "merged"
+
+    def at(model: Path) -> Server:
+        return Server(url=transformers_serve, model=str(model.absolute()), api="completions", concurrency=4)
+
+    def games(run: Path, agent: Server, explainer: Server, **how) -> None:
+        how |= {"run": run, "weights": "fp32", "temperature": 0.0}
+        rollout.main(rollout.Args(server=agent, limit=6, **how))
+        actre.main(actre.Args(server=agent, actre_server=explainer, probability=0.3, budget=1, **how))
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    games(here, Server(), Server())
+    train_pg.main(train_pg.Args(run=here, weights="fp32", epochs=(4,), learning_rate=0.01))
+    adapter = here / "round_0/train_pg/adapter"
+    convert.main(convert.Args(model=base, adapter=adapter, weights="fp32", out=merged))
+    games(here, Server(), Server())
+    games(there, at(base), at(base))
+    shutil.copytree(adapter.parent, there / "round_0/train_pg")
+    games(there, at(merged), at(base))
+    example = {"prompt": Path("prompts/alfworld_react.txt"), "limit": 3, "weights": "fp32"}
+    rollout.main(rollout.Args(run=here / "prompted", **example))
+    rollout.main(rollout.Args(run=there / "prompted", server=at(base), **example))
+    played = {}
+    for stage in ("prompted/round_0/rollout", "round_0/rollout", "round_1/rollout", "round_1/actre"):
+        ours, theirs = (list(read_trajectories(run / stage / "trajectories.jsonl")) for run in (here, there))
+        assert [row.key for row in ours] == [row.key for row in theirs] != []
+        played[stage] = [row.turns for row in theirs]
+        alike = sum((a.turns, a.end) == (b.turns, b.end) for a, b in zip(ours, theirs, strict=True))
+        asked = read_json(there / stage / "done.json")["asked"]
+        print(f"{stage}: {alike} of {len(ours)} games alike, won {sum(row.success for row in ours)} here and "
+              f"{sum(row.success for row in theirs)} there; {asked}")  # fmt: skip
+        assert alike >= len(ours) - 1
+    assert played["round_0/rollout"] != played["round_1/rollout"]  # else the adapter may be lost in the export
+    written = [turn for row in theirs for turn in row.turns if turn.thought_by == "actre"]
+    assert written and all(turn.thought and turn.action_by == "sampled" for turn in written)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lora.tokenizer import chat_ids, encode_piece, load_tokenizer
+from lora.tokenizer import chat_ids, encode_piece, load_tokenizer, prompt_ids
 from tests.helpers import byte_tokenizer
 
 CHAT = [
@@ -52,6 +52,19 @@ def test_ids_of_a_chat(tokenizer):
     assert chat_ids(tokenizer, CHAT) == CHAT_IDS
     assert chat_ids(tokenizer, [SYSTEM, *CHAT]) == SYSTEM_IDS
     assert chat_ids(tokenizer, CHAT[:1]) == CHAT_IDS[:16]  # what comes later changes nothing before it
+
+
+def test_a_prompt_and_the_text_after_it_are_a_chat_where_the_model_is_instructed(tokenizer, tmp_path):
+    example, text = "Observation: an example.\n\n", "Observation: a room.\nAction:"
+    after = tokenizer.encode(text).ids[1:]  # the text's own, without <s>
+    assert prompt_ids(tokenizer, tmp_path, example) == tokenizer.encode(example).ids
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ \'[INST]\' }}"}')
+    chat = [{"role": "user", "content": example.strip()}, {"role": "assistant", "content": text}]
+    assert prompt_ids(tokenizer, tmp_path, example) + after + [2] == chat_ids(tokenizer, chat)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert prompt_ids(tokenizer, tmp_path, example) == tokenizer.encode(example).ids
+    (tmp_path / "chat_template.jinja").write_text("[INST]")
+    assert prompt_ids(tokenizer, tmp_path, example) + after + [2] == chat_ids(tokenizer, chat)
 
 
 def test_a_chat_is_mistral_common_s(tokenizer):

@@ -1,0 +1,219 @@
+"""Any OpenAI-compatible server as a policy: vLLM, transformers serve, llama.cpp, a hosted API.
+
+    python rollout.py --server.url http://localhost:8000/v1 --server.model NAME --server.api completions
+
+Left out: streaming, several choices of one request, log-probabilities and token ids (a session is a text).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import sqlite3
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from policy import Ask, Line, NoReply
+from trajectory import ACTION, REASON, flat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """Where to ask instead of a local model, and how."""
+
+    url: str | None = None
+    """Base URL of an OpenAI-compatible server, such as http://localhost:8000/v1 (default: the local model)."""
+    model: str = ""
+    """Name of the model there; for an adapter a name that is never given to another one."""
+    api: Literal["chat", "completions"] = "chat"
+    """Chat messages, or plain completions of the text (what a base model wants)."""
+    key: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; a server of your own may need none."""
+    extra: str = "{}"
+    """JSON object of further parameters of each request; null takes one out. Hosted reasoning models want
+    '{"max_tokens": null, "temperature": null, "seed": null, "max_completion_tokens": 4096}'."""
+    concurrency: int = 16
+    """Requests under way at once."""
+    retries: int = 6
+    """Further tries, with growing pauses, after 429, 5xx, a timeout, a dropped connection or an unreadable reply."""
+    timeout: float = 60.0
+    """Seconds that one try may be without a byte from the server."""
+    max_tokens: int = 128
+    """Most tokens of a line."""
+
+
+SYSTEM = (
+    "You play a text game. The user gives the transcript so far. Reply with the one line that comes next after its "
+    "last words, in the form that earlier lines have, and with nothing else."
+)
+
+
+# What reading a reply raises that is no JSON, or JSON without a choice.
+UNREADABLE = (AttributeError, IndexError, TypeError, json.JSONDecodeError)
+# How servers say, in an error 400 or 422, that a session has become too long.
+FULL = ("context", "too long", "maximum number of tokens")
+# What the client's methods take by name; all else goes into the request's body as it is.
+NAMED = ("model", "messages", "prompt")
+
+
+class ServerPolicy:
+    """Sessions whose lines come from an OpenAI-compatible server: a session is its text, sent whole with each request.
+
+    Replies are kept in `cache`, a SQLite file keyed by the sha256 of the request, before they are used: a resumed run
+    asks only what was not answered. The `openai` client repeats 429 (after Retry-After), 5xx, timeouts and dropped
+    connections. When that is of no use, a short question tells the session from the server: if it is answered, the line
+    is NoReply; if not, as with a wrong key, address or model, nothing could be played on and `lines` raises ValueError.
+    """
+
+    def __init__(self, server: Server, cache: str | Path, *, prompt: str = "", top_p: float = 1.0):
+        import openai
+
+        if not server.model:
+            raise ValueError(f"the server at {server.url} needs the name of its model")
+        if min(server.concurrency, server.max_tokens) < 1 or server.retries < 0 or server.timeout <= 0:
+            raise ValueError(f"{server}: concurrency, max_tokens and timeout must be positive, retries not negative")
+        try:
+            self._extra = dict(json.loads(server.extra))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--server.extra is {server.extra!r} ({error}); expected a JSON object") from error
+        self.slots = server.concurrency
+        self._server, self._openai, self._prompt, self._top_p = server, openai, prompt, top_p
+        self._client = openai.OpenAI(
+            base_url=server.url, api_key=os.environ.get(server.key) or "none", timeout=server.timeout
+        )
+        self._cache = sqlite3.connect(cache)
+        self._cache.execute("PRAGMA journal_mode=WAL")
+        self._cache.execute("CREATE TABLE IF NOT EXISTS replies (request TEXT PRIMARY KEY, reply TEXT) WITHOUT ROWID")
+        self._permits = threading.Semaphore(server.concurrency)
+        self._came: queue.SimpleQueue = queue.SimpleQueue()
+        self._text: dict[int, str] = {}
+        self._opened = 0
+        self._ready: list[tuple[int, Line]] = []
+        self.counts = {"requests": 0, "from_cache": 0, "prompt_tokens": 0, "completion_tokens": 0}
+
+    def open(self, text: str) -> int:
+        self._opened += 1
+        self._text[self._opened] = self._prompt + text
+        return self._opened
+
+    def extend(self, session: int, text: str) -> None:
+        self._text[session] += text
+
+    def ask(self, ask: Ask) -> None:
+        request = self._request(self._text[ask.session], ask.temperature, ask.seed)
+        key = hashlib.sha256(json.dumps([self._server.url, request], sort_keys=True).encode()).hexdigest()
+        known = self._cache.execute("SELECT reply FROM replies WHERE request = ?", (key,)).fetchone()
+        if known:
+            self.counts["from_cache"] += 1
+            self._finish(ask.session, json.loads(known[0]))
+        else:  # a daemon, so that a run that is interrupted or stops does not wait for the server
+            threading.Thread(target=self._send, args=(ask.session, key, request), daemon=True).start()
+
+    def lines(self, wait: bool = True) -> list[tuple[int, Line]]:
+        """See Policy. Raises ValueError where the server refuses whatever is asked."""
+        patience = 0.1 if wait and not self._ready else 0.0
+        while True:
+            try:
+                self._take(*self._came.get(timeout=patience))
+            except queue.Empty:
+                break
+            patience = 0.0
+        ready, self._ready = [each for each in self._ready if each[0] in self._text], []
+        return ready
+
+    def close(self, session: int) -> tuple[list[int], list[int]]:
+        """Ends the session: a text, without ids. A reply that is still to come is kept, and is no line of `lines`."""
+        del self._text[session]
+        return [], []
+
+    def _request(self, text: str, temperature: float, seed: int) -> dict:
+        """The request's body."""
+        what = {"model": self._server.model, "temperature": temperature, "seed": seed % 2**31,
+                "max_tokens": self._server.max_tokens}  # fmt: skip
+        if self._top_p < 1:
+            what["top_p"] = self._top_p
+        if self._server.api == "completions":
+            what |= {"prompt": text, "stop": "\n"}
+        else:
+            what["messages"] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+        return {name: value for name, value in (what | self._extra).items() if value is not None}
+
+    def _send(self, session: int, key: str, request: dict) -> None:
+        """Asks the server, in a thread of its own, and queues the session, the request's key and what came."""
+        with self._permits:
+            try:
+                came = self._reply(request, self._server.retries)
+            except (*UNREADABLE, self._openai.OpenAIError) as error:
+                came = self._judge(error)
+        self._came.put((session, key, came))
+
+    def _reply(self, request: dict, retries: int) -> dict:
+        """One reply. One that is no JSON or holds no choice is asked for again."""
+        client = self._client.with_options(max_retries=retries)
+        create = client.completions.create if "prompt" in request else client.chat.completions.create
+        named = {name: request[name] for name in NAMED if name in request}
+        rest = {name: value for name, value in request.items() if name not in NAMED}
+        for attempt in range(retries + 1):
+            try:
+                reply = create(**named, extra_body=rest)
+                choice = reply.choices[0]
+                text = choice.text if "prompt" in request else choice.message.content
+                usage = reply.usage
+                return {"text": text or "", "prompt_tokens": usage.prompt_tokens if usage else 0,
+                        "completion_tokens": usage.completion_tokens if usage else 0}  # fmt: skip
+            except (*UNREADABLE, self._openai.APIResponseValidationError):
+                if attempt == retries:
+                    raise
+                time.sleep(min(8.0, 0.5 * 2**attempt))
+        raise AssertionError("unreachable")
+
+    def _judge(self, error: Exception) -> NoReply | ValueError | None:
+        """What it means that no reply came: the context is full (None), the session or the server is at fault."""
+        openai, server, said = self._openai, self._server, f"{type(error).__name__}: {error}"
+        if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)):
+            return ValueError(
+                f"{server.url} refuses model {server.model!r} with the key in ${server.key}: {error}. Check the "
+                "address, the model's name and the key; what was played is kept."
+            )
+        refused = isinstance(error, (openai.BadRequestError, openai.UnprocessableEntityError))
+        if refused and any(word in str(error).lower() for word in FULL):
+            return None
+        try:
+            self._reply(self._request("Say OK.", 0.0, 0), min(1, server.retries))
+        except (*UNREADABLE, openai.OpenAIError):
+            return ValueError(
+                f"{server.url} {'does not take the request' if refused else 'does not answer'}: {said}. Is it up? Are "
+                "address, model and --server.api right? --server.extra '{\"NAME\": null}' takes out a parameter. What "
+                "was played is kept: run again to go on."
+            )
+        return NoReply(said[:500])
+
+    def _take(self, session: int, key: str, came: dict | NoReply | ValueError | None) -> None:
+        """Keeps a reply that has come; says what became of one that has not."""
+        if isinstance(came, ValueError):
+            raise came
+        if isinstance(came, NoReply) or came is None:
+            return self._ready.append((session, came))
+        with self._cache:
+            self._cache.execute("INSERT OR IGNORE INTO replies VALUES (?, ?)", (key, json.dumps(came)))
+        self.counts["requests"] += 1
+        self.counts["prompt_tokens"] += came["prompt_tokens"]
+        self.counts["completion_tokens"] += came["completion_tokens"]
+        return self._finish(session, came)
+
+    def _finish(self, session: int, reply: dict) -> None:
+        """The reply's first line of text after what it thought, if it says that, without the words that it was to
+        follow and no longer than its tokens allow."""
+        text = reply["text"].rpartition("</think>")[2]
+        said = next((line for line in text.splitlines() if line.strip()), "").strip()
+        for words in (REASON, ACTION):
+            said = said.removeprefix(words).strip()
+        line = f" {flat(said[: 16 * self._server.max_tokens])}\n"
+        if session in self._text:
+            self._text[session] += line
+        self._ready.append((session, line))

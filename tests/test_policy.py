@@ -1,0 +1,104 @@
+"""LocalPolicy: a prompt that stands before sessions, in the plain and in the instructed form, and top-p."""
+
+import json
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+import rollout
+from lora.convert import load_model
+from lora.engine import Engine
+from lora.tokenizer import encode_piece, load_tokenizer
+from policy import Ask, LocalPolicy, make_policy
+from server import Server
+from stage import StageError
+from tests.helpers import byte_tokenizer, write_tiny_model
+from trajectory import read_trajectories, tokens_of
+
+EXAMPLE, OPENING, MORE = "Observation: an example.\n\n", "Observation: a room.\nAction:", "Observation: OK.\nAction:"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """A random model whose tokenizer puts <s> before a text."""
+    folder = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+    tokenizer = byte_tokenizer(250)
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 250)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def game(policy, temperature: float = 0.0) -> tuple[list[str], list[int], list[int]]:
+    """Two lines with an observation between them, and the session's ids and flags."""
+    session, lines = policy.open(OPENING), []
+    for seed in range(2):
+        policy.ask(Ask(session, temperature, seed))
+        while not (came := policy.lines()):
+            pass
+        lines.append(came[0][1])
+        policy.extend(session, MORE)
+    return lines, *policy.close(session)
+
+
+def by_hand(model_dir, before: list[int], ids: list[int], sampled: list[int]) -> bool:
+    """Whether an engine without a prefix that is given `before` and what was not sampled samples the rest."""
+    stops = encode_piece(load_tokenizer(model_dir), "\n", False)
+    engine = Engine(load_model(model_dir, weights="nf4"), slots=1, context=512, max_new_tokens=16, stop_ids=stops)
+    session = engine.open()
+    engine.extend(session, before)
+    while ids:
+        count = sampled.index(1) if 1 in sampled else len(ids)
+        engine.extend(session, ids[:count])
+        ids, sampled = ids[count:], sampled[count:]
+        if ids:
+            [reply] = engine.sample([(session, 0.0, 0)])
+            if reply.ids != ids[: len(reply.ids)]:
+                return False
+            ids, sampled = ids[len(reply.ids) :], sampled[len(reply.ids) :]
+    return True
+
+
+@pytest.mark.parametrize("instructed", [False, True])
+def test_a_prompt_is_played_and_not_kept(model_dir, instructed):
+    config = model_dir / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": "[INST] {{ messages }} [/INST]"} if instructed else {}))
+    tokenizer = load_tokenizer(model_dir)
+    how = {"slots": 2, "context": 256, "max_new_tokens": 16}
+    prompted, alone = LocalPolicy(model_dir, **how, prompt=EXAMPLE), LocalPolicy(model_dir, **how)
+    lines, ids, sampled = game(prompted)
+    opening = encode_piece(tokenizer, OPENING, True)
+    assert ids[: len(opening)] == opening and ids.count(250) == 1  # as without a prompt, <s> and all
+    text = f"[INST] {EXAMPLE.strip()} [/INST]" if instructed else EXAMPLE
+    before = tokenizer.encode(text).ids
+    assert by_hand(model_dir, before, ids[1:], sampled[1:])
+    assert lines != game(alone)[0]  # else the prompt is not read
+    assert game(prompted) == (lines, ids, sampled)
+    assert prompted.counts["prompt_tokens"] - alone.counts["prompt_tokens"] > len(before)
+
+
+def test_what_was_played_after_a_prompt_is_trained_on_without_it(model_dir, tmp_path, monkeypatch):
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    example = tmp_path / "example.txt"
+    example.write_text(EXAMPLE)
+    how = {"model": model_dir, "limit": 2, "slots": 2, "max_turns": 2}
+    plain, prompted = rollout.Args(run=tmp_path / "a", **how), rollout.Args(run=tmp_path / "b", prompt=example, **how)
+    tokenizer, found = load_tokenizer(model_dir), []
+    for args in (plain, prompted):
+        rollout.main(args)
+        rows = list(read_trajectories(args.run / "round_0/rollout/trajectories.jsonl"))
+        for row in rows:
+            assert tokens_of(row, lambda text, first: encode_piece(tokenizer, text, first)).ids == row.ids
+        found.append([row.ids[: row.sampled.index(1)] for row in rows])
+    assert found[0] == found[1] and all(found[0])
+    example.write_text("Another.\n")
+    with pytest.raises(StageError, match="prompt example.txt"):  # a stage is not resumed with another example
+        rollout.main(prompted)
+
+
+def test_top_p(model_dir):
+    how = {"slots": 1, "context": 256, "max_new_tokens": 16}
+    greedy, narrow, wide = (game(LocalPolicy(model_dir, **how, top_p=p), t) for p, t in ((1, 0), (1e-6, 9), (1, 9)))
+    assert greedy == narrow != wide
+    with pytest.raises(ValueError, match="--top-p is 0; expected more than 0"):
+        make_policy(Server(), model_dir / "replies", model_dir, None, top_p=0)
