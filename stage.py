@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-# Settings of a server that change how a stage asks it, and not what for: a stage may be resumed with others.
-HOW_ONLY = ("concurrency", "timeout", "retries")
+# Settings that change how a stage asks a server or waits for a world, and not what for: it may be resumed with others.
+HOW_ONLY = ("concurrency", "timeout", "retries", "deadline", "turn_deadline", "processes")
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy", "alfworld")
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from agent import MAX_THOUGHTS, Compose, Job, Play, play, require_tasks, sample_action, template_reason
+from agent import play, require_tasks
+from attempt import MAX_THOUGHTS, Compose, Job, Play, sample_action, template_reason
 from envs.alfworld import AlfWorld
 from envs.base import Observation, Result
 from envs.generate import family
@@ -23,6 +24,8 @@ def settings(**changes):
 
 class Room:
     """A world of our own: "win" wins, "break" raises, "wave" and "look" are valid, the rest is not."""
+
+    isolated = False
 
     def tasks(self, split):
         return ["gen_train/pick_and_place_simple-Mug-None-Desk-1/trial_1"]
