@@ -146,10 +146,10 @@ class Rates:
     def line(self) -> str:
         """For the progress bar."""
         now = self.summary()
-        reuse = "" if now["prefix_reuse"] is None else f", {now['prefix_reuse']:.0%} of prefixes reused"
-        return (f"{self.won}/{self.done} won, {now['trajectories_per_hour']:.0f}/h, "
-                f"{now['tokens_per_second']:.0f} tokens/s, waiting {now['waiting_for_worlds']:.0%} for worlds "
-                f"{now['waiting_for_model']:.0%} for the model{reuse}")  # fmt: skip
+        reuse = "" if now["prefix_reuse"] is None else f", reuse {now['prefix_reuse']:.0%}"
+        return (f"won {self.won}/{self.done}, {now['trajectories_per_hour']:.0f}/h, "
+                f"{now['tokens_per_second']:.0f} tokens/s, waits: worlds {now['waiting_for_worlds']:.0%} "
+                f"model {now['waiting_for_model']:.0%}{reuse}")  # fmt: skip
 
 
 class Player:
