@@ -36,8 +36,6 @@ MOMENT = 0.1  # seconds between two looks at the deadlines while only worlds are
 class PlayArgs:
     """What every stage that plays can be told."""
 
-    run: Path = Path("runs/a3t")
-    """The run's directory."""
     env: str = "alfworld"
     """World."""
     data: str | None = None
