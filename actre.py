@@ -39,8 +39,6 @@ from trajectory import FAULTS, Trajectory, Writer, fault_note, read_trajectories
 
 @dataclass(frozen=True, kw_only=True)
 class Args(PlayArgs):
-    run: Path = Path("runs/a3t")
-    """The run's directory."""
     round: int | None = None
     """Round to compose for (default: the first one that is not trained yet)."""
     actre_server: Server = Server()

@@ -36,6 +36,8 @@ MOMENT = 0.1  # seconds between two looks at the deadlines while only worlds are
 class PlayArgs:
     """What every stage that plays can be told."""
 
+    run: Path = Path("runs/a3t")
+    """The run's directory."""
     env: str = "alfworld"
     """World."""
     data: str | None = None
@@ -249,14 +251,10 @@ class Player:
 
     def overdue_ones(self) -> list[tuple[Attempt, Overdue]]:
         """Attempts that have waited too long, and wait no more: for a line, which nobody takes, or for a world."""
-        asked = {key: attempt for key, attempt in self.asked.items() if self.overdue(attempt)}
-        stepping = {world: attempt for world, attempt in self.stepping.items() if self.overdue(attempt)}
-        for key in asked:
-            del self.asked[key]
-        for world in stepping:
-            del self.stepping[world]
-        self.late |= asked.keys()
-        return [(attempt, Overdue()) for attempt in (*asked.values(), *stepping.values())]
+        asked = [key for key, attempt in self.asked.items() if self.overdue(attempt)]
+        stepping = [world for world, attempt in self.stepping.items() if self.overdue(attempt)]
+        self.late.update(asked)
+        return [(attempt, Overdue()) for attempt in (*map(self.asked.pop, asked), *map(self.stepping.pop, stepping))]
 
 
 def play(

@@ -42,8 +42,6 @@ SHORT = dict(zip(TASK_TYPES, ("Pick", "Clean", "Heat", "Cool", "Examine", "PickT
 
 @dataclass(frozen=True, kw_only=True)
 class Args(PlayArgs):
-    run: Path = Path("runs/a3t")
-    """The run's directory."""
     round: int | None = None
     """Evaluate the adapter trained in this round (default: every trained round that is not evaluated yet)."""
     base: bool = False

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 
@@ -26,8 +25,6 @@ from trajectory import Trajectory, Writer, fault_note, sort_file
 
 @dataclass(frozen=True, kw_only=True)
 class Args(PlayArgs):
-    run: Path = Path("runs/a3t")
-    """The run's directory."""
     round: int | None = None
     """Round to play (default: the first one that is not trained yet)."""
     panel: str | None = None
