@@ -3,8 +3,9 @@
     python rollout.py                        # the current round of runs/a3t
     python rollout.py --run runs/x --panel train-600 --temperature 0.7
 
-Writes <run>/round_<k>/rollout/trajectories.jsonl. Left out: sampled actions and ActRe (actre.py), training
-(train_pg.py), scores on held-out tasks (evaluate.py).
+Writes <run>/round_<k>/rollout/trajectories.jsonl. Run again after it was killed, it goes on where it was, and plays
+again what ended as env_error, llm_error or timeout, so that a mended world or server is asked anew. Left out: sampled
+actions and ActRe (actre.py), training (train_pg.py), scores on held-out tasks (evaluate.py).
 """
 
 from __future__ import annotations
