@@ -116,6 +116,10 @@ class Mute(ScriptedPolicy):
         super().__init__(lambda opening: ReplayScript([" act[wave]\n", " act[win]\n"]), slots)
         self.mute, self.closed = True, []
 
+    def open(self, text):
+        assert len(self._scripts) < self.slots, "more sessions than slots"
+        return super().open(text)
+
     def lines(self, wait=True):
         held = [session for session in self._asked if session == 1 and self.mute]
         self._asked = [session for session in self._asked if session not in held]
