@@ -111,7 +111,7 @@ class Rates:
         self.policies, self.started = policies, time.monotonic()
         self.before = [dict(policy.counts) for policy in policies]
         self.done = self.won = self.sent = self.kept = 0
-        self.seconds = {"worlds": 0.0, "model": 0.0, "own": 0.0}  # summed over attempts
+        self.waited = {"worlds": 0.0, "model": 0.0}  # seconds in which nobody went on
 
     def count(self, trajectory: Trajectory) -> None:
         self.done += 1
@@ -127,9 +127,10 @@ class Rates:
 
     def summary(self) -> dict[str, float | None]:
         """For done.json: trajectories_per_hour; tokens_per_second (sampled); waiting_for_worlds and waiting_for_model,
-        shares of the time of all attempts; prefix_reuse, the share of ids that a client which keeps nothing would have
-        sent and that were not computed again (of a server: that it says to have had in its cache)."""
-        elapsed, total = max(1e-9, time.monotonic() - self.started), max(1e-9, sum(self.seconds.values()))
+        shares of the time in which nobody could go on before a world or the model had answered; prefix_reuse, the share
+        of ids that a client which keeps nothing would have sent and that were not computed again (of a server: that it
+        says to have had in its cache)."""
+        elapsed = max(1e-9, time.monotonic() - self.started)
         counts = [Counter({name: count - before.get(name, 0) for name, count in policy.counts.items()})
                   for policy, before in zip(self.policies, self.before, strict=True)]  # fmt: skip
         cached = [each for each in counts if "cached_tokens" in each]
@@ -138,8 +139,8 @@ class Rates:
         return {
             "trajectories_per_hour": round(3600 * self.done / elapsed, 1),
             "tokens_per_second": round(sum(each["completion_tokens"] for each in counts) / elapsed, 1),
-            "waiting_for_worlds": round(self.seconds["worlds"] / total, 4),
-            "waiting_for_model": round(self.seconds["model"] / total, 4),
+            "waiting_for_worlds": round(self.waited["worlds"] / elapsed, 4),
+            "waiting_for_model": round(self.waited["model"] / elapsed, 4),
             "prefix_reuse": round(kept / sent, 4) if sent else None,
         }
 
@@ -180,7 +181,6 @@ class Player:
 
     def advance(self, attempt: Attempt, came: Any) -> None:
         """Goes on with an attempt, given what it has waited for, until it waits again or is over."""
-        start, before = time.monotonic(), attempt.in_world
         try:
             wanted = attempt.course.throw(came) if isinstance(came, Exception) else attempt.course.send(came)
             if isinstance(wanted, WorldProcess):
@@ -190,14 +190,11 @@ class Player:
                 self.asked[self.policies.index(wanted.policy), wanted.ask.session] = attempt
         except StopIteration as stop:
             self.finish(attempt, stop.value)
-        attempt.since = time.monotonic()
-        in_world = attempt.in_world - before
-        self.rates.seconds["worlds"] += in_world
-        self.rates.seconds["own"] += attempt.since - start - in_world
 
     def finish(self, attempt: Attempt, trajectory: Trajectory) -> None:
         """Hands a trajectory on. A world that failed is not used again, and its job is once played in another one."""
         (self.worlds.drop if attempt.broken else self.worlds.give_back)(attempt.world)
+        self.rates.waited["worlds"] += attempt.in_world
         for sampled in attempt.sampled:
             self.rates.count_session(sampled)
         if trajectory.end == "env_error" and attempt.job not in self.again:
@@ -225,25 +222,26 @@ class Player:
         return [(attempt, Overdue() if self.overdue(attempt) else what) for attempt, what in came] + self.overdue_ones()
 
     def lines(self, index: int, wait: bool) -> list[tuple[Attempt, Line]]:
-        policy, came = self.policies[index], []
-        for session, line in policy.lines(wait):
+        start, policy, came = time.monotonic(), self.policies[index], []
+        lines = policy.lines(wait)
+        self.rates.waited["model"] += time.monotonic() - start
+        for session, line in lines:
             if (index, session) in self.late:
                 self.late.remove((index, session))
                 policy.close(session)
-                continue
-            attempt = self.asked.pop((index, session))
-            attempt.asked = None
-            self.rates.seconds["model"] += time.monotonic() - attempt.since
-            came.append((attempt, line))
+            else:
+                attempt = self.asked.pop((index, session))
+                attempt.asked = None
+                came.append((attempt, line))
         return came
 
     def answers(self, timeout: float) -> list[tuple[Attempt, tuple[bool, Any]]]:
-        came = []
-        for world in ready(self.stepping, timeout) if self.stepping else ():
-            attempt = self.stepping.pop(world)
-            self.rates.seconds["worlds"] += time.monotonic() - attempt.since
-            came.append((attempt, world.answer()))
-        return came
+        if not self.stepping:
+            return []
+        start = time.monotonic()
+        worlds = ready(self.stepping, timeout)
+        self.rates.waited["worlds"] += time.monotonic() - start
+        return [(self.stepping.pop(world), world.answer()) for world in worlds]
 
     def overdue(self, attempt: Attempt) -> bool:
         deadline = self.settings.deadline

@@ -143,7 +143,7 @@ class Attempt:
         self.progress, self.invalid_in_row = 0.0, 0
         self.asked: Waiting | None = None  # a line that is still to come
         self.broken = False  # the world has not given its last answer
-        self.started = self.since = time.monotonic()  # since: when it began to wait
+        self.started = time.monotonic()
         self.in_world = 0.0  # seconds in a world that is stepped here
         self.sampled: list[list[int]] = []  # of each session, which ids the model sampled
         self.course = self.play()
