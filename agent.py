@@ -26,6 +26,7 @@ from envs.process import WorldProcess, Worlds, ready
 from policy import Line, Policy, Server, make_policy
 from trajectory import Trajectory
 
+HOPELESS = 8  # attempts in worlds that did not start, after which a stage stops in which none has started
 MOMENT = 0.1  # seconds between two looks at the deadlines while only worlds are waited for
 
 
@@ -165,6 +166,7 @@ class Player:
         self.rates = Rates(self.policies)
         self.asked: dict[tuple[int, int], Attempt] = {}  # by policy and session of the line that is waited for
         self.stepping: dict[WorldProcess, Attempt] = {}
+        self.began = False  # some world has given its first observation
         self.late: set[tuple[int, int]] = set()  # sessions of attempts that are over, whose line is still to come
 
     def start(self) -> None:
@@ -192,7 +194,11 @@ class Player:
             self.finish(attempt, stop.value)
 
     def finish(self, attempt: Attempt, trajectory: Trajectory) -> None:
-        """Hands a trajectory on. A world that failed is not used again, and its job is once played in another one."""
+        """Hands a trajectory on. A world that failed is not used again, and its job is once played in another one.
+
+        Raises ValueError where no world starts at all.
+        """
+        self.began |= bool(attempt.opening.text)
         (self.worlds.drop if attempt.broken else self.worlds.give_back)(attempt.world)
         self.rates.waited["worlds"] += attempt.in_world
         for sampled in attempt.sampled:
@@ -200,6 +206,8 @@ class Player:
         if trajectory.end == "env_error" and attempt.job not in self.again:
             self.again.add(attempt.job)
             self.pending.append(attempt.job)
+            if len(self.again) == HOPELESS and not self.began:
+                raise ValueError(f"no world starts: {HOPELESS} attempts failed at the reset, the last:\n{attempt.why}")
             return
         more = list(self.on_done(trajectory))
         self.pending.extend(more)

@@ -142,6 +142,7 @@ class Attempt:
         self.result: Result | None = None
         self.progress, self.invalid_in_row = 0.0, 0
         self.asked: Waiting | None = None  # a line that is still to come
+        self.why = ""  # what went wrong, where something did
         self.broken = False  # the world has not given its last answer
         self.started = time.monotonic()
         self.in_world = 0.0  # seconds in a world that is stepped here
@@ -163,8 +164,8 @@ class Attempt:
                     end = ended
                     break
         except tuple(ENDS) as why:
-            end = ENDS[type(why)]
-            if str(why):
+            end, self.why = ENDS[type(why)], str(why)
+            if self.why:
                 tqdm.write(f"{self.job.task_id} trial {self.job.trial}: {end}\n{why}")
         return self.record(end)
 
