@@ -53,11 +53,14 @@ def good_jobs(number: int) -> list[Job]:
     return [Job(TASK, trial) for trial in range(number)]
 
 
-@pytest.mark.parametrize("method", ["reset", "step"])
-@pytest.mark.parametrize("what", ["hang", "work", "raise", "die", "start"])
+FAILURES = [("hang", "reset"), ("hang", "step"), ("work", "step"), ("start", "step"), ("raise", "reset"),
+            ("raise", "step"), ("die", "reset"), ("die", "step")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "method"), FAILURES)
 def test_what_fails_is_played_again_in_a_new_process_and_others_go_on(tmp_path, what, method):
     world = functools.partial(Unruly, tmp_path, what, method, times=1)
-    deadline = 2.0 if what in ("hang", "work", "start") else 20.0
+    deadline = 3.0 if what in ("hang", "work", "start") else 20.0
     done = run(world, [Job(BAD, 0), *good_jobs(3)], processes=1, turn_deadline=deadline)
     assert len(done) == 4 and all(t.end == "success" and len(t.turns) == 2 for t in done)
     assert done[-1].task_id == BAD  # it came back last
@@ -65,13 +68,13 @@ def test_what_fails_is_played_again_in_a_new_process_and_others_go_on(tmp_path, 
     assert len(pids) == (3 if what == "start" else 2) and all(gone(pid, 5) for pid in pids)
 
 
-WHY = {"hang": "has not answered in 1 s", "raise": "OSError: the server is gone", "die": "exit status 3"}
+WHY = {"hang": "has not answered in 3 s", "raise": "OSError: the server is gone", "die": "exit status 3"}
 
 
 @pytest.mark.parametrize(("what", "why"), WHY.items())
 def test_what_fails_twice_is_evidence(tmp_path, capsys, what, why):
     world = functools.partial(Unruly, tmp_path, what, "step", times=99)
-    done = run(world, [Job(BAD, 0), *good_jobs(2)], turn_deadline=1.0 if what == "hang" else 20.0)
+    done = run(world, [Job(BAD, 0), *good_jobs(2)], turn_deadline=3.0 if what == "hang" else 20.0)
     ends = {t.key: (t.end, len(t.turns)) for t in done}
     assert ends == {(BAD, 0): ("env_error", 0), (TASK, 0): ("success", 2), (TASK, 1): ("success", 2)}
     assert why in capsys.readouterr().out
@@ -115,7 +118,7 @@ def test_processes_are_bounded_used_again_and_replaced_in_time(tmp_path, monkeyp
 def test_the_deadline_of_an_attempt_ends_its_wait_for_a_world(tmp_path):
     world = functools.partial(Unruly, tmp_path, "hang", "step", times=99)
     start = time.monotonic()
-    done = run(world, [Job(BAD, 0), *good_jobs(2)], deadline=4.0, turn_deadline=1000.0)
+    done = run(world, [Job(BAD, 0), *good_jobs(2)], deadline=5.0, turn_deadline=1000.0)
     assert {t.task_id: t.end for t in done} == {BAD: "timeout", TASK: "success"} and len(done) == 3
     assert time.monotonic() - start < 60  # the world would hang for ever
     assert all(gone(pid, 5) for pid in processes(tmp_path))
