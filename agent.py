@@ -26,7 +26,7 @@ from envs.process import WorldProcess, Worlds, ready
 from policy import Line, Policy, Server, make_policy
 from trajectory import Trajectory
 
-HOPELESS = 8  # attempts in worlds that did not start, after which a stage stops in which none has started
+HOPELESS = 20  # attempts in worlds that did not start, after which a stage stops in which none has started
 MOMENT = 0.1  # seconds between two looks at the deadlines while only worlds are waited for
 
 
@@ -192,13 +192,13 @@ class Player:
                 self.asked[self.policies.index(wanted.policy), wanted.ask.session] = attempt
         except StopIteration as stop:
             self.finish(attempt, stop.value)
+        self.began |= bool(attempt.opening.text)
 
     def finish(self, attempt: Attempt, trajectory: Trajectory) -> None:
         """Hands a trajectory on. A world that failed is not used again, and its job is once played in another one.
 
         Raises ValueError where no world starts at all.
         """
-        self.began |= bool(attempt.opening.text)
         (self.worlds.drop if attempt.broken else self.worlds.give_back)(attempt.world)
         self.rates.waited["worlds"] += attempt.in_world
         for sampled in attempt.sampled:

@@ -95,6 +95,20 @@ def test_a_world_that_breaks_is_evidence_not_a_crash(where):
     assert t.end == "env_error" and not t.success and len(t.turns) == 1
 
 
+def test_games_that_cannot_be_read_do_not_stop_a_stage_in_which_others_can():
+    class Picky(Room):
+        def reset(self, task_id):
+            if task_id.endswith("bad"):
+                raise ValueError("cannot read the game")
+            return super().reset(task_id)
+
+    good, bad = [Job(TASK, 0)], [Job(f"{TASK}bad", trial) for trial in range(30)]
+    done = run([" act[win]\n"], jobs=good + bad, world=Picky)
+    assert Counter(t.end for t in done) == {"success": 1, "env_error": 30}
+    with pytest.raises(ValueError, match="no world starts(.|\n)*cannot read the game"):
+        run([" act[win]\n"], jobs=bad + good, world=Picky)
+
+
 def test_an_attempt_ends_at_its_deadline():
     class Slow(Room):
         def step(self, action):
