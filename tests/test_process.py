@@ -1,6 +1,7 @@
 """Worlds in processes of their own: slow, hanging, raising and dying ones, deadlines, and that no process is left."""
 
 import functools
+import importlib.util
 import os
 import signal
 import subprocess
@@ -9,11 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from hand_game import GOALS, write_game
 
 from agent import play
 from attempt import Compose, Job, Play
 from envs import process
 from envs.alfworld import AlfWorld
+from envs.base import make_world
 from envs.generate import family
 from policy import DemonstratorScript, ReplayScript, ScriptedPolicy
 from tests.rooms import TASK, Apart, Room, Unruly, processes
@@ -143,9 +146,9 @@ def test_a_world_that_cannot_be_sent_is_an_error_at_once():
 def test_a_killed_program_takes_its_worlds_along(tmp_path, number):
     code = ("import functools, pathlib, sys; from tests.test_process import *; folder = pathlib.Path(sys.argv[1])\n"
             "run(functools.partial(Unruly, folder, 'work', 'step', times=99), [Job(BAD, 0)])")  # fmt: skip
-    program = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL)
-    limit = time.monotonic() + 60
-    while not processes(tmp_path) and time.monotonic() < limit:
+    program = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL,
+                               env=os.environ | {"PYTHONPATH": str(ROOT / "tests")})  # fmt: skip
+    while not processes(tmp_path) and program.poll() is None:
         time.sleep(0.05)
     (pid,) = processes(tmp_path)
     assert not gone(pid)
@@ -164,6 +167,21 @@ def test_a_world_plays_the_same_here_and_in_a_process():
              ScriptedPolicy(DemonstratorScript), None, lambda t, done=done: done.append(t) or ())  # fmt: skip
         played.append(sorted(done, key=lambda t: t.key))
     assert len(played[0]) == 8 and played[0] == played[1] == played[2]
+
+
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("alfworld", "textworld", "fast_downward"))),
+                    reason="TextWorld is not installed")  # fmt: skip
+def test_textworld_lives_in_processes_and_says_what_our_engine_says(tmp_path):
+    for kind in GOALS:
+        write_game(tmp_path, kind)
+    played, compose = [], Compose(probability=1.0, reason="empty")
+    for engine in ("ours", "textworld"):
+        world = functools.partial(make_world, "alfworld", data=str(tmp_path), engine=engine)
+        assert world().isolated == (engine == "textworld")
+        jobs = [Job(task, 0) for task in world().tasks("hand")]
+        done = run(world, jobs, [], compose=compose, turn_deadline=120.0)
+        played.append({t.key: (t.first_observation, t.task, t.turns, t.success, t.end) for t in done})
+    assert len(played[0]) == len(GOALS) and played[0] == played[1]
 
 
 def test_a_process_knows_what_the_world_says(tmp_path):
