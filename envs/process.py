@@ -17,6 +17,7 @@ import contextlib
 import os
 import pickle
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,8 +53,9 @@ class WorldProcess:
         self._connection, theirs = Pipe()
         with theirs:
             path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+            code = f"from envs.process import serve; serve({theirs.fileno()}, {self._folder.name!r})"
             self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from envs.process import serve; serve({theirs.fileno()})"],
+                [sys.executable, "-c", code],
                 env=os.environ | {"PYTHONPATH": path, "TMPDIR": self._folder.name}, pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
@@ -155,9 +157,9 @@ class Worlds:
 # ---- in the process --------------------------------------------------------------------------------------------------
 
 
-def serve(number: int) -> None:
+def serve(number: int, folder: str) -> None:
     """Makes the world that comes over the connection with this file number, and answers calls until that is closed."""
-    threading.Thread(target=end_with, args=[number], daemon=True).start()
+    threading.Thread(target=end_with, args=[number, folder], daemon=True).start()
     connection = Connection(number)
     with contextlib.suppress(EOFError, ConnectionError):
         world = connection.recv()()
@@ -165,9 +167,11 @@ def serve(number: int) -> None:
             connection.send(call(world, *connection.recv()))
 
 
-def end_with(number: int) -> None:
-    """Waits until the other end of the connection is gone, then kills this process and what it has started."""
+def end_with(number: int, folder: str) -> None:
+    """Waits until the other end of the connection is gone, which would have killed this process and what it has started
+    and removed its folder: does so in its stead."""
     poller = select.poll()
     poller.register(number, 0)  # hanging up is always told
     poller.poll()
+    shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)

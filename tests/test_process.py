@@ -151,10 +151,11 @@ def test_a_killed_program_takes_its_worlds_along(tmp_path, number):
     while not processes(tmp_path) and program.poll() is None:
         time.sleep(0.05)
     (pid,) = processes(tmp_path)
-    assert not gone(pid)
+    folder = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0TMPDIR=")[1].split(b"\0")[0]
+    assert not gone(pid) and os.path.isdir(folder)
     program.send_signal(number)
     program.wait(20)
-    assert gone(pid, 20)
+    assert gone(pid, 20) and not os.path.exists(folder)
 
 
 def test_a_world_plays_the_same_here_and_in_a_process():
