@@ -21,10 +21,9 @@ from typing import Literal
 
 import tyro
 
-from agent import Compose, Job, Play, play
-from envs.base import make_world
+from agent import Compose, Job, PlayArgs, play, policy_of, settings_of, world_of
 from lora.checkpoint import base_sha
-from policy import make_policy, prompt_facts
+from policy import prompt_facts
 from server import Server
 from stage import (
     Stage,
@@ -36,31 +35,15 @@ from stage import (
     run_main,
     sha256,
 )
-from trajectory import FAULTS, Trajectory, Writer, read_trajectories, sort_file
+from trajectory import FAULTS, Trajectory, Writer, fault_note, read_trajectories, sort_file
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args:
-    run: Path = Path("runs/a3t")
-    """The run's directory."""
+class Args(PlayArgs):
     round: int | None = None
     """Round to compose for (default: the first one that is not trained yet)."""
-    env: str = "alfworld"
-    """World."""
-    data: str | None = None
-    """The world's data (default: $ALFWORLD_DATA, or generated games where it is not set)."""
-    engine: Literal["ours", "textworld"] = "ours"
-    """Engine of the world; textworld is the slow reference."""
-    model: Path = Path("models/tiny-alfworld")
-    """Base model of the agent and of ActRe, a Hugging Face folder."""
-    weights: Literal["nf4", "fp32"] = "nf4"
-    """How the base is held."""
-    server: Server = Server()
-    """Where the agent asks instead of the local model."""
     actre_server: Server = Server()
     """Where ActRe asks instead of the local base: it may be another model than the agent."""
-    prompt: Path | None = None
-    """File with an example that stands before every session of the agent (prompts/)."""
     actre_prompt: Path | None = None
     """File with an example that stands before every session of ActRe (prompts/; paper: always)."""
     probability: float = 0.1
@@ -74,21 +57,7 @@ class Args:
     force: int = 1
     """Composed before stopping at the first success (paper: the whole budget on ALFWorld, 3 on WebShop)."""
     temperature: float = 1.0
-    """Sampling temperature of the agent's own turns (not stated in the paper)."""
-    top_p: float = 1.0
-    """Sample from the likeliest tokens that have this share together; 1: from all."""
-    max_turns: int = 20
-    """Turns after which an attempt ends."""
-    patience: int = 3
-    """An attempt ends as stuck when the same action has had the same answer so many times again; 0: never."""
-    deadline: float | None = None
-    """Seconds after which an attempt ends as timeout, which is never a failure of the agent (default: none)."""
-    slots: int = 64
-    """Attempts played at once."""
-    context: int = 1024
-    """Tokens that a session can hold."""
-    seed: int = 0
-    """Seeds every draw, together with round, task, trial and turn."""
+    """Sampling temperature of the agent's own turns; 0 is greedy (not stated in the paper)."""
 
 
 def next_trial(args: Args, done: dict[int, bool]) -> list[int]:
@@ -98,9 +67,18 @@ def next_trial(args: Args, done: dict[int, bool]) -> list[int]:
     if not done:
         return list(range(force))
     missing = [trial for trial in range(force) if trial not in done]
-    if missing or any(done.values()) or len(done) >= args.budget:
+    if missing or any(done.values()):
         return missing
-    return [len(done)]
+    return [trial for trial in range(args.budget) if trial not in done][:1]
+
+
+def failed_tasks(played: Path) -> list[str]:
+    """Tasks that the rollout has not solved, and has not only failed to play."""
+    own: dict[str, list[Trajectory]] = defaultdict(list)
+    for trajectory in read_trajectories(played):
+        own[trajectory.task_id].append(trajectory)
+    return [task for task, tries in own.items()
+            if not any(t.success for t in tries) and any(t.end not in FAULTS for t in tries)]  # fmt: skip
 
 
 def main(args: Args) -> None:
@@ -116,14 +94,8 @@ def main(args: Args) -> None:
     if stage.finished:
         return
     path = directory / "trajectories.jsonl"
-    asked = {}
-    own: dict[str, list[Trajectory]] = defaultdict(list)
-    for trajectory in read_trajectories(played):
-        own[trajectory.task_id].append(trajectory)
-    failed = [task for task, tries in own.items()
-              if not any(t.success for t in tries) and any(t.end not in FAULTS for t in tries)]  # fmt: skip
-    if number == 0:
-        failed = []
+    asked, rates = {}, {}
+    failed = failed_tasks(played) if number else []
     with Writer(path) as writer:
         finished: dict[str, dict[int, bool]] = {task: {} for task in failed}
         for trajectory in read_trajectories(path):
@@ -133,25 +105,21 @@ def main(args: Args) -> None:
             writer.write(trajectory)
             done = finished[trajectory.task_id]
             done[trajectory.trial] = trajectory.success
-            started = len(done) < min(args.force, args.budget)  # the forced ones are all under way already
-            return () if started else [Job(trajectory.task_id, trial) for trial in next_trial(args, done)]
+            forced = range(min(args.force, args.budget))  # all under way already
+            if any(trial not in done for trial in forced):
+                return ()
+            return [Job(trajectory.task_id, trial) for trial in next_trial(args, done)]
 
         jobs = [Job(task, trial) for task in failed for trial in next_trial(args, finished[task])]
         if jobs:
             compose = Compose(probability=args.probability, sample=args.sample, reason=args.reason)
-            settings = Play(env=args.env, stage="actre", round=number, seed=args.seed, max_turns=args.max_turns,
-                            patience=args.patience, temperature=args.temperature, deadline=args.deadline,
-                            compose=compose)  # fmt: skip
-            shape = {"weights": args.weights, "slots": args.slots, "context": args.context}
-            react = make_policy(args.server, directory / "replies.sqlite", args.model, adapter, prompt=args.prompt,
-                                top_p=args.top_p, **shape)  # fmt: skip
+            react = policy_of(args, args.server, directory / "replies.sqlite", adapter, args.prompt)
             explainer = None
             if args.reason == "actre":
                 replies = directory / "replies_actre.sqlite"
-                explainer = make_policy(args.actre_server, replies, args.model, None, prompt=args.actre_prompt,
-                                        **shape)  # fmt: skip
-            play(jobs, settings, lambda: make_world(args.env, data=args.data, engine=args.engine), react, explainer,
-                 on_done, total=len(jobs))  # fmt: skip
+                explainer = policy_of(args, args.actre_server, replies, None, args.actre_prompt)
+            rates = play(jobs, settings_of(args, "actre", number, compose), world_of(args), react, explainer, on_done,
+                         total=len(jobs))  # fmt: skip
             asked = {"react": react.counts, "actre": explainer.counts if explainer else {}}
     composed = sort_file(path)
     won = [t for t in composed if t.success]
@@ -161,10 +129,12 @@ def main(args: Args) -> None:
         "solved_tasks": len(solved), "positives_per_failed_task": round(len(won) / len(failed), 2) if failed else None,
         "composed_success_rate": round(len(won) / len(composed), 4) if composed else None,
         "asked": asked, "sampled_turns": sum(turn.action_by == "sampled" for t in composed for turn in t.turns),
+        "rates": rates,
     })  # fmt: skip
     why = " (round 0 keeps the agent's own successes only)" if number == 0 else ""
     print(f"actre round {number}: {len(won)}/{len(composed)} compositions won, "
-          f"{len(solved)}/{len(failed)} failed tasks solved{why} -> {path}")  # fmt: skip
+          f"{len(solved)}/{len(failed)} failed tasks solved{why} -> {path}"
+          f"{fault_note(composed, directory)}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -15,17 +15,15 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 
-from agent import Job, Play, play, require_tasks
+from agent import Job, PlayArgs, play, policy_of, require_tasks, settings_of, world_of
 from envs.alfworld import TASK_TYPES, task_type
-from envs.base import make_world
 from envs.panel import default_panels, pick_tasks
 from lora.checkpoint import base_sha
-from policy import make_policy, prompt_facts
-from server import Server
+from policy import prompt_facts
 from stage import (
     Stage,
     StageError,
@@ -37,53 +35,21 @@ from stage import (
     run_main,
     write_json,
 )
-from trajectory import FAULTS, Trajectory, Writer, sort_file
+from trajectory import FAULTS, Trajectory, Writer, fault_note, sort_file
 
 SHORT = dict(zip(TASK_TYPES, ("Pick", "Clean", "Heat", "Cool", "Examine", "PickTwo"), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args:
-    run: Path = Path("runs/a3t")
-    """The run's directory."""
+class Args(PlayArgs):
     round: int | None = None
     """Evaluate the adapter trained in this round (default: every trained round that is not evaluated yet)."""
     base: bool = False
     """Evaluate the base without an adapter."""
-    env: str = "alfworld"
-    """World."""
-    data: str | None = None
-    """The world's data (default: $ALFWORLD_DATA, or generated games where it is not set)."""
-    engine: Literal["ours", "textworld"] = "ours"
-    """Engine of the world; textworld is the slow reference."""
     panels: tuple[str, ...] = ()
     """Panels to play (default: valid_seen-140, valid_unseen-134 where its games are; or gen_valid-100)."""
     limit: int | None = None
     """Play only so many tasks of each panel, spread evenly over it."""
-    model: Path = Path("models/tiny-alfworld")
-    """Base model, a Hugging Face folder."""
-    weights: Literal["nf4", "fp32"] = "nf4"
-    """How the base is held."""
-    server: Server = Server()
-    """Where to ask instead of the local model."""
-    prompt: Path | None = None
-    """File with an example that stands before every session (prompts/)."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 is greedy."""
-    top_p: float = 1.0
-    """Sample from the likeliest tokens that have this share together; 1: from all."""
-    max_turns: int = 20
-    """Turns after which an attempt ends."""
-    patience: int = 3
-    """An attempt ends as stuck when the same action has had the same answer so many times again; 0: never."""
-    deadline: float | None = None
-    """Seconds after which an attempt ends as timeout, which is never a failure of the agent (default: none)."""
-    slots: int = 64
-    """Attempts played at once."""
-    context: int = 1024
-    """Tokens that a session can hold."""
-    seed: int = 0
-    """Seeds every draw where the temperature is not 0."""
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
@@ -166,15 +132,9 @@ def evaluate(args: Args, directory: Path, adapter: Path | None, number: int) -> 
     stage = Stage(directory, args, facts)
     if stage.finished:
         return
-    world = make_world(args.env, data=args.data, engine=args.engine)
     for ids, _ in tasks.values():
-        require_tasks(world, ids)
-    settings = Play(env=args.env, stage="evaluate", round=number, seed=args.seed, max_turns=args.max_turns,
-                    patience=args.patience, temperature=args.temperature,
-                    deadline=args.deadline)  # fmt: skip
-    policy = make_policy(args.server, directory / "replies.sqlite", args.model, adapter,
-                         prompt=args.prompt, top_p=args.top_p, weights=args.weights, slots=args.slots,
-                         context=args.context)  # fmt: skip
+        require_tasks(world_of(args)(), ids)
+    policy = policy_of(args, args.server, directory / "replies.sqlite", adapter, args.prompt)
     path = directory / "trajectories.jsonl"
     with Writer(path) as writer:
 
@@ -182,14 +142,16 @@ def evaluate(args: Args, directory: Path, adapter: Path | None, number: int) -> 
             writer.write(trajectory)
             return ()
 
-        jobs = [Job(task, 0) for ids, _ in tasks.values() for task in ids]
-        play([j for j in jobs if j not in writer.known], settings,
-             lambda: make_world(args.env, data=args.data, engine=args.engine), policy, None, on_done, total=len(jobs),
-        )  # fmt: skip
+        jobs = [Job(task, 0) for ids, _ in tasks.values() for task in ids if (task, 0) not in writer.known]
+        rates = play(jobs, settings_of(args, "evaluate", number), world_of(args), policy, None, on_done,
+                     total=len(jobs))  # fmt: skip
     trajectories = {t.task_id: t for t in sort_file(path)}
     scores = {panel: score([trajectories[i] for i in ids]) for panel, (ids, _) in tasks.items()}
     write_json(directory / "scores.json", scores)
-    stage.finish({p: {k: s[k] for k in ("success", "n", "rate", "wilson95")} for p, s in scores.items()})
+    summary = {p: {k: s[k] for k in ("success", "n", "rate", "wilson95")} for p, s in scores.items()}
+    stage.finish(summary | {"rates": rates})
+    if note := fault_note(trajectories.values(), directory):
+        print(f"{path}:{note}")
 
 
 def main(args: Args) -> None:

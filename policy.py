@@ -20,8 +20,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import jax
+import jax.numpy as jnp
+
 from envs.demonstrator import Demonstrator
 from lora.convert import load_adapter, load_model
+from lora.decoding import RolloutWeights
 from lora.engine import Engine
 from lora.tokenizer import encode_piece, load_tokenizer, prompt_ids
 from trajectory import act_line, parse_reply, think_line
@@ -79,6 +83,7 @@ class LocalPolicy:
         adapter: str | Path | None = None,
         *,
         weights: str = "nf4",
+        rollout_weights: RolloutWeights | None = None,
         slots: int = 64,
         context: int = 1024,
         max_new_tokens: int = 64,
@@ -87,7 +92,11 @@ class LocalPolicy:
     ):
         self.slots, self.context, self._top_p = slots, context, top_p
         self._tokenizer = load_tokenizer(model_dir)
-        model = load_model(model_dir, weights=weights) if adapter is None else load_adapter(model_dir, adapter, weights)
+        on_cpu = jax.default_backend() == "cpu"
+        rollout_weights = rollout_weights or ("fp32" if on_cpu else "bf16")
+        narrow = weights == "nf4" and rollout_weights != "fp32" and not on_cpu
+        how = {"weights": weights, "dtype": jnp.bfloat16 if narrow else None}
+        model = load_model(model_dir, **how) if adapter is None else load_adapter(model_dir, adapter, **how)
         self._newline = self.encode("\n", first=False)
         if len(self._newline) != 1:
             raise ValueError(f"{model_dir}: a newline is {len(self._newline)} tokens; one was expected, as the stop")
@@ -96,8 +105,9 @@ class LocalPolicy:
         prefix = prompt_ids(self._tokenizer, model_dir, prompt) if prompt else []
         self._played = len(self._tokenizer.encode("").ids) if prompt else 0  # ids of a session that the prefix has too
         self._engine = Engine(
-            model, slots=slots, context=context, max_new_tokens=max_new_tokens, stop_ids=stop_ids, prefix=prefix
-        )
+            model, slots=slots, context=context, max_new_tokens=max_new_tokens, stop_ids=stop_ids, prefix=prefix,
+            weights=rollout_weights,
+        )  # fmt: skip
         self.counts = {"prompt_tokens": len(prefix), "completion_tokens": 0}
         self._ids: dict[int, list[int]] = {}
         self._sampled: dict[int, list[int]] = {}

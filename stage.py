@@ -2,8 +2,9 @@
 
     runs/<name>/round_0/{rollout,actre,train_pg,evaluate}/
 
-A stage that was killed is run again and resumes; one that is finished says so; one whose arguments have changed is
-refused and nothing is replaced. Left out: what a stage does (rollout.py, actre.py, train_pg.py, evaluate.py).
+A stage that was killed is run again and resumes (what ended as env_error, llm_error or timeout is played again); one
+that is finished says so; one whose arguments have changed is refused and nothing is replaced. Left out: what a stage
+does (rollout.py, actre.py, train_pg.py, evaluate.py).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-# Settings of a server that change how a stage asks it, and not what for: a stage may be resumed with others.
-HOW_ONLY = ("concurrency", "timeout", "retries")
+# Settings that change how a stage asks a server or waits for a world, and not what for: it may be resumed with others.
+HOW_ONLY = ("concurrency", "timeout", "retries", "deadline", "turn_deadline", "processes")
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy", "alfworld")
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -114,18 +115,25 @@ def to_line(trajectory: Trajectory) -> bytes:
 class Writer:
     """Appends one flushed line per trajectory, so that a killed stage loses at most the line in flight.
 
-    `with Writer(path) as writer: writer.write(trajectory)`. Opening an existing file drops an unterminated last line;
-    `writer.known` holds the (task_id, trial) keys already there.
+    `with Writer(path) as writer: writer.write(trajectory)`. Opening an existing file drops an unterminated last line,
+    and rows that ended in a fault, so that a mended world or server is asked again; `writer.known` holds the (task_id,
+    trial) keys that stay.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.known: set[tuple[str, int]] = set()
         if self.path.exists():
             data = self.path.read_bytes()
             whole = data.rfind(b"\n") + 1
             if whole < len(data):
                 os.truncate(self.path, whole)
-        self.known = {t.key for t in read_trajectories(self.path)} if self.path.exists() else set()
+            there = list(read_trajectories(self.path))
+            kept = [trajectory for trajectory in there if trajectory.end not in FAULTS]
+            if len(kept) < len(there):
+                write_file(self.path, kept)
+                print(f"{self.path}: {len(there) - len(kept)} trajectories ended in a fault and are played again")
+            self.known = {trajectory.key for trajectory in kept}
         self._file = open(self.path, "ab")
 
     def write(self, trajectory: Trajectory) -> None:
@@ -148,10 +156,22 @@ class Writer:
 def sort_file(path: str | Path) -> list[Trajectory]:
     """Rewrites a finished file sorted by (task_id, trial), atomically, and returns its trajectories."""
     trajectories = sorted(read_trajectories(path), key=lambda t: t.key)
+    write_file(path, trajectories)
+    return trajectories
+
+
+def write_file(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
+    """Writes a whole file, atomically."""
     temporary = Path(f"{path}.tmp")
     temporary.write_bytes(b"".join(map(to_line, trajectories)))
     os.replace(temporary, path)
-    return trajectories
+
+
+def fault_note(trajectories: Iterable[Trajectory], directory: Path) -> str:
+    """What a stage says at its end of rows that ended in a fault; nothing where none did."""
+    ends = Counter(t.end for t in trajectories if t.end in FAULTS)
+    named = ", ".join(f"{end}: {count}" for end, count in sorted(ends.items()))
+    return f"\n  not the agent's failures: {named}; to play them again, remove {directory}/done.json" if ends else ""
 
 
 # ---- the rendering ---------------------------------------------------------------------------------------------------

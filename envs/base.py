@@ -40,7 +40,10 @@ class Result:
 
 
 class World(Protocol):
-    """A text world. Not thread-safe: one world, one player."""
+    """A text world. Not thread-safe: one world, one player. `isolated`: it is not ours, may be slow, hang or crash, and
+    is therefore played in a process of its own (`envs/process.py`)."""
+
+    isolated: bool
 
     def tasks(self, split: str) -> Sequence[str]:
         """Sorted, stable task ids of a split. Raises ValueError for a split that is not there."""

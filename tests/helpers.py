@@ -12,12 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from lora.convert import save_model
 from lora.linear import LoRAParam
 from lora.mistral import Config, Mistral
+from tests.rooms import OPENING, TASK
 from trajectory import Trajectory, Turn
-
-OPENING = (
-    "You are in the middle of a room. Looking quickly around you, you see a desk 1, and a shelf 1.\n\n"
-    "Your task is to: put a mug in desk."
-)
 
 TINY = Config(
     vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
@@ -57,7 +53,7 @@ def turn(thought: str, action: str, observation: str, **changes) -> Turn:
 def trajectory(**changes) -> Trajectory:
     """A won two-turn game unless told otherwise."""
     fields = {
-        "env": "alfworld", "split": "gen_train", "task_id": "gen_train/pick_and_place_simple-Mug-None-Desk-1/trial_1",
+        "env": "alfworld", "split": "gen_train", "task_id": TASK,
         "task": "put a mug in desk", "trial": 0, "round": 1, "seed": 0, "source": "react", "first_observation": OPENING,
         "turns": [
             turn("I need a mug. I check the shelf 1.", "go to shelf 1",

@@ -1,19 +1,20 @@
 """The play loop with scripted policies on generated games: the sampling rule, faults, and independence of order."""
 
+import itertools
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from agent import MAX_THOUGHTS, Compose, Job, Play, play, require_tasks, sample_action, template_reason
+from agent import Rates, play, require_tasks
+from attempt import MAX_THOUGHTS, Compose, Job, Play, sample_action, template_reason
 from envs.alfworld import AlfWorld
-from envs.base import Observation, Result
 from envs.generate import family
 from policy import DemonstratorScript, ReplayScript, ScriptedPolicy
 from prompts.make import examples
 from stage import generator
-from tests.helpers import OPENING
+from tests.rooms import TASK, Room
 
 
 def settings(**changes):
@@ -21,32 +22,12 @@ def settings(**changes):
     return Play(**({"temperature": 0.0} | fields | changes))
 
 
-class Room:
-    """A world of our own: "win" wins, "break" raises, "wave" and "look" are valid, the rest is not."""
-
-    def tasks(self, split):
-        return ["gen_train/pick_and_place_simple-Mug-None-Desk-1/trial_1"]
-
-    def reset(self, task_id):
-        return Observation(text=OPENING, task="put a mug in desk")
-
-    def step(self, action):
-        if action == "break":
-            raise OSError("the server is gone")
-        won, valid = action == "win", action in ("win", "wave", "look")
-        return Result(observation="Yes." if valid else "Nothing happens.", reward=float(won), progress=float(won),
-                      success=won, done=won, valid=valid)  # fmt: skip
-
-    def actions(self):
-        return ["look", "wave"]
-
-
 def run(lines, actre=None, jobs=None, world=Room, **changes):
     """Plays Room with the given lines and returns the trajectories."""
     done = []
     react = ScriptedPolicy(lambda opening: ReplayScript(lines))
     explainer = ScriptedPolicy(lambda opening: ReplayScript(actre)) if actre else None
-    jobs = jobs or [Job(Room().tasks("")[0], 0)]
+    jobs = jobs or [Job(TASK, 0)]
     play(jobs, settings(**changes), world, react, explainer, lambda t: done.append(t) or ())
     return done
 
@@ -114,6 +95,20 @@ def test_a_world_that_breaks_is_evidence_not_a_crash(where):
     assert t.end == "env_error" and not t.success and len(t.turns) == 1
 
 
+def test_games_that_cannot_be_read_do_not_stop_a_stage_in_which_others_can():
+    class Picky(Room):
+        def reset(self, task_id):
+            if task_id.endswith("bad"):
+                raise ValueError("cannot read the game")
+            return super().reset(task_id)
+
+    good, bad = [Job(TASK, 0)], [Job(f"{TASK}bad", trial) for trial in range(30)]
+    done = run([" act[win]\n"], jobs=good + bad, world=Picky)
+    assert Counter(t.end for t in done) == {"success": 1, "env_error": 30}
+    with pytest.raises(ValueError, match="no world starts(.|\n)*cannot read the game"):
+        run([" act[win]\n"], jobs=bad + good, world=Picky)
+
+
 def test_an_attempt_ends_at_its_deadline():
     class Slow(Room):
         def step(self, action):
@@ -126,6 +121,95 @@ def test_an_attempt_ends_at_its_deadline():
     assert t.end == "timeout" and not t.turns
     (t,) = run([" act[wave]\n"] * 12, world=Slow, deadline=30.0)
     assert t.end == "max_turns"
+
+
+class Mute(ScriptedPolicy):
+    """Its first session's lines do not come while it is `mute`."""
+
+    def __init__(self, slots=64):
+        super().__init__(lambda opening: ReplayScript([" act[wave]\n", " act[win]\n"]), slots)
+        self.mute, self.closed = True, []
+
+    def open(self, text):
+        assert len(self._scripts) < self.slots, "more sessions than slots"
+        return super().open(text)
+
+    def lines(self, wait=True):
+        held = [session for session in self._asked if session == 1 and self.mute]
+        self._asked = [session for session in self._asked if session not in held]
+        came = super().lines(wait)
+        self._asked = held
+        return came
+
+    def close(self, session):
+        assert session not in self._asked, "an asked session was closed"
+        self.closed.append(session)
+        return super().close(session)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 64])
+def test_the_deadline_ends_the_wait_for_a_line_and_its_slot_is_free_when_the_line_comes(slots):
+    done, policy = [], Mute(slots)
+    jobs = [Job(TASK, trial) for trial in range(4)]
+
+    def on_done(trajectory):
+        done.append(trajectory)
+        policy.mute = policy.mute and trajectory.trial != 0
+        return ()
+
+    play(jobs, settings(deadline=0.3), Room, policy, None, on_done)
+    ends = {t.trial: (t.end, len(t.turns), t.ids) for t in done}
+    assert ends == {0: ("timeout", 0, [])} | {trial: ("success", 2, []) for trial in (1, 2, 3)}
+    assert slots > 1 or policy.closed == [1, 2, 3, 4]
+
+
+def test_a_sessions_line_that_never_comes_does_not_keep_the_stage():
+    done, policy = [], Mute()
+    play([Job(TASK, 0)], settings(deadline=0.1), Room, policy, None, lambda t: done.append(t) or ())
+    assert [t.end for t in done] == ["timeout"] and policy.closed == []
+
+
+def test_actre_is_asked_while_the_agent_is():
+    """At some moment both have lines to write: neither waits for the other."""
+    waiting = []
+
+    class Watched(ScriptedPolicy):
+        def lines(self, wait=True):
+            waiting.append((self, len(self._asked)))
+            return super().lines(wait)
+
+    react, actre = (Watched(lambda opening, line=line: ReplayScript([line] * 99))
+                    for line in (" act[wave]\n", " [Because.]\n"))  # fmt: skip
+    jobs = [Job(TASK, trial) for trial in range(20)]
+    play(jobs, settings(compose=Compose(probability=0.5)), Room, react, actre, lambda t: ())
+    both = [one[1] and other[1] for one, other in itertools.pairwise(waiting) if one[0] is not other[0]]
+    assert any(both)
+
+
+def test_rates_count_what_a_client_without_a_cache_would_send():
+    rates = Rates([])
+    rates.count_session([0] * 10 + [1] * 3 + [0] * 4 + [1] * 2 + [0] * 5)  # asked at 10 and at 17; 14 were computed
+    assert (rates.sent, rates.kept) == (27, 13)
+    rates.count_session([0] * 4)  # never asked
+    assert rates.summary()["prefix_reuse"] == round(13 / 27, 4)
+
+
+def test_rates_of_a_server_and_shares_of_waiting():
+    class Slow(Room):
+        def step(self, action):
+            time.sleep(0.02)
+            return super().step(action)
+
+    policy = ScriptedPolicy(lambda opening: ReplayScript([" act[wave]\n", " act[win]\n"]))
+    policy.counts = {"prompt_tokens": 100, "cached_tokens": 50, "completion_tokens": 7}  # of an earlier stage
+
+    def on_done(trajectory):
+        policy.counts = {"prompt_tokens": 300, "cached_tokens": 200, "completion_tokens": 9}
+        return ()
+
+    rates = play([Job(TASK, 0)], settings(), Slow, policy, None, on_done)
+    assert rates["prefix_reuse"] == 0.75 and rates["tokens_per_second"] > 0 and rates["trajectories_per_hour"] > 0
+    assert rates["waiting_for_worlds"] > 0.5 > rates["waiting_for_model"]
 
 
 def test_three_invalid_actions_force_a_sampled_one_explained_by_actre():
@@ -144,7 +228,7 @@ def test_probability_one_samples_every_action_and_the_templates_need_no_actre():
 
 
 def test_probability_is_a_probability():
-    jobs = [Job(Room().tasks("")[0], trial) for trial in range(60)]
+    jobs = [Job(TASK, trial) for trial in range(60)]
     done = run([" act[wave]\n"] * 99, jobs=jobs, compose=Compose(probability=0.25, reason="empty"))
     share = sum(x.action_by == "sampled" for t in done for x in t.turns) / sum(len(t.turns) for t in done)
     assert 0.19 < share < 0.31  # 720 draws: 4 standard deviations

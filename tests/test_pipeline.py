@@ -21,7 +21,7 @@ import train_pg
 from policy import load_tokenizer
 from stage import StageError, read_json, round_directory
 from tests.helpers import write_tiny_model
-from trajectory import read_trajectories
+from trajectory import read_trajectories, to_line
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"slots": 8, "context": 1024, "max_turns": 14}
@@ -122,6 +122,49 @@ def test_a_killed_rollout_resumes_to_the_same_file(unbroken, tmp_path):
         rollout.main(rollout.Args(run=tmp_path, limit=10, temperature=0.3, seed=5, **SMALL))
     rollout.main(rollout.Args(run=tmp_path, limit=10, temperature=0.3, **SMALL))
     assert path.read_bytes() == (round_directory(unbroken, 0) / "rollout/trajectories.jsonl").read_bytes()
+
+
+def test_a_resumed_stage_plays_again_what_ended_in_a_fault(unbroken, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(round_directory(unbroken, 0) / "rollout", round_directory(run, 0) / "rollout")
+    directory = round_directory(run, 0) / "rollout"
+    config = read_json(directory / "config.json")
+    config["args"] |= {"run": str(run), "deadline": 0.0}  # a deadline may change
+    (directory / "config.json").write_text(json.dumps(config))
+    path = directory / "trajectories.jsonl"
+    rows = list(read_trajectories(path))
+    for row, end in zip(rows[2:5], ("llm_error", "timeout", "env_error"), strict=True):
+        row.end, row.turns, row.ids, row.sampled = end, [], [], []
+    path.write_bytes(b"".join(map(to_line, rows)))
+    rollout.main(rollout.Args(run=run, limit=10, temperature=0.3, **SMALL))
+    assert path.read_bytes().count(b"llm_error") == 1  # a finished stage is finished
+    (directory / "done.json").unlink()
+    rollout.main(rollout.Args(run=run, limit=10, temperature=0.3, **SMALL))
+    assert path.read_bytes() == (round_directory(unbroken, 0) / "rollout/trajectories.jsonl").read_bytes()
+
+
+def test_trials_lost_to_faults_are_composed_again():
+    args = actre.Args(budget=3, force=2)
+    assert actre.next_trial(args, {}) == [0, 1]
+    assert actre.next_trial(args, {1: False, 2: False}) == [0]
+    assert actre.next_trial(args, {0: False, 1: False}) == [2]
+    assert actre.next_trial(args, {0: False, 1: False, 2: False}) == actre.next_trial(args, {0: False, 1: True}) == []
+    assert actre.next_trial(actre.Args(budget=4, force=1), {0: False, 2: False, 3: False}) == [1]
+
+
+def test_rates_are_kept(unbroken):
+    directory = round_directory(unbroken, 1)
+    for stage in ("rollout", "actre"):
+        rates = read_json(directory / stage / "done.json")["rates"]
+        assert rates["trajectories_per_hour"] > 0 and rates["tokens_per_second"] > 0
+        assert 0 <= rates["waiting_for_worlds"] < 0.5 < rates["waiting_for_model"] <= 1
+    sent = computed = 0
+    for row in read_trajectories(directory / "rollout/trajectories.jsonl"):
+        asks = [i for i in range(1, len(row.ids)) if row.sampled[i] and not row.sampled[i - 1]]
+        sent += sum(asks)
+        computed += row.sampled[: asks[-1]].count(0)
+    assert read_json(directory / "rollout/done.json")["rates"]["prefix_reuse"] == round(1 - computed / sent, 4) > 0.8
+    assert 0 < read_json(round_directory(unbroken, 0) / "evaluate/done.json")["rates"]["prefix_reuse"] < 1
 
 
 def copy_inputs(run: Path, to: Path, number: int) -> None:

@@ -10,6 +10,7 @@ from trajectory import (
     Writer,
     act_line,
     actre_segments,
+    fault_note,
     flat,
     pack,
     parse_reply,
@@ -44,6 +45,23 @@ STRANGE = 'a\u2028b\u2029c\x85d\x0b\U0001f9f9 "quote" \\ é'
 
 def encode(text, first=False):
     return encode_piece(byte_tokenizer(), text, first)
+
+
+def test_rows_that_ended_in_a_fault_are_written_again(tmp_path, capsys):
+    path = tmp_path / "trajectories.jsonl"
+    ends = ["success", "llm_error", "stuck", "timeout", "env_error", "context_full"]
+    with Writer(path) as writer:
+        for trial, end in enumerate(ends):
+            writer.write(trajectory(trial=trial, end=end))
+    with Writer(path) as writer:
+        assert [trial for trial in range(6) if (trajectory().task_id, trial) not in writer.known] == [1, 3, 4]
+        assert "3 trajectories ended in a fault and are played again" in capsys.readouterr().out
+        writer.write(trajectory(trial=1, end="finished"))
+    assert [(t.trial, t.end) for t in sort_file(path)] == [
+        (0, "success"), (1, "finished"), (2, "stuck"), (5, "context_full")]  # fmt: skip
+    note = fault_note([trajectory(end=end) for end in [*ends, "timeout"]], tmp_path)
+    assert "env_error: 1, llm_error: 1, timeout: 2; to play them again, remove" in note
+    assert fault_note([trajectory()], tmp_path) == ""
 
 
 def test_both_renderings_are_the_papers_form():

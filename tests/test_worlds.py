@@ -70,6 +70,10 @@ def test_signatures_are_those_of_the_protocol(world):
         assert list(inspect.signature(getattr(world, name)).parameters) == wanted
 
 
+def test_a_world_says_whether_it_needs_a_process_of_its_own(world):
+    assert world.isolated is False  # all that are ours; tests/test_process.py has one that is not
+
+
 def test_tasks_are_sorted_unique_and_stable(case, world):
     ids = world.tasks(case[2])
     assert len(ids) > 1 and list(ids) == sorted(set(ids))

@@ -1,0 +1,85 @@
+"""Trajectories an hour of the whole loop, with our ALFWorld engine and with TextWorld.
+
+The tiny base plays the same games three times: our engine stepped in this process; TextWorld in processes of its own,
+two a core, as `rollout.py --engine textworld` has it; and TextWorld stepped in this process too, where everybody waits
+while one world steps, as loops without processes have it. Our engine has played all of them once before, so that no
+compiling is counted; starting the processes is.
+
+    python -m bench.loop          # minutes
+
+Left out: larger models, which take a larger share of the time, and ActRe.
+"""
+
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from agent import play
+from attempt import Job, Play
+from envs.alfworld import AlfWorld
+from envs.base import World
+from envs.panel import default_panels, pick_tasks
+from policy import LocalPolicy
+from trajectory import Trajectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    games: int = 24
+    """Games to play, spread evenly over the panel."""
+    panel: str | None = None
+    """Panel to play from (default: valid_seen-140 with real games, gen_valid-100 with generated ones)."""
+    data: str | None = None
+    """Folder that holds json_2.1.1 (default: $ALFWORLD_DATA, else generated games)."""
+    model: Path = Path("models/tiny-alfworld")
+    """Base model."""
+    slots: int = 64
+    """Attempts played at once, at most."""
+
+
+def inline(data: str | None) -> World:
+    """TextWorld as if it were ours: stepped in this process."""
+    world = AlfWorld(data=data, engine="textworld")
+    world.isolated = False
+    return world
+
+
+def measure(name: str, make, tasks: list[str], args: Args) -> tuple[dict, list[Trajectory]]:
+    """The rates of all tasks, and their trajectories."""
+    policy = LocalPolicy(args.model, slots=args.slots)
+    settings = Play(env="alfworld", stage=name, round=0, seed=0, max_turns=20, patience=3, temperature=0.0)
+    done: list[Trajectory] = []
+    rates = play([Job(task, 0) for task in tasks], settings, make, policy, None,
+                 lambda trajectory: done.append(trajectory) or (), total=len(tasks))  # fmt: skip
+    return rates, sorted(done, key=lambda trajectory: trajectory.key)
+
+
+def main(args: Args) -> None:
+    panel = args.panel or default_panels("evaluate", "alfworld", args.data)[0]
+    tasks, _ = pick_tasks(panel, args.games)
+    makers = {
+        "ours": functools.partial(AlfWorld, data=args.data),
+        "TextWorld": functools.partial(AlfWorld, data=args.data, engine="textworld"),
+        "TextWorld, in this process": functools.partial(inline, args.data),
+    }
+    rates, played = {}, {}
+    measure("warm-up", makers["ours"], tasks, args)
+    for name, make in makers.items():
+        rates[name], played[name] = measure(name, make, tasks, args)
+    hourly = {name: each["trajectories_per_hour"] for name, each in rates.items()}
+    ids = {name: [trajectory.ids for trajectory in each] for name, each in played.items()}
+    same = all(each == ids["ours"] for each in ids.values())
+    print(f"{len(tasks)} games of {panel}, {os.cpu_count()} cores; the same ids in all three: {same}")
+    for name, each in rates.items():
+        print(f"{name:<28}{hourly[name]:>8,.0f} trajectories/h, ours / this {hourly['ours'] / hourly[name]:6.1f}, "
+              f"waiting {each['waiting_for_worlds']:4.0%} worlds {each['waiting_for_model']:4.0%} model")  # fmt: skip
+    print(json.dumps({"bench": "loop", "panel": panel, "games": len(tasks), "same_ids": same, "rates": rates,
+                      "ratio": round(hourly["ours"] / hourly["TextWorld"], 1)}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,77 @@
+"""Does memory stay flat while one process plays thousands of games?
+
+New games are generated, as many as are played, so that none comes twice. They go through the play loop, 64 at once, and
+into a file of trajectories, as in a stage. The player is a script (the demonstrator, every second action of it replaced
+by a random one) or the tiny base.
+
+    python -m bench.soak                              # 2,000 games by the script, half a minute
+    python -m bench.soak --player tiny                # by the tiny base, minutes
+
+Memory is the process's resident set after every 200 games (Linux). Left out: worlds in processes of their own, which
+are replaced in time (envs/process.py).
+"""
+
+import functools
+import json
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tqdm import tqdm
+
+from agent import play
+from attempt import Compose, Job, Play
+from envs.alfworld import AlfWorld
+from envs.generate import SEED, family, write_split
+from policy import DemonstratorScript, LocalPolicy, ScriptedPolicy
+from trajectory import Trajectory, Writer
+
+EVERY = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    games: int = 2000
+    """Games to play."""
+    player: Literal["script", "tiny"] = "script"
+    """Who plays: the script, or the tiny base."""
+    seed: int = SEED
+    """Seed of the games and of every draw."""
+
+
+def resident_mib() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmRSS:\s+([0-9]+) kB", status)[1]) / 1024
+
+
+def main(args: Args) -> None:
+    split, memory = f"{family()}_train", []
+    with tempfile.TemporaryDirectory() as folder, Writer(Path(folder, "trajectories.jsonl")) as writer:
+        write_split(Path(folder), split, args.seed, args.games)
+        world = functools.partial(AlfWorld, data=folder)
+        jobs = [Job(task, 0) for task in world().tasks(split)]
+        policy = ScriptedPolicy(DemonstratorScript) if args.player == "script" else LocalPolicy("models/tiny-alfworld")
+        compose = Compose(probability=0.5, reason="template") if args.player == "script" else None
+        settings = Play(env="alfworld", stage="soak", round=0, seed=args.seed, max_turns=20, patience=3,
+                        temperature=0.0, compose=compose)  # fmt: skip
+
+        def on_done(trajectory: Trajectory) -> tuple[Job, ...]:
+            writer.write(trajectory)
+            if len(writer.known) % EVERY == 0:
+                memory.append(round(resident_mib(), 1))
+                tqdm.write(f"{len(writer.known):>6} games  {memory[-1]:>8.1f} MiB")
+            return ()
+
+        rates = play(jobs, settings, world, policy, None, on_done, total=len(jobs))
+    growth = round(memory[-1] - memory[0], 1)
+    print(f"{args.player}: {len(jobs)} different games in one process, {rates['trajectories_per_hour']:,.0f} an hour; "
+          f"{growth:+.1f} MiB from game {EVERY} to the last")  # fmt: skip
+    print(json.dumps({"bench": "soak", "player": args.player, "games": len(jobs), "resident_mib": memory,
+                      "growth_mib": growth, "rates": rates}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
