@@ -140,7 +140,7 @@ def compile_decode(case: Decode) -> dict:
     arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (view, past, ints, asked))
     start = time.time()
     compiled = decode.lower(graphs[0], config, *arrays, places=case.places).compile()
-    return facts(compiled, case) | {"seconds": round(time.time() - start)}
+    return facts(compiled, case) | {"seconds": round(time.time() - start), "cache": cache_bytes(case)}
 
 
 def facts(compiled, case: Case | Decode) -> dict:
@@ -177,11 +177,15 @@ def floor_bytes(case: Case | Decode) -> int:
     linear, adapter = 6_979_321_856, 6_815_744 * 4
     dense = 2 * (2 * MISTRAL_7B.vocab_size * MISTRAL_7B.hidden_size)
     if isinstance(case, Decode):
-        bits, place = {"nf4": 4.5, "bf16": 16}[case.weights], 4 * MISTRAL_7B.num_key_value_heads * MISTRAL_7B.head_dim
-        cached = (case.slots * case.context + case.prefix) * place * MISTRAL_7B.num_hidden_layers
-        return int(linear * bits / 8 + dense + adapter + cached)
+        return int(linear * {"nf4": 4.5, "bf16": 16}[case.weights] / 8 + dense + adapter + cache_bytes(case))
     bits = 4 + (8 / 64 + 32 / (64 * 256) if case.double else 32 / 64)
     return int(linear * bits / 8 / (case.mesh[1] * case.mesh[2]) + dense + 3 * adapter)
+
+
+def cache_bytes(case: Decode) -> int:
+    """Keys and values of all slots and of the prefix, in bfloat16."""
+    places, config = case.slots * case.context + case.prefix, MISTRAL_7B
+    return places * 4 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
 
 
 def main(args: Args) -> None:

@@ -1,4 +1,4 @@
-"""The training step of the 7B model, compiled for a TPU without one: it fits, and no decoded weight lies in memory."""
+"""The 7B model's training step and decoding, compiled for a TPU without one: they fit, and what they keep in memory."""
 
 import json
 import subprocess
@@ -30,3 +30,13 @@ def test_codes_and_not_weights_cross_the_chips(name):
     weights = [array for array in found["all_gathers"] if array.endswith(",64]") and array.count(",") == 2]
     assert weights and all(array.startswith("u4") or array.startswith("f32[1,") for array in weights)
     assert not [array for array in found["all_gathers"] if array.startswith("bf16")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["decode/v5e/nf4", "decode/v6e/bf16"])
+def test_decoding_copies_neither_cache_nor_weights(name):
+    """What it needs beside its arguments is little beside the cache, of which it reads every place."""
+    found = compiled(name)
+    assert found["total"] < found["limit"] * 2**30
+    assert found["decoded"] == []
+    assert found["temporaries"] < 0.25 * found["cache"]
