@@ -130,6 +130,7 @@ def compare(name: str, model: Mistral, slots: int, games: list[list[list[int]]],
             player.start(slots)
         for turn in tqdm(range(rounds), desc=f"{name}, {'measured' if counted else 'warm-up'}", unit="reply"):
             for who, player in players.items():
+                time.sleep(0.2)  # until the other's threads no longer wait for work
                 start = time.perf_counter()
                 replies[who] += player.reply([game[turn] for game in games])
                 seconds[who] += time.perf_counter() - start

@@ -60,8 +60,9 @@ FIRST_BLOCK = 256
 TILE, ACCELERATOR_TILE = 64, 128
 # Ids of a row that are prefilled at once, at most: a width is used while more than the next narrower one is left.
 WIDTHS = (128, 32, 8)
-# Ids of all rows that are prefilled at once. From 64 rows on a product's bits do not depend on how many there are.
-SIZES = (1024, 256, 128, 64)
+# Ids of all rows that are prefilled at once: the least that hold them, or the most that they fill. From 64 on a row of
+# a product has the same bits however many there are.
+SIZES = (64, 96, 128, 192, 256, 1024)
 
 
 class Reply(NamedTuple):
@@ -90,6 +91,11 @@ def cache_sizes(context: int, tile: int) -> tuple[int, ...]:
     while (end := ends[-1]) < tiles:
         ends.append(min(-(-3 * end // 2) if end & (end - 1) == 0 else 4 * end // 3, tiles))
     return tuple(np.diff([0, *ends]).tolist())
+
+
+def prefill_size(ids: int) -> int:
+    """How many ids to prefill at once where so many wait."""
+    return min(size for size in SIZES if size >= ids) if ids <= SIZES[-2] else max(s for s in SIZES if s <= ids)
 
 
 class Engine:
@@ -290,9 +296,8 @@ class Engine:
             return len(self._ids[session]) - 1 - self._lengths[session]
 
         for width, narrower in zip(WIDTHS, (*WIDTHS[1:], 0), strict=True):
-            fitting = [size for size in SIZES if size >= width]
             while counts := {session: min(width, left(session)) for session in sessions if left(session) > narrower}:
-                size = next((size for size in fitting if size <= sum(counts.values())), fitting[-1])
+                size = prefill_size(sum(counts.values()))
                 totals = itertools.accumulate(counts.values())
                 taken = [each for each, total in zip(counts.items(), totals, strict=True) if total <= size]
                 rows = min(self._rows, max(1, 2 * size // width))  # so attention sees no more than twice what is filled
