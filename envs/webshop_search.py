@@ -1,0 +1,204 @@
+"""Lucene's BM25 ranking without Java: the search engine of WebShop, as Pyserini 0.17 runs it with its defaults.
+
+Analysis is that of Anserini's English analyzer (words at Unicode boundaries, possessives, lower case, Lucene's stop
+words, Porter's stemmer); scores are Lucene's BM25 with k1 0.9, b 0.4 and document lengths quantised to a byte, in
+32-bit floats; equal scores are ordered by document id. An index is a folder of numpy files that are memory-mapped, so
+that all processes of a machine share one copy.
+Left out: phrases, fields, anything but a bag of words; queries of more than 1,024 different terms, which Lucene refuses.
+
+Source of the formulas: Lucene 9's BM25Similarity, SmallFloat and BooleanQuery.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import regex
+from nltk.stem.porter import PorterStemmer
+from scipy.sparse import csr_array
+
+K1, B = np.float32(0.9), np.float32(0.4)
+MAX_CLAUSES = 1024
+MAX_TOKEN_CHARS = 255  # of UTF-16, as in Java: longer words are cut there
+STOP_WORDS = frozenset(
+    "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
+    "to was will with".split()
+)
+_WORDS = regex.compile(r"(?w)\b.+?\b", regex.DOTALL)
+_LETTER_OR_DIGIT = (
+    r"\p{WB=ALetter}\p{WB=Hebrew_Letter}\p{WB=Numeric}\p{WB=Katakana}\p{Script=Hiragana}\p{Script=Han}\p{LB=SA}"
+)
+# Extended_Pictographic as in Unicode 12: newer tables have dropped symbols such as the black star, which Lucene keeps.
+_EMOJI = (
+    "\u00a9\u00ae\u203c\u2049\u2122\u2139\u2194-\u2199\u21a9\u21aa\u231a\u231b\u2328\u2388\u23cf\u23e9-\u23f3\u23f8-\u23fa"
+    "\u24c2\u25aa\u25ab\u25b6\u25c0\u25fb-\u25fe\u2600-\u2605\u2607-\u2612\u2614-\u2685\u2690-\u2705\u2708-\u2712\u2714\u2716"
+    "\u271d\u2721\u2728\u2733\u2734\u2744\u2747\u274c\u274e\u2753-\u2755\u2757\u2763-\u2767\u2795-\u2797\u27a1\u27b0\u27bf"
+    "\u2934\u2935\u2b05-\u2b07\u2b1b\u2b1c\u2b50\u2b55\u3030\u303d\u3297\u3299\U0001f000-\U0001f0ff\U0001f10d-\U0001f10f"
+    "\U0001f12f\U0001f16c-\U0001f171\U0001f17e\U0001f17f\U0001f18e\U0001f191-\U0001f19a\U0001f1ad-\U0001f1ff"
+    "\U0001f201-\U0001f20f\U0001f21a\U0001f22f\U0001f232-\U0001f23a\U0001f23c-\U0001f23f\U0001f249-\U0001f53d"
+    "\U0001f546-\U0001f64f\U0001f680-\U0001f6ff\U0001f774-\U0001f77f\U0001f7d5-\U0001f7ff\U0001f80c-\U0001f80f"
+    "\U0001f848-\U0001f84f\U0001f85a-\U0001f85f\U0001f888-\U0001f88f\U0001f8ae-\U0001f8ff\U0001f90c-\U0001f93a"
+    "\U0001f93c-\U0001f945\U0001f947-\U0001fffd"
+)
+_KEPT = regex.compile(f"[{_LETTER_OR_DIGIT}{_EMOJI}]")
+_APOSTROPHES = "'\u2019\uff07"
+_porter = PorterStemmer(mode=PorterStemmer.MARTIN_EXTENSIONS)
+
+
+@lru_cache(maxsize=1 << 18)
+def _term(word: str) -> str:
+    """The term of a word, or "" where it gives none."""
+    if not _KEPT.search(word):
+        return ""
+    word = word.strip(_APOSTROPHES)
+    if len(word) > 1 and word[-2] in _APOSTROPHES and word[-1] in "sS":
+        word = word[:-2]
+    word = word.lower()
+    return "" if word in STOP_WORDS else _porter.stem(word, to_lowercase=False)
+
+
+def analyze(text: str) -> list[str]:
+    """The terms of a text, in order."""
+    words = _WORDS.findall(text)
+    if len(text) > MAX_TOKEN_CHARS and max(map(len, words), default=0) > MAX_TOKEN_CHARS:
+        words = [word[i : i + MAX_TOKEN_CHARS] for word in words for i in range(0, len(word), MAX_TOKEN_CHARS)]
+    return [term for word in words if (term := _term(word))]
+
+
+def quantise_lengths(lengths: np.ndarray) -> np.ndarray:
+    """Lengths [D] as a reader of Lucene's one-byte norms sees them: 40 exact values, then 3 bits of mantissa."""
+    rest = np.maximum(lengths.astype(np.int64) - 24, 0)
+    shift = np.maximum(np.floor(np.log2(np.maximum(rest, 1))).astype(np.int64) - 3, 0)
+    return np.where(rest < 16, lengths, 24 + (rest >> shift << shift))
+
+
+class IndexBuilder:
+    """Collects documents one by one (their terms as numbers, 6 bytes a posting), then writes the index in one go."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}  # term -> its number, in order of appearance
+        self._terms, self._counts = array("i"), array("H")
+        self._different, self._lengths = array("i"), array("i")
+
+    def add(self, terms: Sequence[str]) -> None:
+        """The next document."""
+        counts, numbers = Counter(terms), self._numbers
+        self._terms.extend([numbers.setdefault(term, len(numbers)) for term in counts])
+        self._counts.extend([min(count, 65535) for count in counts.values()])
+        self._different.append(len(counts))
+        self._lengths.append(len(terms))
+
+    def write(self, folder: Path, order: np.ndarray) -> None:
+        """Writes the index. `order` [D]: the documents in the order in which equal scores are to come."""
+        documents = len(self._lengths)
+        ends = np.cumsum(np.frombuffer(self._different, np.int32), dtype=np.int64)
+        rows = csr_array(
+            (np.frombuffer(self._counts, np.uint16), np.frombuffer(self._terms, np.int32), np.append(0, ends)),
+            shape=(documents, len(self._numbers)),
+        )
+        postings = rows[order].tocsc()  # a column is a term; its documents come sorted
+        words = np.array([term.encode("utf-8", "surrogatepass") for term in self._numbers], dtype=object)
+        alphabetical = np.argsort(words, kind="stable")
+        postings = postings[:, alphabetical]
+        lengths = np.frombuffer(self._lengths, np.int32)[order]
+        filled = np.count_nonzero(lengths)
+        average = np.float32(lengths.sum(dtype=np.int64) / max(filled, 1))
+        inverse = 1 / (K1 * ((1 - B) + B * quantise_lengths(lengths).astype(np.float32) / average))
+        x = postings.data.astype(np.float32) * inverse[postings.indices]
+        starts = postings.indptr.astype(np.int64)
+        frequency = np.diff(starts)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "words.bin").write_bytes(b"".join(words[alphabetical]))
+        np.save(folder / "word_ends.npy", np.cumsum([len(word) for word in words[alphabetical]], dtype=np.int64))
+        np.save(folder / "documents.npy", postings.indices.astype(np.int32))
+        np.save(folder / "x.npy", x)
+        np.save(folder / "starts.npy", starts)
+        np.save(folder / "idf.npy", np.log(1 + (filled - frequency + 0.5) / (frequency + 0.5)).astype(np.float32))
+        np.save(folder / "top_x.npy", np.maximum.reduceat(x, starts[:-1]) if len(x) else x)
+        np.save(folder / "size.npy", np.int64(documents))
+
+
+class Index:
+    """A written index, memory-mapped. FileNotFoundError where a file of it is missing."""
+
+    def __init__(self, folder: Path):
+        def load(name: str) -> np.ndarray:
+            return np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))  # a plain view, faster to slice
+
+        self.size = int(load("size"))
+        self._documents, self._x, self._starts = load("documents"), load("x"), load("starts")
+        self._idf, self._top_x, self._word_ends = load("idf"), load("top_x"), load("word_ends")
+        file = folder / "words.bin"
+        self._words = np.asarray(np.memmap(file, np.uint8, "r")) if file.stat().st_size else np.zeros(0, np.uint8)
+        self._number = lru_cache(maxsize=1 << 16)(self._find)
+
+    def _find(self, term: str) -> int | None:
+        """The term's place in the alphabet, by bisection."""
+        wanted, low, high = term.encode("utf-8", "surrogatepass"), 0, len(self._word_ends)
+        while low < high:
+            middle = (low + high) // 2
+            start = self._word_ends[middle - 1] if middle else 0
+            word = self._words[start : self._word_ends[middle]].tobytes()
+            if word == wanted:
+                return middle
+            low, high = (middle + 1, high) if word < wanted else (low, middle)
+        return None
+
+    def search(self, query: str, k: int = 50) -> list[int]:
+        """The numbers of the k best documents of a query. ValueError for more than 1,024 different terms, as Lucene."""
+        return self.rank(analyze(query), k)[0].tolist()
+
+    def rank(self, terms: Sequence[str], k: int = 50) -> tuple[np.ndarray, np.ndarray]:
+        """The k best documents of a bag of terms, best first, and their scores in float32.
+
+        Terms come by what they can add at most. Once the k-th best document so far has more than all terms to come can
+        add together, these are looked up for the documents that can still be among the best (Turtle and Flood's MaxScore).
+        """
+        counts = Counter(terms)
+        if len(counts) > MAX_CLAUSES:
+            raise ValueError(f"{len(counts)} different terms in a query: Lucene takes {MAX_CLAUSES} at most")
+        plan = []  # (at most, weight, number) of each term
+        for term, count in counts.items():
+            if (number := self._number(term)) is not None:
+                weight = np.float32(count) * self._idf[number]
+                plan.append((float(weight - weight / (1 + self._top_x[number])), weight, number))
+        plan.sort(reverse=True)
+        to_come = np.cumsum([bound for bound, _, _ in plan][::-1])[::-1] * 1.000001  # by the terms from there on
+        scores_D, threshold, kept = np.zeros(self.size), 0.0, None
+        for i, (_, weight, number) in enumerate(plan):
+            documents, x = self._postings(number)
+            if kept is None and threshold > to_come[i]:
+                kept = np.flatnonzero(scores_D >= threshold - to_come[i])
+            if kept is None:
+                scores_D[documents] += weight - weight / (1 + x)
+                if len(documents) >= k and i + 1 < len(plan):
+                    threshold = max(threshold, np.partition(scores_D[documents], -k)[-k])  # k documents have so much
+            else:
+                place = np.minimum(np.searchsorted(documents, kept), len(documents) - 1)
+                there = documents[place] == kept
+                scores_D[kept[there]] += weight - weight / (1 + x[place[there]])
+        kept = np.flatnonzero(scores_D) if kept is None else kept
+        scores = scores_D[kept].astype(np.float32)
+        if len(kept) > k:
+            best = scores >= np.partition(scores, -k)[-k]
+            kept, scores = kept[best], scores[best]
+        order = np.lexsort((kept, -scores))[:k]
+        return kept[order], scores[order]
+
+    def _postings(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        start, end = self._starts[number], self._starts[number + 1]
+        return self._documents[start:end], self._x[start:end]
+
+
+def build_index(folder: Path, texts: Iterable[str], order: np.ndarray) -> Index:
+    """The index of `texts`, written to `folder`; `order` as in IndexBuilder.write."""
+    builder = IndexBuilder()
+    for text in texts:
+        builder.add(analyze(text))
+    builder.write(folder, order)
+    return Index(folder)
