@@ -55,8 +55,8 @@ class World(Protocol):
         ...
 
     def actions(self) -> list[str]:
-        """Every action that is accepted now, sorted. One that ends in an opening bracket, `search[`, stands for all that
-        words and a closing bracket make of it. Raises RuntimeError before the first reset."""
+        """Every action that is accepted now, sorted. One that ends in an opening bracket, `search[`, stands for all
+        that words and a closing bracket make of it. Raises RuntimeError before the first reset."""
         ...
 
 

@@ -1,10 +1,11 @@
-"""WebShop: find a product in a web shop, choose its options, buy it. Pages, actions and reward as the original's, in text.
+"""WebShop: find a product in a web shop, choose its options, buy it. Pages, actions and reward as the original's, in
+text.
 
-`search[words]` searches from any page (50 products at most, 10 a page), `click[x]` follows a button, link or option of the
-page, `think[x]` does nothing. Anything else does nothing either and is not valid. The task ends with `click[buy now]`; its
-reward (`envs/webshop_reward.py`) is 1 where everything fits. What crashes the original or draws from its global
-generator (searches that begin with <r>, <a>, <c> or <q>, a link to a product that is not there, more than 1,024 words)
-is not valid here.
+`search[words]` searches from any page (50 products at most, 10 a page), `click[x]` follows a button, link or option
+of the page, `think[x]` does nothing. Anything else does nothing either and is not valid. The task ends with
+`click[buy now]`; its reward (`envs/webshop_reward.py`) is 1 where everything fits. What crashes the original or
+draws from its global generator (searches that begin with <r>, <a>, <c> or <q>, a link to a product that is not
+there, more than 1,024 words) is not valid here.
 Left out: the turn limit (the runner's), the html and url modes, images, the Attributes page (it shows the answer).
 
 Play one: python -m envs.play --env webshop --tasks --split gen_valid
@@ -112,7 +113,7 @@ class WebShop:
             return []
         found = self.available()
         clicks = [f"click[{name}]" for name in found["clickables"] if name != "search"]
-        clicks = [click for click in clicks if parse(click) == ("click", click[6:-1])]  # some option names cannot be said
+        clicks = [click for click in clicks if parse(click) == ("click", click[6:-1])]  # some names cannot be said
         return sorted([*clicks, OPEN] if found["has_search_bar"] else clicks)
 
     def available(self) -> dict:
@@ -240,8 +241,9 @@ class WebShop:
         nodes += ["Purchased", "asin", self._shop.product(self._product).asin, "options", options]
         for name in ("attrs", "category", "query", "product category"):
             nodes += [name, "None"]
-        nodes += ["Target", "asin", "options", "attrs", "price upper", "instuction text", "category", "product category"]
-        nodes += ["query", "Goal ", "None", "Reward", "Your score (min 0.0, max 1.0)", str(self.purchase.reward)]
+        nodes += ["Target", "asin", "options", "attrs", "price upper", "instuction text", "category"]
+        nodes += ["product category", "query", "Goal ", "None", "Reward", "Your score (min 0.0, max 1.0)"]
+        nodes.append(str(self.purchase.reward))
         nodes += ["Reward Details ", "None"]
         if self.mode == "text":
             return SEPARATOR.join(node.strip() for node in nodes)
@@ -249,7 +251,7 @@ class WebShop:
 
 
 def _as_parsed(words: str) -> str:
-    """A text node as the original's HTML parser gives it: blanks alone become one, or nothing where a line ends in them."""
+    """A text node as the original's HTML parser gives it: blanks alone become one, or nothing with a line's end."""
     if words.strip(_BLANK):
         return words
     return "" if "\n" in words or not words else " "

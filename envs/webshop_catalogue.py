@@ -5,12 +5,12 @@ Read from a folder in the original file formats:
 | file | what |
 |---|---|
 | `items_shuffle.json` or `items_shuffle_1000.json` | the products: a list of records |
-| `items_ins_v2.json` or `items_ins_v2_1000.json` | {asin: attributes, and for some an instruction with its attributes} |
+| `items_ins_v2.json` or `items_ins_v2_1000.json` | {asin: attributes, for some an instruction with its attributes} |
 | `items_human_ins.json` | optional: {asin: [written instructions]} |
 
-The first use prepares the folder (`.a3t_webshop-*` in it or, where that cannot be written, below ~/.cache/a3t): it streams
-the products, so that memory stays at a few GB for 1.2 million of them, and writes records, goals and the index. Later uses
-map what is there. Files that change are prepared anew; an old folder may be deleted at any time.
+The first use prepares the folder (`.a3t_webshop-*` in it or, where that cannot be written, below ~/.cache/a3t): it
+streams the products, so that memory stays at a few GB for 1.2 million of them, and writes records, goals and the
+index. Later uses map what is there. Files that change are prepared anew; an old folder may be deleted at any time.
 Left out: images, reviews and ratings, which the text never shows.
 
 Run: python -m envs.webshop_catalogue [--data DIR]     prepares it and says what there is
@@ -36,6 +36,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from envs.webshop_generate import STAMP, ensure_catalogue
 from envs.webshop_goals import (
     OFFICIAL_GOALS,
     Goal,
@@ -52,7 +53,6 @@ VERSION = 1  # of the prepared folder: one of another version is not read
 CHUNK = 1 << 24  # characters of the product file read at a time
 MAX_RECORD = 1 << 26  # characters; no product is that long, so the JSON is broken
 MAX_ASIN = 10  # longer ones are skipped, as in the original
-STAMP = "generated.json"  # lies in a folder that envs/webshop_generate.py made
 DEFAULT_TAG, DEFAULT_PRICES = "$100.0", (100.0,)
 
 
@@ -102,8 +102,8 @@ def find_files(data: str | Path) -> Files:
     names = [given] if given.is_file() else [given / "items_shuffle.json", given / "items_shuffle_1000.json"]
     products = next((name for name in names if name.is_file()), None)
     if products is None:
-        raise FileNotFoundError(f"{data} holds neither items_shuffle.json nor items_shuffle_1000.json: expected the folder "
-                                "of WebShop's data, or one of these files")
+        raise FileNotFoundError(f"{data} holds neither items_shuffle.json nor items_shuffle_1000.json: expected the "
+                                "folder of WebShop's data, or one of these files")
     attributes = products.with_name(products.name.replace("items_shuffle", "items_ins_v2"))
     if attributes == products or not attributes.is_file():
         raise FileNotFoundError(f"no {attributes} beside {products.name}: expected the products' attributes in it")
@@ -131,8 +131,8 @@ def stream_array(file: Path) -> Iterator[object]:
             except ValueError as error:
                 more = stream.read(CHUNK)
                 if not more or len(buffer) - at > MAX_RECORD:
-                    raise ValueError(f"{file} breaks off in record {number} ({error}): expected a JSON list of products; "
-                                     "get the file again") from error
+                    raise ValueError(f"{file} breaks off in record {number} ({error}): expected a JSON list of "
+                                     "products; get the file again") from error
                 buffer, at = buffer[at:] + more, 0
                 continue
             yield item
@@ -144,11 +144,11 @@ def read_table(file: Path, kind: type) -> dict:
     try:
         return msgspec.json.decode(file.read_bytes(), type=dict[str, kind])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {file} ({error}): expected a JSON object of WebShop's form; get it again") from error
+        raise ValueError(f"cannot read {file} ({error}): expected a JSON object of WebShop's form") from error
 
 
 def read_products(files: Files, table: dict[str, RawAttributes]) -> Iterator[Product]:
-    """The products in the file's order; those without a proper asin and repeated ones are skipped, as in the original."""
+    """The products in the file's order; improper and repeated asins are skipped, as in the original."""
     seen = set()
     for number, record in enumerate(stream_array(files.products)):
         try:
@@ -178,7 +178,7 @@ def make_product(raw: RawProduct, attributes: list[str]) -> Product:
 
 
 def parse_pricing(pricing: str | None) -> tuple[str, Sequence[float]]:
-    """The price tag and the price, or the two ends of its range, of "$a" or "$a - $b"; 100 dollars where there is none."""
+    """The price tag and the price, or the two ends of its range, of "$a" or "$a$b"; 100 dollars where there is none."""
     if not pricing:
         return DEFAULT_TAG, DEFAULT_PRICES
     try:
@@ -212,7 +212,9 @@ def prepare(data: str | Path) -> Path:
             return place
     place = places[0] if os.access(files.folder, os.W_OK) else places[1]
     place.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".building-{key}-", dir=place.parent))
+    temporary = tempfile.mkdtemp(prefix=f".building-{key}-", dir=place.parent)
+    building = Path(temporary, place.name)  # a folder of its own: the outer one is closed to others
+    building.mkdir()
     try:
         _write(files, building)
         os.replace(building, place)
@@ -220,7 +222,7 @@ def prepare(data: str | Path) -> Path:
         if not (place / "catalogue.json").is_file():  # else another process has just written the same
             raise
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return place
 
 
@@ -236,7 +238,8 @@ def _write(files: Files, folder: Path) -> None:
     digest, encode = hashlib.sha256(), msgspec.json.encode
     instructions = sum(map(len, written.values()))
     with open(folder / "products.bin", "wb") as stream:
-        for product in tqdm(read_products(files, table), desc=f"preparing {files.products.name}", unit="product"):
+        bar = tqdm(read_products(files, table), desc=f"preparing {files.products.name}", unit="product", delay=2)
+        for product in bar:
             record = encode(product)
             stream.write(record)
             digest.update(record)
@@ -283,7 +286,8 @@ class Catalogue:
         self._goals = (folder / "goals.jsonl").read_bytes() if self.facts["goals"] else b""
         self._goal_ends = np.load(folder / "goal_ends.npy")
         self._goal_ids = (folder / "goal_ids.txt").read_text().splitlines()
-        self.splits = {split: tuple(ids) for split, ids in groupby(self._goal_ids, lambda task_id: task_id.split("/")[0])}
+        by_split = groupby(self._goal_ids, lambda task_id: task_id.split("/")[0])
+        self.splits = {split: tuple(ids) for split, ids in by_split}
         self._decode_product = msgspec.json.Decoder(Product).decode
         self.product = lru_cache(maxsize=4096)(self._read_product)
 
@@ -328,11 +332,7 @@ def open_catalogue(folder: Path) -> Catalogue:
 def data_folder(data: str | None) -> Path:
     """The folder or file to read: `data`, else $WEBSHOP_DATA, else the generated catalogue."""
     given = data or os.environ.get("WEBSHOP_DATA")
-    if given:
-        return Path(given)
-    from envs.webshop_generate import ensure_catalogue  # on demand: real data needs no generator
-
-    return ensure_catalogue()
+    return Path(given) if given else ensure_catalogue()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,19 +1,23 @@
 """WebShop's goals: what a customer wants, made from products, and which split each belongs to.
 
-Human goals come from written instructions. Synthetic ones are an instruction made of attributes, times every combination
-of the product's options. Both name a price limit: the larger of two of the next four multiples of ten above the price.
-The original draws prices and limits from the global generator before it seeds it, so they differ from run to run; here
-every draw is addressed by (SEED, product), and the goals are frozen to a file (`envs/webshop_catalogue.py`).
+Human goals come from written instructions. Synthetic ones are an instruction made of attributes, times every
+combination of the product's options. Both name a price limit: the larger of two of the next four multiples of ten
+above the price. The original draws prices and limits from the global generator before it seeds it, so they differ
+from run to run; here every draw is addressed by (SEED, product), and the goals are frozen to a file
+(`envs/webshop_catalogue.py`).
 
 | split | what |
 |---|---|
-| `test`, `eval`, `train` | the official ones, where there are exactly 12,087 human goals: the first 500, the next 1,000 and the rest of the official shuffle; an id is the split and the number in that order: `test/00007` |
-| `small_train`, `_demo`, `_valid`, `_test` | synthetic goals of any other catalogue, 40/20/20/20 % by product, so that no product is in two of them |
-| `gen_train`, ... | the same for a generated catalogue |
+| `test`, `eval`, `train` | where there are exactly 12,087 human goals: the official splits |
+| `small_train`, `_demo`, `_valid`, `_test` | synthetic goals of any other catalogue |
+| `gen_train`, `gen_demo`, `gen_valid`, `gen_test` | the same for a generated catalogue |
 | `human` | the human goals of any catalogue without the official splits |
 
-Ids but the official ones are `<split>/<asin>-<hash of what is wanted>`, so that an id names one goal only. `number` is the
-goal's place in the order that the original gives the same list.
+The official splits are the first 500, the next 1,000 and the rest of the original's shuffle, and their ids the split
+and the number in that order: `test/00007`. Elsewhere the original has no splits; here 40, 20, 20 and 20 % of the
+products are in train, demo, valid and test, so that no product is wanted in two of them. Ids but the official ones
+are `<split>/<asin>-<hash of what is wanted>`, so that an id names one goal only. `number` is the goal's place in the
+order that the original gives the same list.
 Left out: synthetic goals where the official ones are (millions), the original's weights of random sampling.
 """
 

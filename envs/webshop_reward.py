@@ -2,14 +2,14 @@
 
     reward = r_type * (attributes found + options matched + [price within the limit]) / (attributes + options + 1)
 
-`r_type` compares the product's type with the wanted one: search query, category path, and the share of the wanted name's
-nouns in the bought one's. The original asks spaCy for nouns, whose model no package index carries, so there are
+`r_type` compares the product's type with the wanted one: search query, category path, and the share of the wanted
+name's nouns in the bought one's. The original asks spaCy for nouns, whose model no package index carries, so there are
 backends, and a score must say which one it used (`nouns_named`):
 
 | name | what |
 |---|---|
 | `spacy:<model>-<version>` | the model that is installed, en_core_web_sm (the original's) before en_core_web_lg |
-| `file:<hash>` | `nouns.json` in the data folder, {asin: [nouns in lower case]}, made beforehand with spaCy or by hand |
+| `file:<hash>` | `nouns.json` in the data folder, {asin: [nouns in lower case]}, made beforehand with spaCy |
 | `heuristic` | words of letters only that are no function words; against spaCy's counts mostly a few too many |
 | `whitespace` | every white-space token: what recordings of the original without a model used; not a default |
 
@@ -37,20 +37,20 @@ from envs.webshop_goals import Goal, Product
 
 COLOURS = (
     "alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel camo "
-    "caramel champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream crystal "
-    "dark denim eggplant elephant espresso fuchsia gold granite grape graphite grass gray green grey heather indigo "
-    "ivory ivy khaki lavender lemon leopard light lilac lime magenta maroon mauve merlot midnight mint mocha multicolor "
-    "mushroom mustard natural navy nude olive orange peach pewter pink plum purple rainbow red rose royal rust sand "
-    "sapphire seashell silver skull slate steel stone stonewash sunflower tan taupe teal tiger turquoise violet walnut "
-    "wheat white wine yellow"
+    "caramel champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream "
+    "crystal dark denim eggplant elephant espresso fuchsia gold granite grape graphite grass gray green grey heather "
+    "indigo ivory ivy khaki lavender lemon leopard light lilac lime magenta maroon mauve merlot midnight mint mocha "
+    "multicolor mushroom mustard natural navy nude olive orange peach pewter pink plum purple rainbow red rose royal "
+    "rust sand sapphire seashell silver skull slate steel stone stonewash sunflower tan taupe teal tiger turquoise "
+    "violet walnut wheat white wine yellow"
 ).split()
 FUNCTION_WORDS = frozenset(
     "a about above across after all along also an and any are around as at be because been before behind below between "
-    "both but by can could do does each either else even ever every few for from had has have he her here him his how i "
-    "if in inside into is it its just like many may me might more most much must my near neither no nor not of off on "
-    "once one only onto or other our out outside over own per she should since so some such than that the their them "
-    "then there these they this those through to too toward under until up upon us very via was we were what when where "
-    "which while who whose why will with within without would you your".split()
+    "both but by can could do does each either else even ever every few for from had has have he her here him his how "
+    "i if in inside into is it its just like many may me might more most much must my near neither no nor not of off "
+    "on once one only onto or other our out outside over own per she should since so some such than that the their "
+    "them then there these they this those through to too toward under until up upon us very via was we were what "
+    "when where which while who whose why will with within without would you your".split()
 )
 SPACY_MODELS = ("en_core_web_sm", "en_core_web_lg")
 SIMILAR = 85
@@ -75,8 +75,7 @@ class Score:
 def score_purchase(product: Product, goal: Goal, price: float, options: dict[str, str], nouns: Nouns) -> Score:
     """The score of buying `product` at `price` with the chosen `options` {name: value}."""
     query_match = product.query == goal.query
-    crumbs = [{crumb.strip() for crumb in path.split("›")} for path in (product.product_category, goal.product_category)]
-    category_match = len(crumbs[0] & crumbs[1]) >= 2
+    category_match = len(_crumbs(product.product_category) & _crumbs(goal.product_category)) >= 2
     wanted = nouns(goal.asin, goal.name)
     shared = len(set(nouns(product.asin, product.name)) & set(wanted))
     title_score = shared / len(wanted) if wanted else 0.2
@@ -95,6 +94,10 @@ def score_purchase(product: Product, goal: Goal, price: float, options: dict[str
     )  # fmt: skip
 
 
+def _crumbs(category: str) -> set[str]:
+    return {crumb.strip() for crumb in category.split("›")}
+
+
 def _has_attribute(product: Product, wanted: str) -> bool:
     return (
         any(similar(attribute, wanted) for attribute in product.attributes)
@@ -105,8 +108,8 @@ def _has_attribute(product: Product, wanted: str) -> bool:
 
 
 def normal_colour(option: str | tuple[str, str]) -> str | tuple[str, str]:
-    """The first of COLOURS that is in the option: anywhere in a value ("red" in "striped" too), as the whole name or the
-    whole value in a synthetic goal's (name, value); the option itself where there is none."""
+    """The first of COLOURS that is in the option: anywhere in a value ("red" in "striped" too), as the whole name or
+    the whole value in a synthetic goal's (name, value); the option itself where there is none."""
     return next((colour for colour in COLOURS if colour in option), option)
 
 

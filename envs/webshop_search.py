@@ -4,7 +4,7 @@ Analysis is that of Anserini's English analyzer (words at Unicode boundaries, po
 words, Porter's stemmer); scores are Lucene's BM25 with k1 0.9, b 0.4 and document lengths quantised to a byte, in
 32-bit floats; equal scores are ordered by document id. An index is a folder of numpy files that are memory-mapped, so
 that all processes of a machine share one copy.
-Left out: phrases, fields, anything but a bag of words; queries of more than 1,024 different terms, which Lucene refuses.
+Left out: anything but a bag of words; queries of more than 1,024 different terms, which Lucene refuses.
 
 Source of the formulas: Lucene 9's BM25Similarity, SmallFloat and BooleanQuery.
 """
@@ -29,23 +29,19 @@ STOP_WORDS = frozenset(
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
     "to was will with".split()
 )
-_WORDS = regex.compile(r"(?w)\b.+?\b", regex.DOTALL)
-_LETTER_OR_DIGIT = (
-    r"\p{WB=ALetter}\p{WB=Hebrew_Letter}\p{WB=Numeric}\p{WB=Katakana}\p{Script=Hiragana}\p{Script=Han}\p{LB=SA}"
-)
 # Extended_Pictographic as in Unicode 12: newer tables have dropped symbols such as the black star, which Lucene keeps.
-_EMOJI = (
-    "\u00a9\u00ae\u203c\u2049\u2122\u2139\u2194-\u2199\u21a9\u21aa\u231a\u231b\u2328\u2388\u23cf\u23e9-\u23f3\u23f8-\u23fa"
-    "\u24c2\u25aa\u25ab\u25b6\u25c0\u25fb-\u25fe\u2600-\u2605\u2607-\u2612\u2614-\u2685\u2690-\u2705\u2708-\u2712\u2714\u2716"
-    "\u271d\u2721\u2728\u2733\u2734\u2744\u2747\u274c\u274e\u2753-\u2755\u2757\u2763-\u2767\u2795-\u2797\u27a1\u27b0\u27bf"
-    "\u2934\u2935\u2b05-\u2b07\u2b1b\u2b1c\u2b50\u2b55\u3030\u303d\u3297\u3299\U0001f000-\U0001f0ff\U0001f10d-\U0001f10f"
-    "\U0001f12f\U0001f16c-\U0001f171\U0001f17e\U0001f17f\U0001f18e\U0001f191-\U0001f19a\U0001f1ad-\U0001f1ff"
-    "\U0001f201-\U0001f20f\U0001f21a\U0001f22f\U0001f232-\U0001f23a\U0001f23c-\U0001f23f\U0001f249-\U0001f53d"
-    "\U0001f546-\U0001f64f\U0001f680-\U0001f6ff\U0001f774-\U0001f77f\U0001f7d5-\U0001f7ff\U0001f80c-\U0001f80f"
-    "\U0001f848-\U0001f84f\U0001f85a-\U0001f85f\U0001f888-\U0001f88f\U0001f8ae-\U0001f8ff\U0001f90c-\U0001f93a"
-    "\U0001f93c-\U0001f945\U0001f947-\U0001fffd"
-)
-_KEPT = regex.compile(f"[{_LETTER_OR_DIGIT}{_EMOJI}]")
+EMOJI = """
+    a9 ae 203c 2049 2122 2139 2194-2199 21a9-21aa 231a-231b 2328 2388 23cf 23e9-23f3 23f8-23fa 24c2 25aa-25ab
+    25b6 25c0 25fb-25fe 2600-2605 2607-2612 2614-2685 2690-2705 2708-2712 2714 2716 271d 2721 2728 2733-2734
+    2744 2747 274c 274e 2753-2755 2757 2763-2767 2795-2797 27a1 27b0 27bf 2934-2935 2b05-2b07 2b1b-2b1c 2b50
+    2b55 3030 303d 3297 3299 1f000-1f0ff 1f10d-1f10f 1f12f 1f16c-1f171 1f17e-1f17f 1f18e 1f191-1f19a 1f1ad-1f1ff
+    1f201-1f20f 1f21a 1f22f 1f232-1f23a 1f23c-1f23f 1f249-1f53d 1f546-1f64f 1f680-1f6ff 1f774-1f77f 1f7d5-1f7ff
+    1f80c-1f80f 1f848-1f84f 1f85a-1f85f 1f888-1f88f 1f8ae-1f8ff 1f90c-1f93a 1f93c-1f945 1f947-1fffd
+"""
+_emoji = "".join("-".join(chr(int(end, 16)) for end in span.split("-")) for span in EMOJI.split())
+_letters = r"\p{WB=ALetter}\p{WB=Hebrew_Letter}\p{WB=Numeric}\p{WB=Katakana}\p{Script=Hiragana}\p{Script=Han}\p{LB=SA}"
+_WORDS = regex.compile(r"(?w)\b.+?\b", regex.DOTALL)
+_KEPT = regex.compile(f"[{_letters}{_emoji}]")
 _APOSTROPHES = "'\u2019\uff07"
 _porter = PorterStemmer(mode=PorterStemmer.MARTIN_EXTENSIONS)
 
@@ -157,7 +153,8 @@ class Index:
         """The k best documents of a bag of terms, best first, and their scores in float32.
 
         Terms come by what they can add at most. Once the k-th best document so far has more than all terms to come can
-        add together, these are looked up for the documents that can still be among the best (Turtle and Flood's MaxScore).
+        add together, these are looked up for the documents that can still be among the best alone (the idea of Turtle
+        and Flood's MaxScore).
         """
         counts = Counter(terms)
         if len(counts) > MAX_CLAUSES:
