@@ -68,16 +68,20 @@ class WebShop:
     def tasks(self, split: str) -> Sequence[str]:
         """Sorted ids of a split (`envs/webshop_goals.py` lists them)."""
         if split not in self._shop.splits:
-            raise ValueError(f"no split {split!r} in {self._shop.facts['data']}: expected one of "
-                             f"{', '.join(sorted(self._shop.splits)) or '(none)'}")
+            raise ValueError(
+                f"no split {split!r} in {self._shop.facts['data']}: expected one of "
+                f"{', '.join(sorted(self._shop.splits)) or '(none)'}"
+            )
         return self._shop.splits[split]
 
     def reset(self, task_id: str) -> Observation:
         """Start a task. ValueError for an unknown id."""
         goal = self._shop.goal(task_id)
         if goal is None:
-            raise ValueError(f"unknown task {task_id!r}: expected an id of the splits {', '.join(self._shop.splits)}; "
-                             "`python -m envs.play --env webshop --tasks --split SPLIT` lists them")
+            raise ValueError(
+                f"unknown task {task_id!r}: expected an id of the splits {', '.join(self._shop.splits)}; "
+                "`python -m envs.play --env webshop --tasks --split SPLIT` lists them"
+            )
         return self.start(goal)
 
     def start(self, goal: Goal) -> Observation:
@@ -102,8 +106,14 @@ class WebShop:
             text = self._render_end()
         else:
             reward, text = 0.0, self._render()
-        return Result(observation=text, reward=reward, progress=self._progress, success=reward == 1.0, done=self._done,
-                      valid=valid)
+        return Result(
+            observation=text,
+            reward=reward,
+            progress=self._progress,
+            success=reward == 1.0,
+            done=self._done,
+            valid=valid,
+        )
 
     def actions(self) -> list[str]:
         """The clicks, sorted, and `search[` where the page has a search bar; nothing once the task is done."""

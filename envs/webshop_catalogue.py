@@ -102,8 +102,10 @@ def find_files(data: str | Path) -> Files:
     names = [given] if given.is_file() else [given / "items_shuffle.json", given / "items_shuffle_1000.json"]
     products = next((name for name in names if name.is_file()), None)
     if products is None:
-        raise FileNotFoundError(f"{data} holds neither items_shuffle.json nor items_shuffle_1000.json: expected the "
-                                "folder of WebShop's data, or one of these files")
+        raise FileNotFoundError(
+            f"{data} holds neither items_shuffle.json nor items_shuffle_1000.json: expected the "
+            "folder of WebShop's data, or one of these files"
+        )
     attributes = products.with_name(products.name.replace("items_shuffle", "items_ins_v2"))
     if attributes == products or not attributes.is_file():
         raise FileNotFoundError(f"no {attributes} beside {products.name}: expected the products' attributes in it")
@@ -114,7 +116,7 @@ def find_files(data: str | Path) -> Files:
 
 
 def stream_array(file: Path) -> Iterator[object]:
-    """The items of a JSON array, read a chunk at a time. ValueError, naming the item, where it breaks off."""
+    """The objects of a JSON array, read a chunk at a time. ValueError, naming the record, where it breaks off."""
     decode, between, number = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), 0
     with open(file, encoding="utf-8") as stream:
         buffer = stream.read(CHUNK)
@@ -131,8 +133,10 @@ def stream_array(file: Path) -> Iterator[object]:
             except ValueError as error:
                 more = stream.read(CHUNK)
                 if not more or len(buffer) - at > MAX_RECORD:
-                    raise ValueError(f"{file} breaks off in record {number} ({error}): expected a JSON list of "
-                                     "products; get the file again") from error
+                    raise ValueError(
+                        f"{file} breaks off in record {number} ({error}): expected a JSON list of "
+                        "products; get the file again"
+                    ) from error
                 buffer, at = buffer[at:] + more, 0
                 continue
             yield item
@@ -256,7 +260,7 @@ def _write(files: Files, folder: Path) -> None:
         raise ValueError(f"{files.products} holds no product")
     order = np.argsort(np.array(asins, dtype=bytes), kind="stable")
     np.save(folder / "asins.npy", np.array(asins, dtype=f"S{MAX_ASIN}")[order])
-    np.save(folder / "spans.npy", np.stack([np.append(0, ends[:-1]), ends], axis=1)[order])
+    np.save(folder / "spans.npy", np.array([[0, *ends[:-1]], ends]).T[order])
     builder.write(folder / "index", order)
     goals = name_goals(human, synthetic, "gen" if (files.folder / STAMP).is_file() else "small")
     lines = [encode(goal) + b"\n" for goal in goals.values()]

@@ -125,14 +125,14 @@ DEPARTMENTS = {
     "beauty": "Beauty & Personal Care", "electronics": "Electronics", "garden": "Home & Kitchen",
     "fashion": "Clothing, Shoes & Jewelry", "grocery": "Grocery & Gourmet Food",
 }  # fmt: skip
-VALUES = {
+VALUES = {  # none has a colour's name within a word: the reward would take "stand" for "tan"
     "color": "black, white, navy, grey, red, pink, dark green, light blue, beige, brown, purple, yellow, orange, "
              "burgundy, khaki, silver, gold, teal, ivory, coral, black/white, navy/red, a1-pink, z2-black, heather "
              "grey",
-    "scent": "lavender, rose water, unscented, citrus, vanilla, ocean breeze, jasmine, sandalwood",
+    "scent": "lavender, rose water, unscented, citrus, vanilla, ocean breeze, jasmine, cedar",
     "flavor": "vanilla, dark chocolate, peanut butter, honey, lemon, mixed berry, salted caramel, cinnamon, original, "
               "mango, garlic, smoky paprika",
-    "style": "single, with remote, with stand, with carry bag",
+    "style": "single, with remote, with clip, with carry bag",
     "size:volume": "1 ounce, 1.7 fl oz, 3.4 fl oz, 8 ounce, 16 ounce, 120ml",
     "size:ounce": "4 ounce (pack of 1), 8 ounce (pack of 1), 8 ounce (pack of 3), 12 ounce (pack of 6), 2 pound",
     "size:pack": "1 pack, 2 pack, 3 pack, 6 pack, 12 count, 24 count",

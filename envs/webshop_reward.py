@@ -108,7 +108,7 @@ def _has_attribute(product: Product, wanted: str) -> bool:
 
 
 def normal_colour(option: str | tuple[str, str]) -> str | tuple[str, str]:
-    """The first of COLOURS that is in the option: anywhere in a value ("red" in "striped" too), as the whole name or
+    """The first of COLOURS that is in the option: anywhere in a value ("red" in "tailored" too), as the whole name or
     the whole value in a synthetic goal's (name, value); the option itself where there is none."""
     return next((colour for colour in COLOURS if colour in option), option)
 

@@ -103,7 +103,7 @@ class IndexBuilder:
         postings = postings[:, alphabetical]
         lengths = np.frombuffer(self._lengths, np.int32)[order]
         filled = np.count_nonzero(lengths)
-        average = np.float32(lengths.sum(dtype=np.int64) / max(filled, 1))
+        average = np.float32(max(lengths.sum(dtype=np.int64), 1) / max(filled, 1))
         inverse = 1 / (K1 * ((1 - B) + B * quantise_lengths(lengths).astype(np.float32) / average))
         x = postings.data.astype(np.float32) * inverse[postings.indices]
         starts = postings.indptr.astype(np.int64)
