@@ -20,10 +20,12 @@ from pathlib import Path
 import numpy as np
 import regex
 from nltk.stem.porter import PorterStemmer
-from scipy.sparse import csr_array
+from scipy.sparse import csc_array, csr_array
 
 K1, B = np.float32(0.9), np.float32(0.4)
 MAX_CLAUSES = 1024
+GROUP = 32  # documents
+TOLERANCE = 1e-4  # more than the rounding of a sum of 1,024 terms in float32
 MAX_TOKEN_CHARS = 255  # of UTF-16, as in Java: longer words are cut there
 STOP_WORDS = frozenset(
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
@@ -112,11 +114,11 @@ class IndexBuilder:
         (folder / "words.bin").write_bytes(b"".join(words[alphabetical]))
         np.save(folder / "word_ends.npy", np.cumsum([len(word) for word in words[alphabetical]], dtype=np.int64))
         np.save(folder / "documents.npy", postings.indices.astype(np.int32))
-        np.save(folder / "x.npy", x)
+        np.save(folder / "counts.npy", postings.data.astype(np.uint16))
+        np.save(folder / "rough.npy", 1 - 1 / (1 + x))
+        np.save(folder / "inverse.npy", inverse)
         np.save(folder / "starts.npy", starts)
         np.save(folder / "idf.npy", np.log(1 + (filled - frequency + 0.5) / (frequency + 0.5)).astype(np.float32))
-        np.save(folder / "top_x.npy", np.maximum.reduceat(x, starts[:-1]) if len(x) else x)
-        np.save(folder / "size.npy", np.int64(documents))
 
 
 class Index:
@@ -126,9 +128,10 @@ class Index:
         def load(name: str) -> np.ndarray:
             return np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))  # a plain view, faster to slice
 
-        self.size = int(load("size"))
-        self._documents, self._x, self._starts = load("documents"), load("x"), load("starts")
-        self._idf, self._top_x, self._word_ends = load("idf"), load("top_x"), load("word_ends")
+        self._documents, self._counts, self._rough = load("documents"), load("counts"), load("rough")
+        self._starts, self._idf, self._inverse, self._word_ends = (
+            load(name) for name in ("starts", "idf", "inverse", "word_ends")
+        )
         file = folder / "words.bin"
         self._words = np.asarray(np.memmap(file, np.uint8, "r")) if file.stat().st_size else np.zeros(0, np.uint8)
         self._number = lru_cache(maxsize=1 << 16)(self._find)
@@ -152,44 +155,39 @@ class Index:
     def rank(self, terms: Sequence[str], k: int = 50) -> tuple[np.ndarray, np.ndarray]:
         """The k best documents of a bag of terms, best first, and their scores in float32.
 
-        Terms come by what they can add at most. Once the k-th best document so far has more than all terms to come can
-        add together, these are looked up for the documents that can still be among the best alone (the idea of Turtle
-        and Flood's MaxScore).
+        A product of a sparse matrix with the terms' weights gives every document a rough score; those that may be among
+        the k best, ties included, are then scored exactly as Lucene does.
         """
         counts = Counter(terms)
         if len(counts) > MAX_CLAUSES:
             raise ValueError(f"{len(counts)} different terms in a query: Lucene takes {MAX_CLAUSES} at most")
-        plan = []  # (at most, weight, number) of each term
-        for term, count in counts.items():
-            if (number := self._number(term)) is not None:
-                weight = np.float32(count) * self._idf[number]
-                plan.append((float(weight - weight / (1 + self._top_x[number])), weight, number))
-        plan.sort(reverse=True)
-        to_come = np.cumsum([bound for bound, _, _ in plan][::-1])[::-1] * 1.000001  # by the terms from there on
-        scores_D, threshold, kept = np.zeros(self.size), 0.0, None
-        for i, (_, weight, number) in enumerate(plan):
-            documents, x = self._postings(number)
-            if kept is None and threshold > to_come[i]:
-                kept = np.flatnonzero(scores_D >= threshold - to_come[i])
-            if kept is None:
-                scores_D[documents] += weight - weight / (1 + x)
-                if len(documents) >= k and i + 1 < len(plan):
-                    threshold = max(threshold, np.partition(scores_D[documents], -k)[-k])  # k documents have so much
-            else:
-                place = np.minimum(np.searchsorted(documents, kept), len(documents) - 1)
-                there = documents[place] == kept
-                scores_D[kept[there]] += weight - weight / (1 + x[place[there]])
-        kept = np.flatnonzero(scores_D) if kept is None else kept
-        scores = scores_D[kept].astype(np.float32)
-        if len(kept) > k:
-            best = scores >= np.partition(scores, -k)[-k]
-            kept, scores = kept[best], scores[best]
-        order = np.lexsort((kept, -scores))[:k]
-        return kept[order], scores[order]
+        found = [(number, count) for term, count in counts.items() if (number := self._number(term)) is not None]
+        if not found:
+            return np.zeros(0, np.int64), np.zeros(0, np.float32)
+        numbers, counts_T = np.array(found).T
+        weights_T = counts_T.astype(np.float32) * self._idf[numbers]
+        spans = [slice(*self._starts[number : number + 2]) for number in numbers]
+        ends = np.cumsum([0, *(span.stop - span.start for span in spans)], dtype=np.int32)
+        values, rows = (np.concatenate([of[span] for span in spans]) for of in (self._rough, self._documents))
+        rough_D = csc_array((values, rows, ends), shape=(len(self._inverse), len(spans))) @ weights_T
+        chosen = np.flatnonzero(rough_D > (1 - TOLERANCE) * _at_least(rough_D, k)).astype(np.int32)
+        scores = np.zeros(len(chosen))
+        for weight, span in zip(weights_T, spans, strict=True):
+            documents = self._documents[span]
+            place = np.minimum(np.searchsorted(documents, chosen), len(documents) - 1)
+            there = documents[place] == chosen
+            x = self._counts[span][place[there]].astype(np.float32) * self._inverse[chosen[there]]
+            scores[there] += weight - weight / (1 + x)
+        scores = scores.astype(np.float32)
+        best = np.lexsort((chosen, -scores))[:k]
+        return chosen[best], scores[best]
 
-    def _postings(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        start, end = self._starts[number], self._starts[number + 1]
-        return self._documents[start:end], self._x[start:end]
+
+def _at_least(scores: np.ndarray, k: int) -> float:
+    """A number that k of the scores reach, near the k-th best: the k-th best of the maxima of groups. 0 if fewer do."""
+    maxima = scores[: len(scores) // GROUP * GROUP].reshape(GROUP, -1).max(axis=0)
+    maxima = maxima if len(maxima) >= k else scores
+    return float(np.partition(maxima, -k)[-k]) if len(maxima) >= k else 0.0
 
 
 def build_index(folder: Path, texts: Iterable[str], order: np.ndarray) -> Index:

@@ -134,6 +134,6 @@ def test_an_index_of_empty_documents_finds_nothing(tmp_path):
 
 def test_a_missing_file_is_named(tmp_path):
     build_index(tmp_path, ["red chair"], np.arange(1))
-    (tmp_path / "x.npy").unlink()
-    with pytest.raises(FileNotFoundError, match="x.npy"):
+    (tmp_path / "inverse.npy").unlink()
+    with pytest.raises(FileNotFoundError, match="inverse.npy"):
         Index(tmp_path)
