@@ -223,13 +223,10 @@ def report(one: dict) -> None:
     slow, fast = (world["steps_per_s"] / original for original in reversed(ORIGINAL_STEPS))
     print(f"\n{one['products']} products, {one['terms']['terms_per_product']:.0f} terms each")
     print(f"prepare the files        {one['prepare_s']:9.1f} s, at most {one['peak_gb']:.1f} GB")
-    print(
-        f"start a world            {world['start_s']:9.3f} s, {world['start_mb']:.0f} MB beside {world['python_mb']:.0f}"
-    )
+    start = f"{world['start_s']:9.3f} s, {world['start_mb']:.0f} MB beside {world['python_mb']:.0f}"
+    print(f"start a world            {start}")
     print(f"resident after queries   {world['rss_mb']:9.0f} MB, {world['private_mb']:.0f} of them not shared")
-    print(
-        f"steps/s                  {world['steps_per_s']:9.0f}, {slow:.0f} to {fast:.0f} times the original's as recorded"
-    )
+    print(f"steps/s                  {world['steps_per_s']:9.0f}, {slow:.0f} to {fast:.0f} times the original's record")
     print("                              ours |     bm25s |  ratio")
     rows = [("build the index, s", index, "build_s"), ("query, mean ms", world, "mean_ms")]
     rows += [("query, p95 ms", world, "p95_ms"), ("resident, MB", world, "rss_mb")]

@@ -214,7 +214,8 @@ def prepare(data: str | Path) -> Path:
     for place in places:
         if (place / "catalogue.json").is_file():
             return place
-    place = places[0] if os.access(files.folder, os.W_OK) else places[1]
+    marked = files.folder.stat().st_mode & 0o222  # root could write where nobody is meant to
+    place = places[0] if marked and os.access(files.folder, os.W_OK) else places[1]
     place.parent.mkdir(parents=True, exist_ok=True)
     temporary = tempfile.mkdtemp(prefix=f".building-{key}-", dir=place.parent)
     building = Path(temporary, place.name)  # a folder of its own: the outer one is closed to others

@@ -491,10 +491,11 @@ def test_a_killed_preparation_leaves_nothing_that_is_read(tmp_path, monkeypatch)
     assert WebShop(**data).facts["goals"] == 4
 
 
-def test_a_folder_that_cannot_be_written_is_prepared_elsewhere(tmp_path, monkeypatch):
+def test_a_folder_that_is_marked_read_only_is_prepared_elsewhere(tmp_path):
     data = write_shop(tmp_path / "data")["data"]
-    monkeypatch.setattr(os, "access", lambda *args: False)
+    os.chmod(data, 0o555)
     folder = prepare(data)
+    os.chmod(data, 0o755)
     assert folder.parent == tmp_path / "home" / ".cache" / "a3t" and prepare(data) == folder
 
 
