@@ -25,7 +25,7 @@ import re
 import shutil
 import tempfile
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -38,10 +38,10 @@ from tqdm import tqdm
 
 from envs.webshop_generate import STAMP, ensure_catalogue
 from envs.webshop_goals import (
-    OFFICIAL_GOALS,
     Goal,
     Instruction,
     Product,
+    are_official,
     draw_price,
     human_goals,
     name_goals,
@@ -239,9 +239,8 @@ def _write(files: Files, folder: Path) -> None:
     """Writes everything; catalogue.json, last, says that all is there."""
     table = read_table(files.attributes, RawAttributes)
     written = read_table(files.human, list[Instruction]) if files.human.is_file() else {}
-    builder, asins, ends, human, synthetic = IndexBuilder(), [], [], [], []
+    builder, asins, ends, human = IndexBuilder(), [], [], []
     digest, encode = hashlib.sha256(), msgspec.json.encode
-    instructions = sum(map(len, written.values()))
     with open(folder / "products.bin", "wb") as stream:
         bar = tqdm(read_products(files, table), desc=f"preparing {files.products.name}", unit="product", delay=2)
         for product in bar:
@@ -252,18 +251,16 @@ def _write(files: Files, folder: Path) -> None:
             ends.append(stream.tell())
             builder.add(analyze(index_text(product)))
             human += human_goals(product, written.get(product.asin, ()))
-            entry = table.get(product.asin, NO_ATTRIBUTES)
-            if entry.instruction is not None and instructions < OFFICIAL_GOALS:
-                if not entry.instruction_attributes:
-                    raise ValueError(f"{files.attributes}: {product.asin} has an instruction without attributes")
-                synthetic += synthetic_goals(product, entry.instruction, entry.instruction_attributes)
     if not asins:
         raise ValueError(f"{files.products} holds no product")
     order = np.argsort(np.array(asins, dtype=bytes), kind="stable")
+    spans = np.array([[0, *ends[:-1]], ends]).T
     np.save(folder / "asins.npy", np.array(asins, dtype=f"S{MAX_ASIN}")[order])
-    np.save(folder / "spans.npy", np.array([[0, *ends[:-1]], ends]).T[order])
+    np.save(folder / "spans.npy", spans[order])
     builder.write(folder / "index", order)
-    goals = name_goals(human, synthetic, "gen" if (files.folder / STAMP).is_file() else "small")
+    official = are_official(len(human), sum(map(len, written.values())), len(written.keys() - set(asins)))
+    synthetic = [] if official else list(_synthetic(files, folder, table, zip(asins, spans, strict=True)))
+    goals = name_goals(human, synthetic, official, "gen" if (files.folder / STAMP).is_file() else "small")
     lines = [encode(goal) + b"\n" for goal in goals.values()]
     (folder / "goals.jsonl").write_bytes(b"".join(lines))
     np.save(folder / "goal_ends.npy", np.cumsum([len(line) for line in lines], dtype=np.int64))
@@ -273,6 +270,21 @@ def _write(files: Files, folder: Path) -> None:
         "goals_sha256": hashlib.sha256(b"".join(lines)).hexdigest(),
     }  # fmt: skip
     (folder / "catalogue.json").write_text(json.dumps(facts))
+
+
+def _synthetic(
+    files: Files, folder: Path, table: dict[str, RawAttributes], places: Iterable[tuple[str, np.ndarray]]
+) -> Iterator[Goal]:
+    """The synthetic goals of the products just written, in the file's order."""
+    with open(folder / "products.bin", "rb") as stream:
+        for asin, (start, end) in places:
+            entry = table.get(asin, NO_ATTRIBUTES)
+            if entry.instruction is not None:
+                if not entry.instruction_attributes:
+                    raise ValueError(f"{files.attributes}: {asin} has an instruction without attributes")
+                stream.seek(start)
+                product = msgspec.json.decode(stream.read(end - start), type=Product)
+                yield from synthetic_goals(product, entry.instruction, entry.instruction_attributes)
 
 
 class Catalogue:

@@ -8,7 +8,7 @@ from run to run; here every draw is addressed by (SEED, product), and the goals 
 
 | split | what |
 |---|---|
-| `test`, `eval`, `train` | where there are exactly 12,087 human goals: the official splits |
+| `test`, `eval`, `train` | where the human goals are all 12,087: the official splits |
 | `small_train`, `_demo`, `_valid`, `_test` | synthetic goals of any other catalogue |
 | `gen_train`, `gen_demo`, `gen_valid`, `gen_test` | the same for a generated catalogue |
 | `human` | the human goals of any catalogue without the official splits |
@@ -127,9 +127,15 @@ def _goal(product: Product, text: str, attributes: list[str], limit: float, opti
     )  # fmt: skip
 
 
-def name_goals(human: list[Goal], synthetic: list[Goal], prefix: str) -> dict[str, Goal]:
+def are_official(goals: int, instructions: int, missing: int) -> bool:
+    """Whether human goals are the official ones: there are 12,087 of them, or of the instructions that they are made of
+    (those without attributes are skipped) with no product of theirs missing."""
+    return goals == OFFICIAL_GOALS or (instructions == OFFICIAL_GOALS and missing == 0)
+
+
+def name_goals(human: list[Goal], synthetic: list[Goal], official: bool, prefix: str) -> dict[str, Goal]:
     """{id: goal}, sorted, of goals in the order of the product file. The same goal twice has one id, the first's."""
-    if len(human) == OFFICIAL_GOALS:
+    if official:
         goals = _numbered(human)
         named = {f"{split}/{goal.number:05d}": goal for split, low, high in OFFICIAL for goal in goals[low:high]}
     else:
