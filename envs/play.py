@@ -7,6 +7,7 @@ gets one sentence on stderr and exit status 2.
 Left out: turn limits and thoughts.
 
 Run:  python -m envs.play --env alfworld --tasks --split valid_seen
+      python -m envs.play --env webshop --tasks --split gen_valid
       printf 'look\\ninventory\\n' | python -m envs.play --env alfworld --task valid_seen/<task>/<trial>
 """
 

@@ -1,11 +1,14 @@
 """WebShop: recordings of the original, step by step; its quirks; goals that stay; data that is wrong."""
 
 import gzip
+import importlib.util
 import json
 import multiprocessing
 import os
 import pickle
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -331,6 +334,41 @@ def test_noun_backends_are_named_in_the_facts(tmp_path, monkeypatch):
     world = WebShop(**data)
     assert world.facts["nouns"].startswith("file:")
     assert play(world, "search[tea]", "click[b000000004]", "click[buy now]").reward == 1 / 3  # only the price fits
+
+
+def test_an_installed_spacy_model_comes_first(tmp_path):
+    """In a process of its own, which must not keep the model: one that takes words in capitals for nouns."""
+    if importlib.util.find_spec("spacy") is None:
+        pytest.skip("spaCy is not installed")
+    package = tmp_path / "site" / "en_core_web_sm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("""
+class Token:
+    def __init__(self, text):
+        self.text, self.pos_ = text, "PROPN" if text.isupper() else "ADJ"
+
+class Model:
+    meta = {"version": "3.8.0"}
+    def __call__(self, text):
+        return [Token(word) for word in text.split()]
+
+def load(**settings):
+    assert settings["disable"] == ["parser", "ner"]
+    return Model()
+""")
+    about = tmp_path / "site" / "en_core_web_sm-3.8.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Name: en_core_web_sm\nVersion: 3.8.0\n")
+    data = write_shop(tmp_path / "data")
+    (tmp_path / "data" / "nouns.json").write_text("not read")
+    code = f"""
+from envs.webshop import WebShop
+world = WebShop({data["data"]!r})
+print(world.facts["nouns"], world._nouns_backend()[1]("", "red OAK Chair"))"""
+    paths = os.pathsep.join([str(tmp_path / "site"), str(Path(__file__).parents[1])])
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert run.stdout == "spacy:en_core_web_sm-3.8.0 ('oak',)\n", run.stderr
 
 
 @pytest.mark.parametrize(("content", "message"), [
