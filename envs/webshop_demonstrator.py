@@ -190,14 +190,14 @@ class Demonstrator:
         return [word for word in self.words if not has_word(self.seen[asin].text, word)]
 
     def _pick(self) -> tuple[str, str]:
-        """On a results page: open the most promising product, turn the page, or settle."""
-        need = f"I need {self.wish}{f' below {self.limit:.2f}' if self.limit < float('inf') else ''}"
+        """On a results page: open the next product that is cheap enough, turn the page, or settle."""
+        need = f"I need it below {self.limit:.2f}" if self.limit < float("inf") else "I need it"
         if not self.listed:
             if self.number > 1:
                 return "There is nothing here. I go back a page.", "click[< prev]"
-            return f"{need}, and nothing was found. I search for less.", f"{OPEN}{' '.join(self.words[-2:])}]"
+            return "I found nothing. I search for less.", f"{OPEN}{' '.join(self.words[-2:])}]"
         if self.careless:
-            return f"{need}. I open the first, {self.listed[0]}.", f"click[{self.listed[0].lower()}]"
+            return f"{need}. I open {self.listed[0]}.", f"click[{self.listed[0].lower()}]"
         opened = [asin for asin, product in self.seen.items() if product.opened]
         fresh = [asin for asin in self.listed if asin not in opened and self.seen[asin].price <= self.limit]
         if self.settled is None and (self.turns >= HURRY or (not fresh and self.number >= PAGES)):
@@ -209,7 +209,7 @@ class Demonstrator:
             return f"{need}. {self.settled} is the best of them.", f"click[{self.settled.lower()}]"
         if not fresh:
             return f"{need}, and nothing more here will do. I turn the page.", "click[next >]"
-        return f"{need}. {fresh[0]} may be right.", f"click[{fresh[0].lower()}]"
+        return f"{need}. {fresh[0]} costs {self.seen[fresh[0]].price:.2f}.", f"click[{fresh[0].lower()}]"
 
     def _best(self, asins: list[str]) -> str:
         """Options first, then words, then the price."""
@@ -254,13 +254,13 @@ class Demonstrator:
         if verb == "search":
             return f"I look for {name}."
         if name.upper() in self.seen and self.page == "results":
-            return f"I need {self.wish}. {name.upper()} may be right."
+            return f"I want to look at {name.upper()}."
         if name in self.values:
             return f"I choose {name}."
         return {
             "buy now": "I have what I need. I buy it.",
             "back to search": "I want to search for something else.",
-            "next >": f"I need {self.wish}. I turn the page.",
+            "next >": "I turn the page.",
             "< prev": "I go back.",
             "features": "I read the features.",
             "description": "I read the description.",
