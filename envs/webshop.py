@@ -64,6 +64,7 @@ class WebShop:
         nouns_name, _ = self._nouns_backend()
         self.facts = {key: value for key, value in self._shop.facts.items() if key != "data"} | {"nouns": nouns_name}
         self._goal: Goal | None = None
+        self.purchase: Score | None = None
 
     def tasks(self, split: str) -> Sequence[str]:
         """Sorted ids of a split (`envs/webshop_goals.py` lists them)."""
