@@ -24,7 +24,7 @@ from scipy.sparse import csc_array, csr_array
 
 K1, B = np.float32(0.9), np.float32(0.4)
 MAX_CLAUSES = 1024
-GROUP = 32  # documents
+GROUP = 128  # documents
 TOLERANCE = 1e-4  # more than the rounding of a sum of 1,024 terms in float32
 MAX_TOKEN_CHARS = 255  # of UTF-16, as in Java: longer words are cut there
 STOP_WORDS = frozenset(
