@@ -37,7 +37,6 @@ import tyro
 from envs.alfworld import TASK_TYPES, task_type
 from envs.generate import SEED, generate_games
 from envs.rooms import wheel_folder
-from envs.webshop_catalogue import Catalogue, data_folder, open_catalogue, prepare
 from envs.webshop_generate import ensure_catalogue
 from envs.webshop_goals import OFFICIAL
 
@@ -103,6 +102,8 @@ def default_panels(purpose: str, env: str, data: str | None) -> tuple[str, ...]:
     `data` or $WEBSHOP_DATA, official, small or generated.
     """
     if env == "webshop":
+        from envs.webshop_catalogue import data_folder, open_catalogue, prepare  # on demand: its packages are its own
+
         splits = open_catalogue(prepare(data_folder(data))).splits
         families = (OFFICIAL_SHOP, SMALL_SHOP, GENERATED_SHOP)
         found = [family for family in families if set(family.values()) <= set(splits)]
@@ -168,10 +169,10 @@ def official_ids(split: str, count: int, seed: int) -> list[str]:
     return [f"{split}/{low + place:05d}" for place in rng.choice(high - low, count, replace=False)]
 
 
-def draw_goals(catalogue: Catalogue, split: str, count: int, seed: int) -> list[str]:
+def draw_goals(task_ids: Iterable[str], split: str, count: int, seed: int) -> list[str]:
     """So many goals of a split: one of each product, in a drawn order, then another one of each, and so on."""
     by_product: dict[str, list[str]] = {}
-    for task_id in catalogue.splits[split]:
+    for task_id in task_ids:
         by_product.setdefault(task_id.rpartition("-")[0], []).append(task_id)
     rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
     piles = [rng.permutation(by_product[product]).tolist() for product in rng.permutation(sorted(by_product))]
@@ -181,6 +182,8 @@ def draw_goals(catalogue: Catalogue, split: str, count: int, seed: int) -> list[
 
 def make_shop_panels(seed: int) -> None:
     """Writes WebShop's panels; those of the 1,000-product set where $WEBSHOP_DATA is it."""
+    from envs.webshop_catalogue import open_catalogue, prepare
+
     for name, split in OFFICIAL_SHOP.items():
         write_panel(name, official_ids(split, int(name.rpartition("-")[2]), seed))
     places = [(GENERATED_SHOP, ensure_catalogue())]
@@ -189,7 +192,7 @@ def make_shop_panels(seed: int) -> None:
         catalogue = open_catalogue(prepare(folder))
         for name, split in family.items():
             if split in catalogue.splits:
-                write_panel(name, draw_goals(catalogue, split, int(name.rpartition("-")[2]), seed))
+                write_panel(name, draw_goals(catalogue.splits[split], split, int(name.rpartition("-")[2]), seed))
 
 
 @dataclass(frozen=True, kw_only=True)
