@@ -7,7 +7,7 @@ the same files has to itself. Beside it, in the same run and on the same terms, 
 k1 and b (it orders ties otherwise and does not quantise lengths, so its ranking is not Lucene's).
 The original needs Java and is not run here: 28 to 50 steps a second were measured on a machine with 2 cores.
 
-Run: python -m bench.webshop [--sizes 1000 1200000]       (some 20 minutes and 12 GB of memory, most of them bm25s's)
+Run: python -m bench.webshop [--sizes 1000 1200000]       (some 8 minutes and 5 GB of memory)
 """
 
 import json
