@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-WORLDS = ("alfworld",)
+WORLDS = ("alfworld", "webshop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +58,15 @@ class World(Protocol):
         ...
 
     def actions(self) -> list[str]:
-        """Every action that is accepted now, sorted. Raises RuntimeError before the first reset."""
+        """Every action that is accepted now, sorted. One that ends in an opening bracket, `search[`, stands for all
+        that words and a closing bracket make of it. Raises RuntimeError before the first reset."""
         ...
 
 
-def make_world(env: str, *, data: str | None = None, engine: str = "ours", grammar: str = "0.4") -> World:
-    """Make the world called `env`; `data`, `engine` and `grammar` mean what that world says they mean.
+def make_world(
+    env: str, *, data: str | None = None, engine: str = "ours", grammar: str = "0.4", mode: str = "text"
+) -> World:
+    """Make the world called `env`; `data`, `engine`, `grammar` (ALFWorld) and `mode` (WebShop) mean what it says.
 
     Raises ValueError for an unknown name, FileNotFoundError where the world's data is missing.
     """
@@ -71,4 +74,8 @@ def make_world(env: str, *, data: str | None = None, engine: str = "ours", gramm
         from envs.alfworld import AlfWorld  # on demand: one world must not need another's packages
 
         return AlfWorld(data=data, engine=engine, grammar=grammar)
+    if env == "webshop":
+        from envs.webshop import WebShop
+
+        return WebShop(data=data, mode=mode)
     raise ValueError(f"unknown world {env!r}: expected one of {', '.join(WORLDS)}")

@@ -4,7 +4,7 @@ A panel is a file in envs/panels: sorted task ids, one a line. envs/panels/SHA25
 bytes, in sha256sum's format; a panel that does not match it is refused.
 
     python -m envs.panel                              # what there is, checked
-    python -m envs.panel --make --data $ALFWORLD_DATA  # make them again (the real ones need the real games)
+    python -m envs.panel --make                       # make them again; real ones from $ALFWORLD_DATA, $WEBSHOP_DATA
 
 | panel | what |
 |---|---|
@@ -12,6 +12,13 @@ bytes, in sha256sum's format; a panel that does not match it is refused.
 | valid_seen-140, valid_unseen-134 | the whole evaluation splits |
 | gen_train-120, gen_valid-100 | the first games of the generated splits with the generator's default seed |
 | mini_train-120, mini_valid-100 | the same for the small rooms that replace them where the alfworld wheel is missing |
+| webshop_train-2300, webshop_eval-400 | drawn from WebShop's official splits: the A3T paper's numbers of tasks |
+| webshop_test-500 | the official test split, whole |
+| webshop_small_train-100, webshop_small_test-200 | drawn from the 1,000-product set, spread over its products |
+| webshop_gen_train-100, webshop_gen_test-200 | the same for the generated catalogue with its default seed |
+
+The official goals of WebShop are named by their place in the original's shuffle, so their panels need no data to be
+made; the others name what is wanted by its hash.
 
 Demonstrations and the training of a base model never use a task of any panel: `excluded_ids()`.
 """
@@ -30,6 +37,8 @@ import tyro
 from envs.alfworld import TASK_TYPES, task_type
 from envs.generate import SEED, generate_games
 from envs.rooms import wheel_folder
+from envs.webshop_generate import ensure_catalogue
+from envs.webshop_goals import OFFICIAL
 
 PANELS = Path(__file__).with_name("panels")
 
@@ -37,7 +46,12 @@ PANELS = Path(__file__).with_name("panels")
 DRAWN = {"train-600": (135, 98, 74, 92, 59, 142), "valid-60": (12, 10, 7, 14, 8, 9)}
 WHOLE = {"valid_seen-140": "valid_seen", "valid_unseen-134": "valid_unseen"}
 GENERATED = {"gen_train-120": 120, "gen_valid-100": 100, "mini_train-120": 120, "mini_valid-100": 100}
-NAMES = (*DRAWN, *WHOLE, *GENERATED)
+ALFWORLD = (*DRAWN, *WHOLE, *GENERATED)
+OFFICIAL_SHOP = {"webshop_train-2300": "train", "webshop_eval-400": "eval", "webshop_test-500": "test"}
+SMALL_SHOP = {"webshop_small_train-100": "small_train", "webshop_small_test-200": "small_test"}
+GENERATED_SHOP = {"webshop_gen_train-100": "gen_train", "webshop_gen_test-200": "gen_test"}
+WEBSHOP = (*OFFICIAL_SHOP, *SMALL_SHOP, *GENERATED_SHOP)
+NAMES = (*ALFWORLD, *WEBSHOP)
 
 
 def panel_path(name: str, folder: Path = PANELS) -> Path:
@@ -84,8 +98,18 @@ def default_panels(purpose: str, env: str, data: str | None) -> tuple[str, ...]:
     """The panels that a stage plays unless told otherwise; `purpose` is train or evaluate.
 
     Real games (`data` or $ALFWORLD_DATA): train-600; valid_seen-140, and valid_unseen-134 where its games are there.
-    Generated ones: gen_train-120; gen_valid-100 (mini_* without the alfworld wheel).
+    Generated ones: gen_train-120; gen_valid-100 (mini_* without the alfworld wheel). WebShop: those of the catalogue in
+    `data` or $WEBSHOP_DATA, official, small or generated.
     """
+    if env == "webshop":
+        from envs.webshop_catalogue import data_folder, open_catalogue, prepare  # on demand: its packages are its own
+
+        splits = open_catalogue(prepare(data_folder(data))).splits
+        families = (OFFICIAL_SHOP, SMALL_SHOP, GENERATED_SHOP)
+        found = [family for family in families if set(family.values()) <= set(splits)]
+        if not found:
+            raise ValueError(f"no panel belongs to a catalogue with the splits {', '.join(splits)}; give one")
+        return tuple(found[0])[:1] if purpose == "train" else tuple(found[0])[-1:]
     if env != "alfworld":
         raise ValueError(f"env {env!r} has no default panel; give one")
     folder = data or os.environ.get("ALFWORLD_DATA")
@@ -138,6 +162,39 @@ def draw(task_ids: Sequence[str], seed: int) -> dict[str, list[str]]:
     return panels
 
 
+def official_ids(split: str, count: int, seed: int) -> list[str]:
+    """So many of WebShop's official goals, drawn without replacement."""
+    low, high = next((low, high) for name, low, high in OFFICIAL if name == split)
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
+    return [f"{split}/{low + place:05d}" for place in rng.choice(high - low, count, replace=False)]
+
+
+def draw_goals(task_ids: Iterable[str], split: str, count: int, seed: int) -> list[str]:
+    """So many goals of a split: one of each product, in a drawn order, then another one of each, and so on."""
+    by_product: dict[str, list[str]] = {}
+    for task_id in task_ids:
+        by_product.setdefault(task_id.rpartition("-")[0], []).append(task_id)
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
+    piles = [rng.permutation(by_product[product]).tolist() for product in rng.permutation(sorted(by_product))]
+    dealt = [pile[turn] for turn in range(max(map(len, piles))) for pile in piles if turn < len(pile)]
+    return dealt[:count]
+
+
+def make_shop_panels(seed: int) -> None:
+    """Writes WebShop's panels; those of the 1,000-product set where $WEBSHOP_DATA is it."""
+    from envs.webshop_catalogue import open_catalogue, prepare
+
+    for name, split in OFFICIAL_SHOP.items():
+        write_panel(name, official_ids(split, int(name.rpartition("-")[2]), seed))
+    places = [(GENERATED_SHOP, ensure_catalogue())]
+    places += [(SMALL_SHOP, Path(os.environ["WEBSHOP_DATA"]))] if os.environ.get("WEBSHOP_DATA") else []
+    for family, folder in places:
+        catalogue = open_catalogue(prepare(folder))
+        for name, split in family.items():
+            if split in catalogue.splits:
+                write_panel(name, draw_goals(catalogue.splits[split], split, int(name.rpartition("-")[2]), seed))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Args:
     make: bool = False
@@ -161,7 +218,10 @@ def main(args: Args) -> None:
             split = name.partition("-")[0]
             if wheel_folder() or split.startswith("mini"):
                 write_panel(name, (task_id for task_id, _, _ in generate_games(args.seed, split, count)))
-    for name in NAMES:
+        make_shop_panels(args.seed)
+    for name in WEBSHOP:
+        print(f"{name}: {len(read_panel(name))} tasks, sha256 {panel_sha256(name)[:16]}")
+    for name in ALFWORLD:
         task_ids = read_panel(name)
         by_type = "/".join(str(sum(task_type(task_id) == kind for task_id in task_ids)) for kind in TASK_TYPES)
         print(f"{name}: {len(task_ids)} tasks, by type {by_type}, sha256 {panel_sha256(name)[:16]}")

@@ -7,6 +7,7 @@ gets one sentence on stderr and exit status 2.
 Left out: turn limits and thoughts.
 
 Run:  python -m envs.play --env alfworld --tasks --split valid_seen
+      python -m envs.play --env webshop --tasks --split gen_valid
       printf 'look\\ninventory\\n' | python -m envs.play --env alfworld --task valid_seen/<task>/<trial>
 """
 
@@ -32,11 +33,14 @@ class Args:
     split: str = "valid_seen"
     """Split that --tasks lists."""
     data: str | None = None
-    """Data folder; for ALFWorld the one that holds json_2.1.1 (default: $ALFWORLD_DATA, else generated games)."""
+    """Data folder. ALFWorld: the one that holds json_2.1.1 (default: $ALFWORLD_DATA, else generated games). WebShop:
+    the one that holds items_shuffle.json, or a product file (default: $WEBSHOP_DATA, else a generated catalogue)."""
     engine: str = "ours"
     """ALFWorld: ours, or textworld (the reference)."""
     grammar: str = "0.4"
     """ALFWorld: wording of alfworld 0.4 or 0.3."""
+    mode: str = "text"
+    """WebShop: text (parts joined by [SEP]) or text_rich (a line each, buttons marked)."""
 
 
 def say(**fields: object) -> None:
@@ -61,7 +65,8 @@ def main(args: Args) -> int:
     try:
         if args.list_tasks == bool(args.task):
             raise ValueError("expected either --task ID (play it) or --tasks (list the ids of --split)")
-        world = make_world(args.env, data=args.data, engine=args.engine, grammar=args.grammar)
+        world = make_world(args.env, data=args.data, engine=args.engine, grammar=args.grammar,
+                           mode=args.mode)
         if args.list_tasks:
             print("\n".join(world.tasks(args.split)), flush=True)
         else:

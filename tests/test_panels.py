@@ -11,10 +11,13 @@ import pytest
 from envs import panel
 from envs.alfworld import TASK_TYPES, task_type
 from envs.generate import SEED, generate_games
-from envs.panel import NAMES, PANELS, excluded_ids, read_panel
+from envs.panel import ALFWORLD, NAMES, PANELS, WEBSHOP, default_panels, draw_goals, excluded_ids, read_panel
 from envs.rooms import wheel_folder
+from envs.webshop_catalogue import open_catalogue, prepare
+from envs.webshop_generate import ensure_catalogue
 
 DATA = os.environ.get("ALFWORLD_DATA")
+SHOP = os.environ.get("WEBSHOP_DATA")
 
 # Pick, Clean, Heat, Cool, Examine, PickTwo: the A3T paper's tasks, and the whole evaluation splits.
 COUNTS = {
@@ -25,13 +28,21 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALFWORLD)
 def test_a_panel_holds_as_many_sorted_ids_of_its_split_as_its_name_says(name):
     task_ids = read_panel(name)
     split, _, count = name.rpartition("-")
     assert len(task_ids) == int(count) == len(set(task_ids)) and task_ids == sorted(task_ids)
     assert {task_id.split("/")[0] for task_id in task_ids} == {"train" if split in ("train", "valid") else split}
     assert all(task_id.count("/") == 2 and task_type(task_id) in TASK_TYPES for task_id in task_ids)
+
+
+@pytest.mark.parametrize("name", WEBSHOP)
+def test_a_web_shop_panel_holds_as_many_sorted_ids_of_its_split_as_its_name_says(name):
+    task_ids = read_panel(name)
+    split, _, count = name.removeprefix("webshop_").rpartition("-")
+    assert len(task_ids) == int(count) == len(set(task_ids)) and task_ids == sorted(task_ids)
+    assert {task_id.split("/")[0] for task_id in task_ids} == {split}
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -98,3 +109,38 @@ def test_real_panels_are_drawn_from_the_real_games():
         name: read_panel(name) for name in panel.DRAWN
     }
     assert panel.real_ids(Path(DATA), "valid_seen") == read_panel("valid_seen-140")
+
+
+def test_the_official_test_panel_is_the_whole_split():
+    assert read_panel("webshop_test-500") == [f"test/{number:05d}" for number in range(500)]
+    assert all(500 <= int(task_id.split("/")[1]) < 1500 for task_id in read_panel("webshop_eval-400"))
+    assert all(1500 <= int(task_id.split("/")[1]) < 12087 for task_id in read_panel("webshop_train-2300"))
+
+
+def assert_drawn_from(folder: Path, family: dict[str, str]) -> None:
+    catalogue = open_catalogue(prepare(folder))
+    for name, split in family.items():
+        drawn = draw_goals(catalogue.splits[split], split, int(name.rpartition("-")[2]), SEED)
+        assert sorted(drawn) == read_panel(name), "run `python -m envs.panel --make`, and say that scores start anew"
+        there, taken = (Counter(one.rpartition("-")[0] for one in ids) for ids in (catalogue.splits[split], drawn))
+        most = max(taken.values())
+        assert all(taken[product] in (most, most - 1, count) for product, count in there.items())  # spread evenly
+
+
+def test_generated_web_shop_panels_are_what_the_generator_makes(tmp_path):
+    assert_drawn_from(ensure_catalogue(tmp_path / "shop"), panel.GENERATED_SHOP)
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not SHOP, reason="WEBSHOP_DATA is not set")
+def test_panels_of_the_1000_product_set_are_drawn_from_it():
+    if "small_test" not in open_catalogue(prepare(SHOP)).splits:
+        pytest.skip("WEBSHOP_DATA is not the 1,000-product set")
+    assert_drawn_from(Path(SHOP), panel.SMALL_SHOP)
+
+
+def test_a_web_shop_has_the_panels_of_its_catalogue(tmp_path, monkeypatch):
+    folder = str(ensure_catalogue(tmp_path / "shop"))
+    assert default_panels("train", "webshop", folder) == ("webshop_gen_train-100",)
+    monkeypatch.setenv("WEBSHOP_DATA", folder)
+    assert default_panels("evaluate", "webshop", None) == ("webshop_gen_test-200",)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from hand_game import GOALS, write_game
+from hand_shop import write_shop
 
 from envs.base import WORLDS, Observation, Result, World, make_world
 
@@ -27,7 +28,13 @@ def hand_written_house(folder: Path) -> dict[str, str]:
     return {"data": str(folder)}
 
 
-CASES = {"alfworld": (hand_written_house, "hand")}
+CASES = {"alfworld": (hand_written_house, "hand"), "webshop": (write_shop, "small_test")}
+WORDS = ("chair", "bench", "red oak", "black tea")  # complete an open action
+
+
+def complete(action: str, word: str = WORDS[0]) -> str:
+    """The action itself, or, where it ends in an opening bracket, one that it stands for."""
+    return f"{action}{word}]" if action.endswith("[") else action
 
 
 @pytest.fixture(params=sorted(CASES))
@@ -48,7 +55,8 @@ def random_play(world: World, task_id: str, steps: int, seed: int = 0) -> list[t
     world.reset(task_id)
     played = []
     for _ in range(steps):
-        action = rng.choice(world.actions()) if rng.random() < 0.8 else rng.choice(BAD_TEXTS)
+        action = complete(rng.choice(world.actions()), rng.choice(WORDS))
+        action = rng.choice(BAD_TEXTS) if rng.random() < 0.2 else action
         played.append((action, world.step(action)))
         if played[-1][1].done:
             break
@@ -107,15 +115,15 @@ def test_every_listed_action_is_accepted(case, world):
         assert actions == sorted(set(actions))
         for action in actions:
             copy = pickle.loads(pickle.dumps(world))
-            assert copy.step(action).valid, action
-        if world.step(rng.choice(actions)).done:
+            assert copy.step(complete(action)).valid, action
+        if world.step(complete(rng.choice(actions))).done:
             break
 
 
 @pytest.mark.parametrize("text", BAD_TEXTS)
 def test_bad_text_changes_nothing_and_never_raises(case, world, text):
     world.reset(world.tasks(case[2])[0])
-    world.step(world.actions()[0])
+    world.step(complete(world.actions()[0]))
     before, state = world.actions(), pickle.dumps(world)
     result = world.step(text)
     assert not result.valid and not result.done and result.observation
@@ -217,7 +225,7 @@ def test_shell_player_answers_line_by_line(case, world):
     command = [sys.executable, "-m", "envs.play", "--env", env, *flags, "--task", world.tasks(split)[0]]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as player:
         first = json.loads(player.stdout.readline())
-        player.stdin.write(first["actions"][0] + "\n")
+        player.stdin.write(complete(first["actions"][0]) + "\n")
         player.stdin.flush()
         assert json.loads(player.stdout.readline())["valid"]
         player.stdin.close()

@@ -1,0 +1,270 @@
+"""WebShop: find a product in a web shop, choose its options, buy it. Pages, actions and reward as the original's, in
+text.
+
+`search[words]` searches from any page (50 products at most, 10 a page), `click[x]` follows a button, link or option
+of the page, `think[x]` does nothing. Anything else does nothing either and is not valid. The task ends with
+`click[buy now]`; its reward (`envs/webshop_reward.py`) is 1 where everything fits. What crashes the original or
+draws from its global generator (searches that begin with <r>, <a>, <c> or <q>, a link to a product that is not
+there, more than 1,024 words) is not valid here.
+Left out: the turn limit (the runner's), the html and url modes, images, the Attributes page (it shows the answer).
+
+Play one: python -m envs.play --env webshop --tasks --split gen_valid
+Source: WebShop (arXiv 2207.01206); the rules as measured on the original.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from envs.base import Observation, Result
+from envs.webshop_catalogue import data_folder, open_catalogue, prepare
+from envs.webshop_goals import Goal
+from envs.webshop_reward import Score, nouns_named, score_purchase
+
+MODES = ("text", "text_rich")
+SEPARATOR = " [SEP] "
+PAGE = 10  # products on a results page
+SUB_PAGES = ("description", "features", "reviews")
+BLOCKED = ("<r>", "<a>", "<c>", "<q>")  # first words that the original treats as commands to its engine
+OPEN = "search["  # the open action: words and a closing bracket complete it
+_ACTION = re.compile(r"(.+)\[(.+)\]")
+_BLANK = " \n\t\f\r"
+
+Node = tuple[str, str]  # kind (text, button, option, link) and words, one for each text node of the original's page
+
+
+def parse(action: str) -> tuple[str, str] | None:
+    """(verb, argument in lower case) of `verb[argument]`, whatever follows; None for any other text."""
+    match = _ACTION.match(action)
+    return (match[1], match[2].lower()) if match else None
+
+
+class WebShop:
+    """WebShop as a `World`.
+
+    `data`: a folder of WebShop's files or a product file (default: $WEBSHOP_DATA, else the generated catalogue).
+    `mode`: "text" (text nodes joined by [SEP]) or "text_rich" (a line each, buttons marked). `nouns`: the backend that
+    finds a name's nouns for the reward. `prices`: a JSON file {asin: price} in place of the drawn prices, for replays.
+
+    Raises FileNotFoundError where a file is missing, ValueError for a file or an argument that is wrong. Observations
+    are the original's, verbatim. `actions()` lists the clicks, and on the search page `search[`, which words and a
+    bracket complete. Progress is the largest reward that buying the product on view would have brought so far.
+    `facts`: what a score must name. `purchase`: the components of the last purchase's reward.
+    """
+
+    isolated = False
+
+    def __init__(self, data: str | None = None, mode: str = "text", nouns: str = "auto", prices: str | None = None):
+        if mode not in MODES:
+            raise ValueError(f"unknown mode {mode!r}: expected one of {MODES}")
+        self.mode, self._nouns = mode, nouns
+        self._shop = open_catalogue(prepare(data_folder(data)))
+        self._prices = json.loads(Path(prices).read_bytes()) if prices else {}
+        nouns_name, _ = self._nouns_backend()
+        self.facts = {key: value for key, value in self._shop.facts.items() if key != "data"} | {"nouns": nouns_name}
+        self._goal: Goal | None = None
+        self.purchase: Score | None = None
+
+    def tasks(self, split: str) -> Sequence[str]:
+        """Sorted ids of a split (`envs/webshop_goals.py` lists them)."""
+        if split not in self._shop.splits:
+            raise ValueError(
+                f"no split {split!r} in {self._shop.facts['data']}: expected one of "
+                f"{', '.join(sorted(self._shop.splits)) or '(none)'}"
+            )
+        return self._shop.splits[split]
+
+    def reset(self, task_id: str) -> Observation:
+        """Start a task. ValueError for an unknown id."""
+        goal = self._shop.goal(task_id)
+        if goal is None:
+            raise ValueError(
+                f"unknown task {task_id!r}: expected an id of the splits {', '.join(self._shop.splits)}; "
+                "`python -m envs.play --env webshop --tasks --split SPLIT` lists them"
+            )
+        return self.start(goal)
+
+    def start(self, goal: Goal) -> Observation:
+        """Start the task of any goal, one that is in no split too."""
+        self._goal, self._done, self._progress, self.purchase = goal, False, 0.0, None
+        self._show_search_page()
+        return Observation(text=self._render(), task=goal.instruction_text.strip())
+
+    def step(self, action: str) -> Result:
+        """Do one action; one that is not valid changes nothing and shows the page again."""
+        if self._goal is None or self._done:
+            raise RuntimeError(f"{'the task is over' if self._goal else 'no task yet'}: call reset(task_id)")
+        verb, argument = parse(action) or ("", "")
+        if verb == "search":
+            valid = self._search(argument)
+        elif verb == "click":
+            valid = argument != "search" and argument in self.available()["clickables"] and self._click(argument)
+        else:
+            valid = verb == "think"
+        if self.purchase:
+            reward = self.purchase.reward
+            text = self._render_end()
+        else:
+            reward, text = 0.0, self._render()
+        return Result(
+            observation=text,
+            reward=reward,
+            progress=self._progress,
+            success=reward == 1.0,
+            done=self._done,
+            valid=valid,
+        )
+
+    def actions(self) -> list[str]:
+        """The clicks, sorted, and `search[` where the page has a search bar; nothing once the task is done."""
+        if self._goal is None:
+            raise RuntimeError("no task yet: call reset(task_id)")
+        if self._done:
+            return []
+        found = self.available()
+        clicks = [f"click[{name}]" for name in found["clickables"] if name != "search"]
+        clicks = [click for click in clicks if parse(click) == ("click", click[6:-1])]  # some names cannot be said
+        return sorted([*clicks, OPEN] if found["has_search_bar"] else clicks)
+
+    def available(self) -> dict:
+        """What the original calls the available actions: {"has_search_bar": bool, "clickables": [...]} in its order."""
+        nodes = list(self._nodes())
+        names = [words.lower() for kind in ("button", "link") for one, words in nodes if one == kind]
+        names += [words for kind, words in nodes if kind == "option"]
+        return {"has_search_bar": self._page == "search", "clickables": list(dict.fromkeys(names))}
+
+    # ---- moving ------------------------------------------------------------------------------------------------------
+
+    def _show_search_page(self) -> None:
+        self._page, self._words, self._number, self._hits = "search", "", 0, []
+        self._product, self._options, self._visited = None, {}, []
+
+    def _show_results(self) -> None:
+        self._page, self._product, self._options = "results", None, {}
+
+    def _search(self, words: str) -> bool:
+        if words.split(" ")[0] in BLOCKED:
+            return False
+        try:
+            self._hits = self._shop.index.search(words)
+        except ValueError:  # too many words
+            return False
+        self._words, self._number = words, 1
+        self._show_results()
+        return True
+
+    def _click(self, name: str) -> bool:
+        """Follow what the page offers. The name decides first, so an option called "features" shows the features."""
+        if name == "buy now":
+            self.purchase, self._done = self._score(), True
+            self._progress = max(self._progress, self.purchase.reward)
+        elif name == "back to search":
+            self._show_search_page()
+        elif self._page == "results" and name in ("next >", "< prev"):
+            self._number += 1 if name == "next >" else -1
+        elif self._page == "item" and name == "< prev":
+            self._show_results()
+        elif self._page == "results":
+            product = self._shop.find(name.upper())
+            if product is None:
+                return False
+            self._product, self._page = product, "item"
+            if name.upper() not in self._visited:
+                self._visited = [*self._visited, name.upper()]
+        elif self._page == "item" and name in SUB_PAGES:
+            self._page = name
+        elif name == "< prev":
+            self._page = "item"
+        else:
+            options = self._shop.product(self._product).options
+            option = [option for option, values in options.items() if name in values][-1]  # the last of that value
+            self._options = self._options | {option: name}
+        if self._page == "item" and not self._done:
+            self._progress = max(self._progress, self._score().reward)
+        return True
+
+    def _score(self) -> Score:
+        product = self._shop.product(self._product)
+        price = self._prices.get(product.asin, product.price)
+        return score_purchase(product, self._goal, price, self._options, self._nouns_backend()[1])
+
+    def _nouns_backend(self) -> tuple:
+        return nouns_named(self._nouns, Path(self._shop.facts["data"]), self._shop)
+
+    # ---- pages -------------------------------------------------------------------------------------------------------
+
+    def _nodes(self) -> Iterator[Node]:
+        """The text nodes of the page, as they lie in the original's HTML."""
+        goal = self._goal.instruction_text
+        if self._page == "search":
+            yield from (("text", "WebShop"), ("text", "Instruction: "), ("text", goal), ("button", "Search"))
+            return
+        yield from (("text", "Instruction:"), ("text", goal), ("button", "Back to Search"))
+        if self._page == "results":
+            yield "text", f"Page {self._number} (Total results: {len(self._hits)})"
+            if self._number > 1:
+                yield "button", "< Prev"
+            yield "button", "Next >"
+            for number in self._hits[(self._number - 1) * PAGE : self._number * PAGE]:
+                product = self._shop.product(number)
+                yield from (("link", product.asin), ("text", product.name), ("text", product.price_tag))
+            return
+        product = self._shop.product(self._product)
+        yield "button", "< Prev"
+        if self._page == "item":
+            for option, values in product.options.items():
+                yield "text", option
+                yield from (("option", value) for value in values)
+            yield from (("text", product.name), ("text", f"Price: {product.price_tag}"), ("text", "Rating: N.A."))
+            yield from (("button", name) for name in ("Description", "Features", "Reviews", "Buy Now"))
+        elif self._page == "description":
+            yield "text", product.description
+        elif self._page == "features":
+            yield from (("text", f" {bullet}") for bullet in product.bullets)
+
+    def _render(self) -> str:
+        nodes = [(kind, shown) for kind, words in self._nodes() if (shown := _as_parsed(words))]
+        if self.mode == "text":
+            return SEPARATOR.join(words.strip() for _, words in nodes)
+        url = f"{self._words.replace(' ', '+')}/{self._number}/{json.dumps(self._options)}"
+        clicked, lines = [], []
+        for kind, words in nodes:
+            if kind == "option":
+                chosen = f'"{words}"' in url  # so a value with quotes or beyond ASCII never shows as chosen
+                if chosen:
+                    clicked.append(f"You have clicked {words}.\n")
+                mark = "clicked button" if chosen else "button"
+                lines.append(f"  [{mark}] {words} [{mark}_]\n")
+            elif kind == "link":
+                mark = "clicked button" if words in self._visited else "button"
+                lines.append(f"\n[{mark}] {words} [{mark}_]\n")
+            else:
+                lines.append(f"[button] {words} [button_]\n" if kind == "button" else f"{words}\n")
+        return "".join([*reversed(clicked), *lines])
+
+    def _render_end(self) -> str:
+        """The page after the purchase, reward included, as the original shows it."""
+        options = json.dumps(self._options, sort_keys=True)
+        for character in "<>&'":
+            options = options.replace(character, f"\\u{ord(character):04x}")
+        nodes = ["Thank you for shopping with us!", "Your code: ", "None", " (Paste it in your MTurk interface.)"]
+        nodes += ["Purchased", "asin", self._shop.product(self._product).asin, "options", options]
+        for name in ("attrs", "category", "query", "product category"):
+            nodes += [name, "None"]
+        nodes += ["Target", "asin", "options", "attrs", "price upper", "instuction text", "category"]
+        nodes += ["product category", "query", "Goal ", "None", "Reward", "Your score (min 0.0, max 1.0)"]
+        nodes.append(str(self.purchase.reward))
+        nodes += ["Reward Details ", "None"]
+        if self.mode == "text":
+            return SEPARATOR.join(node.strip() for node in nodes)
+        return "".join(f"{node}\n" for node in nodes)
+
+
+def _as_parsed(words: str) -> str:
+    """A text node as the original's HTML parser gives it: blanks alone become one, or nothing with a line's end."""
+    if words.strip(_BLANK):
+        return words
+    return "" if "\n" in words or not words else " "

@@ -1,0 +1,369 @@
+"""WebShop's products, goals and search index in one prepared folder, memory-mapped and shared by all processes.
+
+Read from a folder in the original file formats:
+
+| file | what |
+|---|---|
+| `items_shuffle.json` or `items_shuffle_1000.json` | the products: a list of records |
+| `items_ins_v2.json` or `items_ins_v2_1000.json` | {asin: attributes, for some an instruction with its attributes} |
+| `items_human_ins.json` | optional: {asin: [written instructions]} |
+
+The first use prepares the folder (`.a3t_webshop-*` in it or, where that cannot be written, below ~/.cache/a3t): it
+streams the products, so that memory stays at a few GB for 1.2 million of them, and writes records, goals and the
+index. Later uses map what is there. Files that change are prepared anew; an old folder may be deleted at any time.
+Left out: images, reviews and ratings, which the text never shows.
+
+Run: python -m envs.webshop_catalogue [--data DIR]     prepares it and says what there is
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from envs.webshop_generate import STAMP, ensure_catalogue
+from envs.webshop_goals import (
+    Goal,
+    Instruction,
+    Product,
+    are_official,
+    draw_price,
+    human_goals,
+    name_goals,
+    synthetic_goals,
+)
+from envs.webshop_search import Index, IndexBuilder, analyze
+
+VERSION = 1  # of the prepared folder: one of another version is not read
+CHUNK = 1 << 24  # characters of the product file read at a time
+MAX_RECORD = 1 << 26  # characters; no product is that long, so the JSON is broken
+MAX_ASIN = 10  # longer ones are skipped, as in the original
+DEFAULT_TAG, DEFAULT_PRICES = "$100.0", (100.0,)
+
+
+class RawOption(msgspec.Struct):
+    value: str
+
+
+class RawProduct(msgspec.Struct):
+    """A record of the product file; fields that are not named here are not read."""
+
+    asin: str
+    name: str
+    full_description: str
+    small_description: list[str] | str
+    product_category: str
+    category: str
+    query: str
+    pricing: str | None = None
+    customization_options: dict[str, list[RawOption] | None] | str | None = None
+
+
+class RawAttributes(msgspec.Struct):
+    attributes: list[str] = msgspec.field(default_factory=lambda: ["DUMMY_ATTR"])  # the original's
+    instruction: str | None = None
+    instruction_attributes: list[str] | None = None
+
+
+NO_ATTRIBUTES = RawAttributes()
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of one catalogue, in one folder."""
+
+    products: Path
+    attributes: Path
+    human: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.products.parent
+
+
+def find_files(data: str | Path) -> Files:
+    """The files of a folder, or those that go with a product file. FileNotFoundError, naming what is missing."""
+    given = Path(data).expanduser().resolve()
+    names = [given] if given.is_file() else [given / "items_shuffle.json", given / "items_shuffle_1000.json"]
+    products = next((name for name in names if name.is_file()), None)
+    if products is None:
+        raise FileNotFoundError(
+            f"{data} holds neither items_shuffle.json nor items_shuffle_1000.json: expected the "
+            "folder of WebShop's data, or one of these files"
+        )
+    attributes = products.with_name(products.name.replace("items_shuffle", "items_ins_v2"))
+    if attributes == products or not attributes.is_file():
+        raise FileNotFoundError(f"no {attributes} beside {products.name}: expected the products' attributes in it")
+    return Files(products, attributes, products.with_name("items_human_ins.json"))
+
+
+# ---- reading the original formats ------------------------------------------------------------------------------------
+
+
+def stream_array(file: Path) -> Iterator[object]:
+    """The objects of a JSON array, read a chunk at a time. ValueError, naming the record, where it breaks off."""
+    decode, between, number = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), 0
+    with open(file, encoding="utf-8") as stream:
+        buffer = stream.read(CHUNK)
+        at = between.match(buffer).end()
+        if buffer[at : at + 1] != "[":
+            raise ValueError(f"{file} begins with {buffer[:20]!r}: expected a JSON list of products")
+        at += 1
+        while True:
+            at = between.match(buffer, at).end()
+            if buffer[at : at + 1] == "]":
+                return
+            try:
+                item, at = decode(buffer, at)
+            except ValueError as error:
+                more = stream.read(CHUNK)
+                if not more or len(buffer) - at > MAX_RECORD:
+                    raise ValueError(
+                        f"{file} breaks off in record {number} ({error}): expected a JSON list of "
+                        "products; get the file again"
+                    ) from error
+                buffer, at = buffer[at:] + more, 0
+                continue
+            yield item
+            number += 1
+
+
+def read_table(file: Path, kind: type) -> dict:
+    """A JSON object {asin: kind}. ValueError, naming the file, where it is another thing."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=dict[str, kind])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {file} ({error}): expected a JSON object of WebShop's form") from error
+
+
+def read_products(files: Files, table: dict[str, RawAttributes]) -> Iterator[Product]:
+    """The products in the file's order; improper and repeated asins are skipped, as in the original."""
+    seen = set()
+    for number, record in enumerate(stream_array(files.products)):
+        try:
+            raw = msgspec.convert(record, RawProduct)
+            if raw.asin != "nan" and len(raw.asin.encode()) <= MAX_ASIN and raw.asin not in seen:
+                seen.add(raw.asin)
+                yield make_product(raw, table.get(raw.asin, NO_ATTRIBUTES).attributes)
+        except ValueError as error:
+            name = record.get("asin", "no asin") if isinstance(record, dict) else "not an object"
+            raise ValueError(f"{files.products}, record {number} ({name}): {error}") from error
+
+
+def make_product(raw: RawProduct, attributes: list[str]) -> Product:
+    """A product as its pages show it. ValueError for a price that is none."""
+    bullets = raw.small_description if isinstance(raw.small_description, list) else [raw.small_description]
+    options = {}
+    if isinstance(raw.customization_options, dict):
+        for name, contents in raw.customization_options.items():
+            if contents is not None:
+                options[name.lower()] = [one.value.strip().replace("/", " | ").lower() for one in contents]
+    tag, prices = parse_pricing(raw.pricing)
+    return Product(
+        asin=raw.asin, name=raw.name, description=raw.full_description, bullets=bullets, price_tag=tag,
+        price=draw_price(raw.asin, prices), options=options, attributes=attributes, category=raw.category,
+        query=raw.query.lower().strip(), product_category=raw.product_category,
+    )  # fmt: skip
+
+
+def parse_pricing(pricing: str | None) -> tuple[str, Sequence[float]]:
+    """The price tag and the price, or the two ends of its range, of "$a" or "$a$b"; 100 dollars where there is none."""
+    if not pricing:
+        return DEFAULT_TAG, DEFAULT_PRICES
+    try:
+        prices = [float(re.sub(r"[^\d.]", "", price)) for price in pricing.split("$")[1:]]
+        return (f"${prices[0]}", prices) if len(prices) == 1 else (f"${prices[0]} to ${prices[1]}", prices[:2])
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"pricing is {pricing!r}: expected $a or $a$b") from error
+
+
+def index_text(product: Product) -> str:
+    """What the search engine knows of a product."""
+    options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in product.options.items())
+    first = product.bullets[0] if product.bullets else ""
+    return " ".join([product.name, product.description, first, options]).lower()
+
+
+# ---- preparing -------------------------------------------------------------------------------------------------------
+
+
+def prepare(data: str | Path) -> Path:
+    """The prepared folder of a catalogue, made now where there is none yet.
+
+    Raises FileNotFoundError where a file is missing, ValueError where one cannot be read or holds no product.
+    """
+    files = find_files(data)
+    marks = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in _present(files)]
+    key = hashlib.sha256(repr((VERSION, str(files.folder), marks)).encode()).hexdigest()[:16]
+    places = [files.folder / f".a3t_webshop-{key}", Path.home() / ".cache" / "a3t" / f"webshop-{key}"]
+    for place in places:
+        if (place / "catalogue.json").is_file():
+            return place
+    marked = files.folder.stat().st_mode & 0o222  # root could write where nobody is meant to
+    place = places[0] if marked and os.access(files.folder, os.W_OK) else places[1]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = tempfile.mkdtemp(prefix=f".building-{key}-", dir=place.parent)
+    building = Path(temporary, place.name)  # a folder of its own: the outer one is closed to others
+    building.mkdir()
+    try:
+        _write(files, building)
+        os.replace(building, place)
+    except OSError:
+        if not (place / "catalogue.json").is_file():  # else another process has just written the same
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return place
+
+
+def _present(files: Files) -> list[Path]:
+    return [file for file in (files.products, files.attributes, files.human, files.folder / STAMP) if file.is_file()]
+
+
+def _write(files: Files, folder: Path) -> None:
+    """Writes everything; catalogue.json, last, says that all is there."""
+    table = read_table(files.attributes, RawAttributes)
+    written = read_table(files.human, list[Instruction]) if files.human.is_file() else {}
+    builder, asins, ends, human = IndexBuilder(), [], [], []
+    digest, encode = hashlib.sha256(), msgspec.json.encode
+    with open(folder / "products.bin", "wb") as stream:
+        bar = tqdm(read_products(files, table), desc=f"preparing {files.products.name}", unit="product", delay=2)
+        for product in bar:
+            record = encode(product)
+            stream.write(record)
+            digest.update(record)
+            asins.append(product.asin)
+            ends.append(stream.tell())
+            builder.add(analyze(index_text(product)))
+            human += human_goals(product, written.get(product.asin, ()))
+    if not asins:
+        raise ValueError(f"{files.products} holds no product")
+    order = np.argsort(np.array(asins, dtype=bytes), kind="stable")
+    spans = np.array([[0, *ends[:-1]], ends]).T
+    np.save(folder / "asins.npy", np.array(asins, dtype=f"S{MAX_ASIN}")[order])
+    np.save(folder / "spans.npy", spans[order])
+    builder.write(folder / "index", order)
+    official = are_official(len(human), sum(map(len, written.values())), len(written.keys() - set(asins)))
+    synthetic = [] if official else list(_synthetic(files, folder, table, zip(asins, spans, strict=True)))
+    goals = name_goals(human, synthetic, official, "gen" if (files.folder / STAMP).is_file() else "small")
+    lines = [encode(goal) + b"\n" for goal in goals.values()]
+    (folder / "goals.jsonl").write_bytes(b"".join(lines))
+    np.save(folder / "goal_ends.npy", np.cumsum([len(line) for line in lines], dtype=np.int64))
+    (folder / "goal_ids.txt").write_text("".join(f"{task_id}\n" for task_id in goals))
+    facts = {
+        "data": str(files.folder), "products": len(asins), "products_sha256": digest.hexdigest(), "goals": len(goals),
+        "goals_sha256": hashlib.sha256(b"".join(lines)).hexdigest(),
+    }  # fmt: skip
+    (folder / "catalogue.json").write_text(json.dumps(facts))
+
+
+def _synthetic(
+    files: Files, folder: Path, table: dict[str, RawAttributes], places: Iterable[tuple[str, np.ndarray]]
+) -> Iterator[Goal]:
+    """The synthetic goals of the products just written, in the file's order."""
+    with open(folder / "products.bin", "rb") as stream:
+        for asin, (start, end) in places:
+            entry = table.get(asin, NO_ATTRIBUTES)
+            if entry.instruction is not None:
+                if not entry.instruction_attributes:
+                    raise ValueError(f"{files.attributes}: {asin} has an instruction without attributes")
+                stream.seek(start)
+                product = msgspec.json.decode(stream.read(end - start), type=Product)
+                yield from synthetic_goals(product, entry.instruction, entry.instruction_attributes)
+
+
+class Catalogue:
+    """A prepared folder. Products are numbered by their asin's place in the alphabet, the index's order for ties.
+
+    `facts`: products, products_sha256, goals, goals_sha256, data (the folder it came from).
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.facts = json.loads((folder / "catalogue.json").read_bytes())
+        self.index = Index(folder / "index")
+        self._asins = np.asarray(np.load(folder / "asins.npy", mmap_mode="r"))
+        self._spans = np.asarray(np.load(folder / "spans.npy", mmap_mode="r"))
+        self._records = np.asarray(np.memmap(folder / "products.bin", np.uint8, "r"))
+        self._goals = (folder / "goals.jsonl").read_bytes() if self.facts["goals"] else b""
+        self._goal_ends = np.load(folder / "goal_ends.npy")
+        self._goal_ids = (folder / "goal_ids.txt").read_text().splitlines()
+        by_split = groupby(self._goal_ids, lambda task_id: task_id.split("/")[0])
+        self.splits = {split: tuple(ids) for split, ids in by_split}
+        self._decode_product = msgspec.json.Decoder(Product).decode
+        self.product = lru_cache(maxsize=4096)(self._read_product)
+
+    def __reduce__(self) -> tuple:
+        return open_catalogue, (self.folder,)  # a copy in another process maps the same files
+
+    def __len__(self) -> int:
+        return len(self._asins)
+
+    def __iter__(self) -> Iterator[str]:
+        """The asins, sorted."""
+        return (asin.decode() for asin in self._asins)
+
+    def find(self, asin: str) -> int | None:
+        """The number of a product; None where there is none of that asin."""
+        try:
+            wanted = np.bytes_(asin.encode())
+        except UnicodeEncodeError:
+            return None
+        number = int(np.searchsorted(self._asins, wanted))
+        return number if number < len(self) and self._asins[number] == wanted else None
+
+    def _read_product(self, number: int) -> Product:
+        start, end = self._spans[number]
+        return self._decode_product(self._records[start:end])
+
+    def goal(self, task_id: str) -> Goal | None:
+        """The goal of that id; None where there is none."""
+        place = bisect_left(self._goal_ids, task_id)
+        if place == len(self._goal_ids) or self._goal_ids[place] != task_id:
+            return None
+        start = self._goal_ends[place - 1] if place else 0
+        return msgspec.json.decode(self._goals[start : self._goal_ends[place]], type=Goal)
+
+
+@lru_cache
+def open_catalogue(folder: Path) -> Catalogue:
+    """The catalogue of a prepared folder, one for the whole process."""
+    return Catalogue(folder)
+
+
+def data_folder(data: str | None) -> Path:
+    """The folder or file to read: `data`, else $WEBSHOP_DATA, else the generated catalogue."""
+    given = data or os.environ.get("WEBSHOP_DATA")
+    return Path(given) if given else ensure_catalogue()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    data: str | None = None
+    """Folder of WebShop's data, or its product file (default: $WEBSHOP_DATA, else the generated catalogue)."""
+
+
+def main(args: Args) -> None:
+    catalogue = open_catalogue(prepare(data_folder(args.data)))
+    splits = ", ".join(f"{split} {len(ids)}" for split, ids in catalogue.splits.items())
+    print(f"{catalogue.folder}: {len(catalogue)} products, goals by split: {splits}")
+    print(json.dumps(catalogue.facts))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

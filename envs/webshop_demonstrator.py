@@ -1,0 +1,312 @@
+"""A scripted player of WebShop that reads only the text, so that what it does can be imitated.
+
+It searches for the instruction's words and options, opens what is cheap enough in the order of the list, reads the
+features, and the description where words are still missing, goes back where an option or too many words are not to be
+found, settles after some turns for the best that it has seen, chooses the options and buys. It thinks briefly on every
+turn; a thought names what is wanted before what is done, so that the action can be copied from what was just read. It
+can be displaced: told that another action was taken, it goes on from there, and `explain` writes the reason for such an
+action after the fact, which is the text that ActRe learns from. It can be careless: then it opens the first product,
+reads nothing, chooses one option at most and buys.
+
+Left out: the reward's view of attributes, which no page shows. Reads both observation modes.
+
+Run: python -m envs.webshop_demonstrator [--split gen_test]     plays a split and prints its mean reward and success
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from envs.webshop import OPEN, WebShop
+
+PRICE = re.compile(r",? and price lower than (\d+\.\d\d) dollars$")
+FIRST_OPTION = re.compile(r"(.*) with ((?:(?! with )[^:])+): (.*)", re.DOTALL)
+OPENING = re.compile(
+    r"(?:hello, )?(?:find me|show me|i(?:'m| am) looking for|i (?:need|want)|i would like to buy)(?: an?)? ", re.I
+)
+COMMON = frozenset(
+    "find me i am looking for need want show would like to buy a an the with and that is of in it some".split()
+)
+OPTION_NAMES = frozenset("color size style flavor scent".split())  # written instructions have them as words too
+ASIN = re.compile(r"[A-Z0-9]{10}")
+HURRY = 11  # turns after which it settles for the best that it has seen
+PAGES = 2  # of results
+ENOUGH = 0.8  # share of the wanted words that a product's pages must have
+
+
+def read_nodes(observation: str) -> list[str]:
+    """The parts of a page in either mode, without the marks of buttons."""
+    if " [SEP] " in observation:
+        return observation.split(" [SEP] ")
+    lines = [line for line in observation.split("\n") if line.strip() and not line.startswith("You have clicked ")]
+    return [re.sub(r"^ *\[(clicked )?button\] (.*) \[(clicked )?button_\]$", r"\2", line).strip() for line in lines]
+
+
+def upper_price(text: str) -> float:
+    """The price of a results page's line, its upper end where it is a range."""
+    return max(map(float, re.findall(r"\d+(?:\.\d+)?", text)), default=0.0)
+
+
+def words_of(text: str) -> list[str]:
+    """The words that say something, in order."""
+    words = re.findall(r"[^\W_][\w'.%-]*", text.lower())
+    return list(dict.fromkeys(word.strip(".'") for word in words if word.strip(".'") not in COMMON))
+
+
+def split_options(wish: str) -> tuple[str, dict[str, str]]:
+    """The wish without its options, and {name: value} of them: "... with color: red, and size: 8"."""
+    parts, options = wish.split(", and "), {}
+    while len(parts) > 1 and (match := re.fullmatch(r"([^:]+): (.+)", parts[-1])):
+        options[match[1]] = match[2]
+        parts.pop()
+    head = ", and ".join(parts)
+    if match := FIRST_OPTION.fullmatch(head):
+        return match[1], {match[2]: match[3], **options}
+    return head, options
+
+
+def has_word(text: str, word: str) -> bool:
+    return word in text or (word.endswith("s") and word[:-1] in text) or (word.endswith("'s") and word[:-2] in text)
+
+
+@dataclass
+class Seen:
+    """What is known of a product: where it was listed, its pages' text, which pages, and whether it has the options."""
+
+    page: int
+    text: str
+    price: float
+    read: tuple[str, ...] = ()
+    opened: bool = False
+    fits: bool = True
+
+
+class Demonstrator:
+    """Plays one task.
+
+    decide() -> (thought, action); observe(action, observation) after every action, its own or another's;
+    explain(action) -> the reason for an action about to be taken by somebody else.
+    Raises ValueError for an opening without an instruction.
+    """
+
+    def __init__(self, opening: str):
+        nodes = read_nodes(opening)
+        if len(nodes) < 4 or nodes[0] != "WebShop":
+            raise ValueError(f"no instruction in {opening[:200]!r}: expected WebShop's search page")
+        self.instruction = " ".join(nodes[2:-1])
+        limit = PRICE.search(self.instruction)
+        self.limit = float(limit[1]) if limit else float("inf")
+        wish, self.options = split_options(PRICE.sub("", self.instruction))
+        self.wish = OPENING.sub("", wish).strip(" ,.")
+        self.words = words_of(self.wish)
+        self.seen: dict[str, Seen] = {}  # asin -> what is known, in the order of the lists
+        self.chosen: list[str] = []
+        self.at: str | None = None  # the product on view
+        self.settled: str | None = None  # the product to buy
+        self.careless = False  # set it to have the shortcut taken
+        self.turns = 0
+        self._read(nodes)
+
+    # ---- what the text says ------------------------------------------------------------------------------------------
+
+    def observe(self, action: str, observation: str) -> None:
+        """Takes in the page that followed `action`."""
+        verb, _, rest = action.partition("[")
+        name = rest.rpartition("]")[0].lower()
+        before, self.turns = self.page, self.turns + 1
+        nodes = read_nodes(observation)
+        if verb == "click" and before == "results" and name.upper() in self.seen:
+            self.at = name.upper()
+        if verb == "click" and before == "item" and name in self.values:
+            self.chosen.append(name)
+        self._read(nodes)
+        if verb == "search" and self.page == "results":  # other lists, so nothing that was seen can be found again
+            self.seen, self.settled = {}, None
+            self._read(nodes)
+        if self.page in ("search", "results"):
+            self.at, self.chosen = None, []
+        elif self.page == "part" and self.at and name in ("features", "description"):
+            product = self.seen[self.at]
+            product.read += (name,)
+            product.text += " " + " ".join(nodes[4:]).lower()
+
+    def _read(self, nodes: list[str]) -> None:
+        self.nodes, self.values = nodes, []
+        place = next(
+            (i for i, node in enumerate(nodes) if node.startswith("Page ") and "(Total results:" in node), None
+        )
+        if nodes[0] == "WebShop":
+            self.page = "search"
+        elif place is not None:
+            self.page, self.number = "results", int(nodes[place].split()[1])
+            self._read_list(nodes)
+        elif nodes[-1] == "Buy Now":
+            self.page = "item"
+            price = next(i for i, node in enumerate(nodes) if node.startswith("Price: "))
+            self.values = nodes[nodes.index("< Prev") + 1 : price - 1]
+            if self.at:
+                product = self.seen[self.at]
+                product.fits = all(value in self.values for value in self._wanted_options())
+                product.text += f" {' '.join(self.values)}" * (not product.opened)
+                product.opened = True
+        else:
+            self.page = "part"
+
+    def _read_list(self, nodes: list[str]) -> None:
+        """The products of a results page: asin, name, price."""
+        self.listed = []
+        for i, node in enumerate(nodes):
+            if ASIN.fullmatch(node) and i + 2 < len(nodes) and nodes[i + 2].startswith("$"):
+                self.listed.append(node)
+                self.seen.setdefault(node, Seen(self.number, nodes[i + 1].lower(), upper_price(nodes[i + 2])))
+
+    def _wanted_options(self) -> list[str]:
+        """The option values to click: those that the instruction names, or on the page those that it contains."""
+        if self.options:
+            return list(self.options.values())
+        text = f" {' '.join(re.findall(r'[^ ,.]+', self.instruction.lower()))} "
+        return [value for value in self.values if f" {value} " in text and value not in OPTION_NAMES]
+
+    # ---- what to do --------------------------------------------------------------------------------------------------
+
+    def decide(self) -> tuple[str, str]:
+        """The next (thought, action)."""
+        if self.page == "search":
+            sought = " ".join([self.wish, *self.options.values()])
+            return f"I look for {sought}.", f"{OPEN}{sought}]"
+        if self.page == "results":
+            return self._pick()
+        if self.page == "part" or self.at is None:
+            return "I have read this. I go back.", "click[< prev]"
+        return self._look_closer() if not self.careless and self.at != self.settled else self._choose_and_buy()
+
+    def missing(self, asin: str) -> list[str]:
+        """The wanted words that a product's text, as far as it was read, does not have."""
+        return [word for word in self.words if not has_word(self.seen[asin].text, word)]
+
+    def _pick(self) -> tuple[str, str]:
+        """On a results page: open the next product that is cheap enough, turn the page, or settle."""
+        need = f"I need it below {self.limit:.2f}" if self.limit < float("inf") else "I need it"
+        if not self.listed:
+            if self.number > 1:
+                return "There is nothing here. I go back a page.", "click[< prev]"
+            return "I found nothing. I search for less.", f"{OPEN}{' '.join(self.words[-2:])}]"
+        if self.careless:
+            return f"{need}. I open {self.listed[0]}.", f"click[{self.listed[0].lower()}]"
+        opened = [asin for asin, product in self.seen.items() if product.opened]
+        fresh = [asin for asin in self.listed if asin not in opened and self.seen[asin].price <= self.limit]
+        if self.settled is None and (self.turns >= HURRY or (not fresh and self.number >= PAGES)):
+            self.settled = self._best(opened or self.listed)
+        if self.settled is not None:
+            if self.settled not in self.listed:
+                turn = "< prev" if self.seen[self.settled].page < self.number else "next >"
+                return f"{need}. {self.settled} is the best. I turn the page.", f"click[{turn}]"
+            return f"{need}. {self.settled} is the best of them.", f"click[{self.settled.lower()}]"
+        if not fresh:
+            return f"{need}, and nothing more here will do. I turn the page.", "click[next >]"
+        return f"{need}. {fresh[0]} costs {self.seen[fresh[0]].price:.2f}.", f"click[{fresh[0].lower()}]"
+
+    def _best(self, asins: list[str]) -> str:
+        """Options first, then words, then the price."""
+
+        def rank(asin: str) -> tuple:
+            product = self.seen[asin]
+            return not product.fits, product.price > self.limit, len(self.missing(asin))
+
+        return min(asins, key=rank)
+
+    def _look_closer(self) -> tuple[str, str]:
+        """On a product's page: go back where it does not fit, read on where words are missing, else settle."""
+        product, missing = self.seen[self.at], self.missing(self.at)
+        if not product.fits:
+            absent = next(value for value in self._wanted_options() if value not in self.values)
+            return f"I need {absent}, and it is not here. I go back.", "click[< prev]"
+        unread = [name for name in ("features", "description") if name not in product.read]
+        if missing and unread and self.turns < HURRY:
+            return f"I need {' '.join(missing)}. I read the {unread[0]}.", f"click[{unread[0]}]"
+        if len(missing) > (1 - ENOUGH) * len(self.words) and self.turns < HURRY:
+            return f"I need {' '.join(missing)}, and it is not here. I go back.", "click[< prev]"
+        self.settled = self.at
+        return self._choose_and_buy()
+
+    def _choose_and_buy(self) -> tuple[str, str]:
+        left = [value for value in self._wanted_options() if value not in self.chosen and value in self.values]
+        if left and not (self.careless and self.chosen):
+            return f"I need {left[0]}. I choose it.", f"click[{left[0]}]"
+        return "I have chosen. I buy it.", "click[buy now]"
+
+    # ---- reasons after the fact --------------------------------------------------------------------------------------
+
+    def explain(self, action: str) -> str:
+        """One short sentence that motivates `action` here and now, written after the action was chosen."""
+        settled = self.settled
+        thought, own = self.decide()
+        self.settled = settled
+        if action == own:
+            return thought
+        verb, _, rest = action.partition("[")
+        name = rest.rpartition("]")[0].lower()
+        if verb == "search":
+            return f"I look for {name}."
+        if name.upper() in self.seen and self.page == "results":
+            return f"I want to look at {name.upper()}."
+        if name in self.values:
+            return f"I choose {name}."
+        return {
+            "buy now": "I have what I need. I buy it.",
+            "back to search": "I want to search for something else.",
+            "next >": "I turn the page.",
+            "< prev": "I go back.",
+            "features": "I read the features.",
+            "description": "I read the description.",
+            "reviews": "I read the reviews.",
+        }.get(name, "I try something else.")
+
+
+def play(world: WebShop, task_id: str, max_turns: int, careless: bool = False) -> float:
+    """The reward of the demonstrator's purchase; 0 where it buys nothing in time."""
+    player = Demonstrator(world.reset(task_id).text)
+    player.careless = careless
+    for _ in range(max_turns):
+        action = player.decide()[1]
+        result = world.step(action)
+        if result.done:
+            return result.reward
+        player.observe(action, result.observation)
+    return 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    data: str | None = None
+    """Folder of WebShop's data, or its product file (default: $WEBSHOP_DATA, else the generated catalogue)."""
+    split: str = "gen_test"
+    """Split to play."""
+    limit: int = 300
+    """Tasks at most, spread evenly over the split."""
+    max_turns: int = 20
+    """Turns of a task."""
+    careless: bool = False
+    """Take the shortcut."""
+    mode: str = "text"
+    """Observation mode: text or text_rich."""
+
+
+def main(args: Args) -> None:
+    world = WebShop(args.data, mode=args.mode)
+    task_ids = world.tasks(args.split)
+    chosen = np.linspace(0, len(task_ids) - 1, min(args.limit, len(task_ids))).round().astype(int)
+    rewards = [play(world, task_ids[i], args.max_turns, args.careless) for i in tqdm(chosen, unit="task", delay=2)]
+    print(
+        f"{args.split}: {len(rewards)} tasks, mean reward {100 * np.mean(rewards):.1f}, success "
+        f"{100 * np.mean(np.array(rewards) == 1):.1f} %, nouns {world.facts['nouns']}"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,93 @@
+"""The scripted customer: it buys what is wanted, reads only what is shown, and goes on wherever it is put."""
+
+import random
+
+import pytest
+from hand_shop import write_shop
+
+from envs.webshop import MODES, WebShop
+from envs.webshop_demonstrator import Demonstrator, play, read_nodes, split_options
+from envs.webshop_generate import ensure_catalogue
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory) -> str:
+    return str(ensure_catalogue(tmp_path_factory.mktemp("generated") / "shop"))
+
+
+def test_it_buys_what_is_wanted_and_a_careless_one_does_not(shop):
+    world = WebShop(shop)
+    tasks = random.Random(0).sample(world.tasks("gen_demo"), 60)
+    successes = [sum(play(world, task_id, 20, careless) == 1 for task_id in tasks) for careless in (False, True)]
+    assert successes[0] >= 48 and successes[1] <= 12
+
+
+def test_every_action_of_its_own_is_valid_and_the_mode_makes_no_difference(shop):
+    worlds = [WebShop(shop, mode=mode) for mode in MODES]
+    for task_id in (*worlds[0].tasks("gen_demo")[::150], *worlds[0].tasks("human")[::12]):
+        openings = [world.reset(task_id).text for world in worlds]
+        players = [Demonstrator(opening) for opening in openings]
+        for _ in range(20):
+            decided = [player.decide() for player in players]
+            assert decided[0] == decided[1] and decided[0][0].endswith(".")
+            results = [world.step(decided[0][1]) for world in worlds]
+            assert results[0].valid, decided
+            if results[0].done:
+                break
+            for player, result in zip(players, results, strict=True):
+                player.observe(decided[0][1], result.observation)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_displaced_it_goes_on_and_explains_every_action(shop, seed):
+    world, rng = WebShop(shop, mode=MODES[seed % 2]), random.Random(seed)
+    bought = 0
+    for task_id in rng.sample(world.tasks("gen_demo"), 12):
+        player = Demonstrator(world.reset(task_id).text)
+        player.careless = rng.random() < 0.3
+        for _ in range(60):
+            actions = [action + "red chair]" if action.endswith("[") else action for action in world.actions()]
+            thoughts = [player.explain(action) for action in (*actions, "click[nothing]", "search[<r>]", "", "look")]
+            assert all(thought.endswith(".") and "\n" not in thought for thought in thoughts)
+            action = player.decide()[1]
+            if rng.random() < 0.4:
+                action = rng.choice([*actions, "search[tea]", "search[<r>]", "search[zzz]", "click[x]", "", "think[x]"])
+            result = world.step(action)
+            bought += result.done
+            if result.done:
+                break
+            player.observe(action, result.observation)
+    assert bought == 12
+
+
+def test_its_own_reason_is_its_thought(tmp_path):
+    world = WebShop(**write_shop(tmp_path))
+    player = Demonstrator(world.reset(world.tasks("small_test")[0]).text)
+    thought, action = player.decide()
+    assert player.explain(action) == thought
+
+
+@pytest.mark.parametrize(("wish", "head", "options"), [
+    ('soft pillows with color: navy | white, and size: 2" x 2"', "soft pillows",
+     {"color": "navy | white", "size": '2" x 2"'}),
+    ("lamps with bronze finish for living room", "lamps with bronze finish for living room", {}),
+    ("lamps with usb port with style: with clip", "lamps with usb port", {"style": "with clip"}),
+    ("snacks with flavor name: salt, and pepper: hot", "snacks", {"flavor name": "salt", "pepper": "hot"}),
+])  # fmt: skip
+def test_options_are_split_from_the_wish(wish, head, options):
+    assert split_options(wish) == (head, options)
+
+
+def test_pages_read_the_same_in_both_modes(tmp_path):
+    data = write_shop(tmp_path)
+    worlds = [WebShop(**data, mode=mode) for mode in MODES]
+    for world in worlds:
+        world.reset(world.tasks("human")[0])
+    for action in ("search[chair]", "click[b000000003]", "click[red]", "click[features]"):
+        one, other = (read_nodes(world.step(action).observation) for world in worlds)
+        assert one == other
+
+
+def test_an_opening_without_an_instruction_is_refused():
+    with pytest.raises(ValueError, match="no instruction in 'You are in a room"):
+        Demonstrator("You are in a room")
