@@ -43,9 +43,11 @@ class PlayArgs:
     env: str = "alfworld"
     """World."""
     data: str | None = None
-    """The world's data (default: $ALFWORLD_DATA, or generated games where it is not set)."""
+    """The world's data (default: $ALFWORLD_DATA or $WEBSHOP_DATA; what is generated where it is not set)."""
     engine: Literal["ours", "textworld"] = "ours"
-    """Engine of the world; textworld is the slow reference."""
+    """Engine of ALFWorld; textworld is the slow reference."""
+    mode: Literal["text", "text_rich"] = "text"
+    """How WebShop's pages are written: parts joined by [SEP], or a line each with buttons marked."""
     model: Path = Path("models/tiny-alfworld")
     """Base model, of the agent and of ActRe, a Hugging Face folder."""
     weights: Literal["nf4", "fp32"] = "nf4"
@@ -92,7 +94,7 @@ def settings_of(args: PlayArgs, stage: str, number: int, compose: Compose | None
 
 def world_of(args: PlayArgs) -> Callable[[], World]:
     """What makes the worlds of a stage, here or in another process."""
-    return functools.partial(make_world, args.env, data=args.data, engine=args.engine)
+    return functools.partial(make_world, args.env, data=args.data, engine=args.engine, mode=args.mode)
 
 
 def policy_of(args: PlayArgs, server: Server, replies: Path, adapter: Path | None, prompt: Path | None) -> Policy:
@@ -110,7 +112,7 @@ def require_tasks(world: World, task_ids: Iterable[str]) -> None:
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(task_ids)} tasks are not in the data, {missing[0]} the first; "
-            "give the data that the panel was made from (--data or $ALFWORLD_DATA)"
+            "give the data that the panel was made from (--data, or $ALFWORLD_DATA or $WEBSHOP_DATA)"
         )
 
 

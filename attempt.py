@@ -9,6 +9,7 @@ Left out: who answers (policy.py), what becomes of the trajectory (the stages), 
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -71,12 +72,21 @@ class Play:
 # ---- the sampling rule -----------------------------------------------------------------------------------------------
 
 
-def sample_action(actions: list[str], how: str, rng: np.random.Generator) -> str:
-    """One admissible action: uniform over commands, or over verbs first and then over that verb's commands."""
+def sample_action(actions: list[str], how: str, rng: np.random.Generator, task: str) -> str:
+    """One admissible action: uniform over commands, or over verbs first and then over that verb's commands.
+
+    An open action, `search[`, is completed with one to six words of the task, in their order there.
+    """
     if how == "verbs":
-        verb = rng.choice(sorted({a.split(" ", 1)[0] for a in actions}))
-        actions = [a for a in actions if a.split(" ", 1)[0] == verb]
-    return str(rng.choice(actions))
+        verbs = [re.split(r"[ \[]", action)[0] for action in actions]
+        verb = rng.choice(sorted(set(verbs)))
+        actions = [action for action, its in zip(actions, verbs, strict=True) if its == verb]
+    action = str(rng.choice(actions))
+    if not action.endswith("["):
+        return action
+    words = re.findall(r"[a-z0-9]+", task.lower())
+    places = rng.choice(len(words), rng.integers(1, min(6, len(words)) + 1), replace=False)
+    return f"{action}{' '.join(words[place] for place in sorted(places))}]"
 
 
 def template_reason(action: str) -> str:
@@ -206,7 +216,7 @@ class Attempt:
         """A sampled action and the reason written for it: (thought, action)."""
         compose = self.settings.compose
         actions = yield from self.call_world("actions")
-        action = sample_action(actions, compose.sample, rng)
+        action = sample_action(actions, compose.sample, rng, self.opening.task)
         reason = template_reason(action) if compose.reason == "template" else ""
         if self.explains:
             self.actre.extend(self.reasons, act_line(action) + REASON)

@@ -47,7 +47,8 @@ class Args(PlayArgs):
     base: bool = False
     """Evaluate the base without an adapter."""
     panels: tuple[str, ...] = ()
-    """Panels to play (default: valid_seen-140, valid_unseen-134 where its games are; or gen_valid-100)."""
+    """Panels to play (default: what `python -m envs.panel` lists for evaluation on the world's data; ALFWorld:
+    valid_seen-140, valid_unseen-134 where its games are; or gen_valid-100)."""
     limit: int | None = None
     """Play only so many tasks of each panel, spread evenly over it."""
 
@@ -66,7 +67,9 @@ def wilson(won: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def success_by_type(trajectories: list[Trajectory]) -> dict[str, dict[str, int]]:
-    """{"Pick": {"success": 3, "n": 5}, ...} over ALFWorld's six task types."""
+    """{"Pick": {"success": 3, "n": 5}, ...} over ALFWorld's six task types; other worlds have none."""
+    if any(trajectory.env != "alfworld" for trajectory in trajectories):
+        return {}
     by_type = {name: {"success": 0, "n": 0} for name in SHORT.values()}
     for trajectory in trajectories:
         counts = by_type[SHORT[task_type(trajectory.task_id)]]
@@ -76,13 +79,15 @@ def success_by_type(trajectories: list[Trajectory]) -> dict[str, dict[str, int]]
 
 
 def score(trajectories: list[Trajectory]) -> dict[str, Any]:
-    """Success with n and interval, by type, mean turns, invalid actions, ends. Faults are counted, never scored."""
+    """Success with n and interval, by type, mean reward and turns, invalid actions, ends. Faults are counted, never
+    scored."""
     rows = [t for t in trajectories if t.end not in FAULTS]
     won = sum(t.success for t in rows)
     turns = [turn for t in rows for turn in t.turns]
     return {
         "success": won, "n": len(rows), "rate": round(won / max(1, len(rows)), 4),
         "wilson95": [round(x, 4) for x in wilson(won, len(rows))], "types": success_by_type(rows),
+        "reward": round(sum(t.reward for t in rows) / max(1, len(rows)), 4),
         "mean_turns": round(len(turns) / max(1, len(rows)), 2),
         "invalid_action_rate": round(sum(not t.valid for t in turns) / max(1, len(turns)), 4),
         "ends": dict(Counter(t.end for t in trajectories)),
@@ -92,7 +97,7 @@ def score(trajectories: list[Trajectory]) -> dict[str, Any]:
 
 def table(run: Path) -> str:
     """One line per panel and evaluated round, best-of-rounds beside it."""
-    header = f"{'panel':<18}{'round':>6}{'success':>14}{'95 % interval':>16}"
+    header = f"{'panel':<22}{'round':>6}{'success':>14}{'95 % interval':>16}{'reward':>8}"
     header += "".join(f"{s:>9}" for s in SHORT.values())
     lines = [header + f"{'best of rounds':>16}{'turns':>7}{'invalid':>9}  ends"]
     places = [("base", run / "base")] + [(str(k), round_directory(run, k)) for k in range(current_round(run))]
@@ -110,11 +115,12 @@ def table(run: Path) -> str:
                 rounds += 1
                 best = f"{100 * len(solved) / s['n']:.1f} (k={rounds})"
             low, high = s["wilson95"]
-            types = "".join(f"{100 * t['success'] / t['n'] if t['n'] else math.nan:>9.0f}" for t in s["types"].values())
+            shares = (s["types"].get(name, {"n": 0}) for name in SHORT.values())
+            types = "".join(f"{100 * t['success'] / t['n'] if t['n'] else math.nan:>9.0f}" for t in shares)
             ends = " ".join(f"{end}:{count}" for end, count in sorted(s["ends"].items()))
             lines.append(
-                f"{panel:<18}{name:>6}{100 * s['rate']:>7.1f} {s['success']:>3}/{s['n']:<3}"
-                f"{100 * low:>8.1f}-{100 * high:<7.1f}{types}{best:>16}{s['mean_turns']:>7.1f}"
+                f"{panel:<22}{name:>6}{100 * s['rate']:>7.1f} {s['success']:>3}/{s['n']:<3}"
+                f"{100 * low:>8.1f}-{100 * high:<7.1f}{100 * s['reward']:>8.1f}{types}{best:>16}{s['mean_turns']:>7.1f}"
                 f"{100 * s['invalid_action_rate']:>8.1f}%  {ends}"
             )
     return "\n".join(lines) + "\nbest of rounds: an oracle over the policies so far (best-of-k), not one policy's score"
@@ -127,13 +133,14 @@ def evaluate(args: Args, directory: Path, adapter: Path | None, number: int) -> 
     """Plays all panels with one policy and writes scores.json; resumes like every stage."""
     panels = args.panels or default_panels("evaluate", args.env, args.data)
     tasks = {panel: pick_tasks(panel, args.limit) for panel in panels}
-    facts = {"panels": {p: h for p, (_, h) in tasks.items()}, "base": base_sha(args.model),
+    world = world_of(args)()
+    facts = {"panels": {p: h for p, (_, h) in tasks.items()}, "world": world.facts, "base": base_sha(args.model),
              "adapter": adapter_sha(adapter), **prompt_facts(args.prompt)}  # fmt: skip
     stage = Stage(directory, args, facts)
     if stage.finished:
         return
     for ids, _ in tasks.values():
-        require_tasks(world_of(args)(), ids)
+        require_tasks(world, ids)
     policy = policy_of(args, args.server, directory / "replies.sqlite", adapter, args.prompt)
     path = directory / "trajectories.jsonl"
     with Writer(path) as writer:
@@ -146,7 +153,8 @@ def evaluate(args: Args, directory: Path, adapter: Path | None, number: int) -> 
         rates = play(jobs, settings_of(args, "evaluate", number), world_of(args), policy, None, on_done,
                      total=len(jobs))  # fmt: skip
     trajectories = {t.task_id: t for t in sort_file(path)}
-    scores = {panel: score([trajectories[i] for i in ids]) for panel, (ids, _) in tasks.items()}
+    scores = {panel: score([trajectories[i] for i in ids]) | {"world": world.facts}
+              for panel, (ids, _) in tasks.items()}  # fmt: skip
     write_json(directory / "scores.json", scores)
     summary = {p: {k: s[k] for k in ("success", "n", "rate", "wilson95")} for p, s in scores.items()}
     stage.finish(summary | {"rates": rates})

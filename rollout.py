@@ -29,7 +29,7 @@ class Args(PlayArgs):
     round: int | None = None
     """Round to play (default: the first one that is not trained yet)."""
     panel: str | None = None
-    """Panel of training tasks (default: train-600 with real games, gen_train-120 with generated ones)."""
+    """Panel of training tasks (default: what `python -m envs.panel` lists for training on the world's data)."""
     limit: int | None = None
     """Play only so many tasks, spread evenly over the panel."""
     trials: int = 1
@@ -42,12 +42,13 @@ def main(args: Args) -> None:
     panel = args.panel or default_panels("train", args.env, args.data)[0]
     tasks, panel_hash = pick_tasks(panel, args.limit)
     directory = round_directory(args.run, number) / "rollout"
-    facts = {"panel": panel, "panel_sha256": panel_hash, "base": base_sha(args.model), "adapter": adapter_sha(adapter),
-             **prompt_facts(args.prompt)}  # fmt: skip
+    world = world_of(args)()
+    facts = {"panel": panel, "panel_sha256": panel_hash, "world": world.facts, "base": base_sha(args.model),
+             "adapter": adapter_sha(adapter), **prompt_facts(args.prompt)}  # fmt: skip
     stage = Stage(directory, args, facts)
     if stage.finished:
         return
-    require_tasks(world_of(args)(), tasks)
+    require_tasks(world, tasks)
     settings = settings_of(args, "rollout", number)
     react = policy_of(args, args.server, directory / "replies.sqlite", adapter, args.prompt)
     path = directory / "trajectories.jsonl"
@@ -64,6 +65,7 @@ def main(args: Args) -> None:
     won = sum(t.success for t in trajectories)
     turns = sum(len(t.turns) for t in trajectories) / len(trajectories)
     stage.finish({"round": number, "trajectories": len(trajectories), "success": won,
+                  "reward": round(sum(t.reward for t in trajectories) / len(trajectories), 4),
                   "types": success_by_type(trajectories), "mean_turns": round(turns, 2),
                   "ids": sum(len(t.ids) for t in trajectories), "asked": react.counts, "rates": rates})  # fmt: skip
     print(f"rollout round {number}: {won}/{len(trajectories)} won, {turns:.1f} turns each -> {path}"

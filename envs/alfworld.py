@@ -63,7 +63,7 @@ class AlfWorld:
         if grammar not in GRAMMARS:
             raise ValueError(f"unknown grammar {grammar!r}: expected one of {GRAMMARS}")
         self.engine, self.grammar = engine, grammar
-        self.isolated = engine == "textworld"
+        self.isolated, self.facts = engine == "textworld", {"engine": engine, "grammar": grammar}
         self._root = _data_root(data)
         self._game: Game | _TextWorldGame | None = None
         self._progress, self._done = 0.0, False

@@ -9,7 +9,7 @@ Try one: python -m envs.play --env alfworld --tasks --split valid_seen
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 WORLDS = ("alfworld", "webshop")
 
@@ -41,9 +41,11 @@ class Result:
 
 class World(Protocol):
     """A text world. Not thread-safe: one world, one player. `isolated`: it is not ours, may be slow, hang or crash, and
-    is therefore played in a process of its own (`envs/process.py`)."""
+    is therefore played in a process of its own (`envs/process.py`). `facts`: what a score must name beside panel and
+    split, such as the size of a catalogue."""
 
     isolated: bool
+    facts: dict[str, Any]
 
     def tasks(self, split: str) -> Sequence[str]:
         """Sorted, stable task ids of a split. Raises ValueError for a split that is not there."""

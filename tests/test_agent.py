@@ -236,9 +236,22 @@ def test_probability_is_a_probability():
 
 def test_verbs_first_evens_out_the_verbs():
     actions = [f"go to drawer {n}" for n in range(9)] + ["look"]
-    counts = {how: Counter(sample_action(actions, how, generator(0, k)) for k in range(400))["look"]
+    counts = {how: Counter(sample_action(actions, how, generator(0, k), "a task") for k in range(400))["look"]
               for how in ("commands", "verbs")}  # fmt: skip
     assert 20 < counts["commands"] < 65 and 160 < counts["verbs"] < 240
+
+
+def test_an_open_action_is_completed_with_words_of_the_task():
+    task = "Find me a red, 28\" x 28\" pillow"
+    actions = ["click[next >]", "click[< prev]", "search["]
+    drawn = [sample_action(actions, "verbs", generator(1, k), task) for k in range(300)]
+    searches = [action[7:-1].split() for action in drawn if action.startswith("search[")]
+    assert 110 < len(searches) < 190 and set(drawn) > {"click[next >]", "click[< prev]"}
+    words = ["find", "me", "a", "red", "28", "x", "28", "pillow"]
+    assert {len(search) for search in searches} == {1, 2, 3, 4, 5, 6}
+    for search in searches:
+        rest = iter(words)
+        assert all(word in rest for word in search), search  # in the task's order
 
 
 def games():

@@ -240,3 +240,24 @@ def test_two_processes_train_as_one_does(unbroken, tmp_path):
     adapters = [load_file(directory / "adapter/adapter_model.safetensors") for directory in (one, two)]
     assert {k: x.shape for k, x in adapters[0].items()} == {k: x.shape for k, x in adapters[1].items()}
     assert "train_pg round 0" in printed[0] and "train_pg round 0" not in printed[1]
+
+
+def test_webshop_goes_through_the_stages(tmp_path, monkeypatch):
+    """A model that writes garbage buys nothing; the shop takes sampled actions; the score names the shop."""
+    monkeypatch.delenv("WEBSHOP_DATA", raising=False)
+    model, run = write_tiny_model(tmp_path / "model"), tmp_path / "run"
+    small = {"run": run, "model": model, "env": "webshop", "slots": 4, "context": 2048, "max_turns": 3}
+    rollout.main(rollout.Args(limit=3, max_new_tokens=4, **small))
+    (run / "round_0/train_pg").mkdir()
+    (run / "round_0/train_pg/done.json").write_text("{}")
+    shutil.copytree(run / "round_0/rollout", run / "round_1/rollout")  # composed for, as if played in round 1
+    monkeypatch.setattr(actre, "adapter_of_round", lambda run, number: None)
+    actre.main(actre.Args(round=1, budget=1, probability=1.0, reason="template", max_new_tokens=4, **small))
+    composed = list(read_trajectories(run / "round_1/actre/trajectories.jsonl"))
+    turns = [turn for t in composed for turn in t.turns]
+    assert len(composed) == 3 and all(turn.valid and turn.action_by == "sampled" for turn in turns)
+    assert any(turn.action.startswith("search[") for turn in turns)
+    evaluate.main(evaluate.Args(base=True, limit=2, max_new_tokens=4, **small))
+    (panel,) = read_json(run / "base/evaluate/scores.json").values()
+    assert (panel["n"], panel["success"], panel["types"]) == (2, 0, {})
+    assert panel["world"]["nouns"] and panel["world"]["products"] == 1000
