@@ -8,6 +8,8 @@
 # Environment: RUN (directory of the run), ROUNDS (4), SEED (0), MODEL, BUDGET (compositions per failed task: 3; paper: 40).
 set -euo pipefail
 cd "$(dirname "$0")"
+# Large buffers in huge pages, where Linux gives them: a CPU trains a tenth faster.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 RUN=${RUN:-runs/a3t} ROUNDS=${ROUNDS:-4} SEED=${SEED:-0}
 common=(--run "$RUN" --seed "$SEED") first=() play=() compose=() train=()
