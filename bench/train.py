@@ -11,8 +11,9 @@ bitsandbytes' NF4 or dense, which has nothing to decode; ours is compared with t
     python -m bench.train --shape 7b --tokens 4096 --targets all                 # on a GPU
     python -m bench.train --shape 7b --tokens 2048 --remat full --peers          # ours alone: how much memory it takes
 
-Each contender runs in a process of its own, a peer and ours in turn, step by step: other work on the machine then slows
-both. Every peer meets ours anew, so ours is printed once for each.
+Each contender runs in a process of its own, a peer and ours in turn, some steps at a time: other work on the machine
+then slows both. A turn begins with a step that is not counted, because machines take memory from processes that wait.
+Every peer meets ours anew, so ours is printed once for each.
 """
 
 import json
@@ -43,8 +44,7 @@ class Args:
     rows: int = 2
     """Packed rows of a step; on a CPU each is computed by a device of its own, as train_pg.py does."""
     trajectories: int = 64
-    """Trajectories in all: so many fill rows to 94 %, as in a round of the loop. The first step is made twice, and
-    counted once."""
+    """Trajectories in all: so many fill rows to 94 %, as in a round of the loop."""
     batch: int = 8
     """Trajectories of a padded step (8 is what transformers' Trainer takes)."""
     targets: Literal["qv", "all"] = "qv"
@@ -59,6 +59,8 @@ class Args:
     """The base of the peer; none: ours alone."""
     seed: int = 0
     """Of weights and ids."""
+    turn: int = 3
+    """Counted steps of a turn."""
     contender: str | None = None
     """Internal: take a step for each line of stdin as ours, nf4-padded, nf4-packed, dense-padded or dense-packed."""
 
@@ -215,15 +217,16 @@ def replace(holder, name: str, bitsandbytes, dtype, device: str) -> None:
 
 
 def serve(args: Args) -> None:
-    """Takes a step for each line on stdin, the first one twice, and prints how long it took; then memory and device."""
+    """Takes a step for each line on stdin, moves on after "count", prints how long it took; then memory and device."""
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
     steps, peak, kind = ours(args) if args.contender == "ours" else peer(args, *args.contender.split("-"))
     print(len(steps), file=out, flush=True)
-    for step in (steps[0], *steps):
-        sys.stdin.readline()
-        start = time.time()
-        step()
+    counted = 0
+    while counted < len(steps):
+        line, start = sys.stdin.readline(), time.time()
+        steps[counted]()
         print(time.time() - start, file=out, flush=True)
+        counted += line == "count\n"
     print(json.dumps({"peak_memory": peak(), "device": kind}), file=out, flush=True)
 
 
@@ -237,8 +240,7 @@ class Contender:
             env["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # as run.sh says; torch is slower with it
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self.steps, self.seconds = int(self._read()), []
-        self.step()  # compiles
-        self.seconds.clear()
+        self._step("warm up")  # compiles
 
     def _read(self) -> str:
         line = self._process.stdout.readline()
@@ -251,10 +253,14 @@ class Contender:
         """Of its steps, those that it has taken."""
         return len(self.seconds) / self.steps
 
-    def step(self) -> None:
-        self._process.stdin.write("\n")
+    def _step(self, how: str) -> float:
+        self._process.stdin.write(how + "\n")
         self._process.stdin.flush()
-        self.seconds.append(float(self._read()))
+        return float(self._read())
+
+    def turn(self, steps: int) -> None:
+        self._step("warm up")
+        self.seconds += [self._step("count") for _ in range(min(steps, self.steps - len(self.seconds)))]
 
     def result(self, args: Args) -> dict:
         """What it did, once all of its steps are taken."""
@@ -282,7 +288,7 @@ def main(args: Args) -> None:
     for against in [f"{base}-{layout}" for layout in ("padded", "packed") for base in args.peers] or [None]:
         contenders = {name: Contender(name) for name in ("ours", against) if name}
         while (behind := min(contenders.values(), key=lambda contender: contender.share)).share < 1:
-            behind.step()
+            behind.turn(args.turn)
         found = {name: contender.result(args) for name, contender in contenders.items()}
         for name, row in found.items():
             print(f"{name:12} {row['tokens_per_s']:10.1f} tokens/s {row['flops_per_s'] / 1e12:8.3f} TFLOP/s "
