@@ -79,8 +79,9 @@ class Decode:
 
 DECODES = {
     "decode/v5e/nf4": Decode(topology="v5e:2x2", weights="nf4", context=1024, limit=15.75),
-    "decode/v6e/bf16": Decode(topology="v6e:2x2", weights="bf16", context=512, limit=31.25),
-    "decode/v4/bf16": Decode(topology="v4:2x2x1", weights="bf16", context=512, limit=31.25),
+    "decode/v6e/bf16": Decode(topology="v6e:2x2", weights="bf16", context=1024, limit=31.25),
+    # To the compiler half a v4 chip is a device, with half of its memory.
+    "decode/v4/bf16": Decode(topology="v4:2x2x1", weights="bf16", context=128, limit=15.25),
 }
 
 
