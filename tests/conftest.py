@@ -1,10 +1,14 @@
 """Tests see two CPU devices, so that what is spread over devices is tested without an accelerator."""
 
+import signal
+
 import jax
 import pytest
 from flax import nnx
 
 jax.config.update("jax_num_cpu_devices", 2)
+# Where tests run as a job in the background, interrupts are ignored, by the programs that they start too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

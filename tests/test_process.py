@@ -144,9 +144,7 @@ def test_a_world_that_cannot_be_sent_is_an_error_at_once():
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_program_takes_its_worlds_along(tmp_path, number):
-    code = ("import functools, pathlib, signal, sys; from tests.test_process import *\n"
-            "folder = pathlib.Path(sys.argv[1])\n"
-            "signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts without it\n"
+    code = ("import functools, pathlib, sys; from tests.test_process import *; folder = pathlib.Path(sys.argv[1])\n"
             "run(functools.partial(Unruly, folder, 'work', 'step', times=99), [Job(BAD, 0)])")  # fmt: skip
     program = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL,
                                env=os.environ | {"PYTHONPATH": str(ROOT / "tests")})  # fmt: skip
