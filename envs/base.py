@@ -7,8 +7,10 @@ Left out: thoughts, prompts, and how an agent's line becomes an action.
 Try one: python -m envs.play --env alfworld --tasks --split valid_seen
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 WORLDS = ("alfworld", "webshop")
@@ -63,6 +65,14 @@ class World(Protocol):
         """Every action that is accepted now, sorted. One that ends in an opening bracket, `search[`, stands for all
         that words and a closing bracket make of it. Raises RuntimeError before the first reset."""
         ...
+
+
+def check_stamp(folder: Path, name: str, wanted: Any) -> None:
+    """Raises ValueError unless generated data says, in its file `name`, that it was made as it is wanted."""
+    stamp = folder / name
+    found = json.loads(stamp.read_text()) if stamp.is_file() else "no record of how it was made"
+    if found != wanted:
+        raise ValueError(f"{folder} holds {found}, expected {wanted}: delete it or choose another folder")
 
 
 def make_world(

@@ -29,6 +29,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from envs.base import check_stamp
 from envs.rooms import (
     ABILITIES,
     CHANGES,
@@ -294,10 +295,7 @@ def ensure_generated(
         final = folder / "json_2.1.1" / split
         if not final.exists():
             write_split(folder, split, seed, count)
-        stamp = final / STAMP
-        found = json.loads(stamp.read_text()) if stamp.is_file() else "no record of how it was made"
-        if found != wanted:
-            raise ValueError(f"{final} holds {found}, expected {wanted}: delete it or choose another folder")
+        check_stamp(final, STAMP, wanted)
     return folder
 
 

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import numpy as np
 import tyro
 
+from envs.base import check_stamp
+
 SEED = 20220704  # of the panels in envs/panels
 PRODUCTS = 1000
 FOLDER = Path(__file__).parents[1] / "data/generated_webshop"
@@ -296,10 +298,7 @@ def ensure_catalogue(folder: Path = FOLDER, seed: int = SEED, products: int = PR
     folder, wanted = Path(folder), stamp_of(seed, products)
     if not folder.exists():
         write_catalogue(folder, seed, products)
-    stamp = folder / STAMP
-    found = json.loads(stamp.read_text()) if stamp.is_file() else "no record of how it was made"
-    if found != wanted:
-        raise ValueError(f"{folder} holds {found}, expected {wanted}: delete it or choose another folder")
+    check_stamp(folder, STAMP, wanted)
     return folder
 
 
