@@ -1,12 +1,13 @@
 """A scripted player of WebShop that reads only the text, so that what it does can be imitated.
 
-It searches for the instruction's words and options, opens what is cheap enough in the order of the list, reads the
-features, and the description where words are still missing, goes back where an option or too many words are not to be
-found, settles after some turns for the best that it has seen, chooses the options and buys. It thinks briefly on every
-turn; a thought names what is wanted before what is done, so that the action can be copied from what was just read. It
-can be displaced: told that another action was taken, it goes on from there, and `explain` writes the reason for such an
-action after the fact, which is the text that ActRe learns from. It can be careless: then it opens the first product,
-reads nothing, chooses one option at most and buys.
+It searches for the instruction's words and options, opens what is cheap enough in the order of the list, goes back
+where an option is not to be found, reads the features, and the description where words are still missing, goes back
+where too many are, settles after some turns for the best that it has seen, chooses the options and buys. It thinks
+briefly on every turn, in steps that each look at one thing: a product and its price, an option and whether it is there.
+What is done is named last, so that the action can be copied from it. It can be displaced: told that another action was
+taken, it goes on from there, and `explain` writes the reason for such an action after the fact, which is the text that
+ActRe learns from. It can be hasty, and read no features (`reads`); or careless: then it opens the first product,
+chooses one option at most and buys.
 
 Left out: the reward's view of attributes, which no page shows. Reads both observation modes.
 
@@ -47,11 +48,6 @@ def read_nodes(observation: str) -> list[str]:
     return [re.sub(r"^ *\[(clicked )?button\] (.*) \[(clicked )?button_\]$", r"\2", line).strip() for line in lines]
 
 
-def upper_price(text: str) -> float:
-    """The price of a results page's line, its upper end where it is a range."""
-    return max(map(float, re.findall(r"\d+(?:\.\d+)?", text)), default=0.0)
-
-
 def words_of(text: str) -> list[str]:
     """The words that say something, in order."""
     words = re.findall(r"[^\W_][\w'.%-]*", text.lower())
@@ -80,10 +76,15 @@ class Seen:
 
     page: int
     text: str
-    price: float
+    tag: str
     read: tuple[str, ...] = ()
     opened: bool = False
     fits: bool = True
+
+    @property
+    def price(self) -> float:
+        """Its upper end where it is a range."""
+        return max(map(float, re.findall(r"\d+(?:\.\d+)?", self.tag)), default=0.0)
 
 
 class Demonstrator:
@@ -109,6 +110,7 @@ class Demonstrator:
         self.at: str | None = None  # the product on view
         self.settled: str | None = None  # the product to buy
         self.careless = False  # set it to have the shortcut taken
+        self.reads = True  # unset it to have no features read, nor descriptions
         self.turns = 0
         self._read(nodes)
 
@@ -163,7 +165,7 @@ class Demonstrator:
         for i, node in enumerate(nodes):
             if ASIN.fullmatch(node) and i + 2 < len(nodes) and nodes[i + 2].startswith("$"):
                 self.listed.append(node)
-                self.seen.setdefault(node, Seen(self.number, nodes[i + 1].lower(), upper_price(nodes[i + 2])))
+                self.seen.setdefault(node, Seen(self.number, nodes[i + 1].lower(), nodes[i + 2]))
 
     def _wanted_options(self) -> list[str]:
         """The option values to click: those that the instruction names, or on the page those that it contains."""
@@ -183,7 +185,9 @@ class Demonstrator:
             return self._pick()
         if self.page == "part" or self.at is None:
             return "I have read this. I go back.", "click[< prev]"
-        return self._look_closer() if not self.careless and self.at != self.settled else self._choose_and_buy()
+        if self.careless or self.at == self.settled:
+            return self._choose_and_buy()
+        return self._look_closer()
 
     def missing(self, asin: str) -> list[str]:
         """The wanted words that a product's text, as far as it was read, does not have."""
@@ -191,25 +195,34 @@ class Demonstrator:
 
     def _pick(self) -> tuple[str, str]:
         """On a results page: open the next product that is cheap enough, turn the page, or settle."""
-        need = f"I need it below {self.limit:.2f}" if self.limit < float("inf") else "I need it"
         if not self.listed:
             if self.number > 1:
                 return "There is nothing here. I go back a page.", "click[< prev]"
             return "I found nothing. I search for less.", f"{OPEN}{' '.join(self.words[-2:])}]"
         if self.careless:
-            return f"{need}. I open {self.listed[0]}.", f"click[{self.listed[0].lower()}]"
+            return f"I open {self.listed[0]}.", f"click[{self.listed[0]}]"
         opened = [asin for asin, product in self.seen.items() if product.opened]
         fresh = [asin for asin in self.listed if asin not in opened and self.seen[asin].price <= self.limit]
         if self.settled is None and (self.turns >= HURRY or (not fresh and self.number >= PAGES)):
             self.settled = self._best(opened or self.listed)
         if self.settled is not None:
-            if self.settled not in self.listed:
-                turn = "< prev" if self.seen[self.settled].page < self.number else "next >"
-                return f"{need}. {self.settled} is the best. I turn the page.", f"click[{turn}]"
-            return f"{need}. {self.settled} is the best of them.", f"click[{self.settled.lower()}]"
-        if not fresh:
-            return f"{need}, and nothing more here will do. I turn the page.", "click[next >]"
-        return f"{need}. {fresh[0]} costs {self.seen[fresh[0]].price:.2f}.", f"click[{fresh[0].lower()}]"
+            if self.settled in self.listed:
+                return f"{self.settled} is the best of them. I open it.", f"click[{self.settled}]"
+            turn = "< prev" if self.seen[self.settled].page < self.number else "next >"
+            return f"{self.settled} is the best of them. I turn the page.", f"click[{turn}]"
+        return self._go_on(self.listed.index(fresh[0]) if fresh else len(self.listed))
+
+    def _go_on(self, stop: int) -> tuple[str, str]:
+        """From the last product of the list that was opened to the one at `stop`, or past the list's end."""
+        opened = [place for place in range(stop) if self.seen[self.listed[place]].opened]
+        steps = [f"I need it below {self.limit:.2f}."] if self.limit < float("inf") else []
+        steps += [f"I looked at {self.listed[opened[-1]]}."] if opened else []
+        for asin in self.listed[opened[-1] + 1 if opened else 0 : stop]:
+            steps.append(f"{asin} costs {self.seen[asin].tag}, too much.")
+        if stop == len(self.listed):
+            return " ".join([*steps, "I turn the page."]), "click[next >]"
+        asin = self.listed[stop]
+        return " ".join([*steps, f"{asin} costs {self.seen[asin].tag}. I open it."]), f"click[{asin}]"
 
     def _best(self, asins: list[str]) -> str:
         """Options first, then words, then the price."""
@@ -224,21 +237,35 @@ class Demonstrator:
         """On a product's page: go back where it does not fit, read on where words are missing, else settle."""
         product, missing = self.seen[self.at], self.missing(self.at)
         if not product.fits:
-            absent = next(value for value in self._wanted_options() if value not in self.values)
-            return f"I need {absent}, and it is not here. I go back.", "click[< prev]"
-        unread = [name for name in ("features", "description") if name not in product.read]
+            return f"{self._check()} I go back.", "click[< prev]"
+        unread = [name for name in ("features", "description") if self.reads and name not in product.read]
         if missing and unread and self.turns < HURRY:
             return f"I need {' '.join(missing)}. I read the {unread[0]}.", f"click[{unread[0]}]"
-        if len(missing) > (1 - ENOUGH) * len(self.words) and self.turns < HURRY:
-            return f"I need {' '.join(missing)}, and it is not here. I go back.", "click[< prev]"
+        if self.reads and len(missing) > (1 - ENOUGH) * len(self.words) and self.turns < HURRY:
+            return f"I need {' '.join(missing)}, it is not here. I go back.", "click[< prev]"
         self.settled = self.at
         return self._choose_and_buy()
 
+    def _check(self) -> str:
+        """One wanted option after the other, to the first that is not on the page."""
+        wanted = self._wanted_options()
+        absent = [place for place, value in enumerate(wanted) if value not in self.values]
+        steps = [f"I need {value}, it is here." for value in wanted[: absent[0] if absent else None]]
+        return " ".join(steps + [f"I need {wanted[place]}, it is not here." for place in absent[:1]])
+
     def _choose_and_buy(self) -> tuple[str, str]:
-        left = [value for value in self._wanted_options() if value not in self.chosen and value in self.values]
-        if left and not (self.careless and self.chosen):
-            return f"I need {left[0]}. I choose it.", f"click[{left[0]}]"
-        return "I have chosen. I buy it.", "click[buy now]"
+        wanted = [value for value in self._wanted_options() if value in self.values]
+        left = [value for value in wanted if value not in self.chosen]
+        if self.careless:
+            left = left if not self.chosen else []
+            return (f"I choose {left[0]}.", f"click[{left[0]}]") if left else ("I buy it.", "click[buy now]")
+        if left and not self.chosen:
+            return f"{self._check()} I choose {left[0]}.", f"click[{left[0]}]"
+        if left:
+            return f"I have chosen {self.chosen[-1]}. I need {left[0]}. I choose it.", f"click[{left[0]}]"
+        if self.chosen:
+            return f"I have chosen {self.chosen[-1]}. There is no more to choose. I buy it.", "click[buy now]"
+        return "There is nothing to choose. I buy it.", "click[buy now]"
 
     # ---- reasons after the fact --------------------------------------------------------------------------------------
 
