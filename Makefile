@@ -1,14 +1,14 @@
 # make run      the closed loop on the embedded default (ARGS=... is handed to run.sh)
 # make test     the test suite, on the CPU
 # make bench    every claim against its peer, measured now
-# make base     train the tiny base model again
+# make base     train the tiny base model of ALFWorld again; make base-webshop that of WebShop
 # PYTHON=python3.12 chooses the interpreter for the virtual environment in .venv.
 
 PYTHON ?= python3
 ARGS ?=
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: run test bench base
+.PHONY: run test bench base base-webshop
 
 run: .venv/run.done
 	./run.sh $(ARGS)
@@ -22,6 +22,10 @@ bench: .venv/test.done
 
 base: .venv/run.done
 	python models/pretrain.py $(ARGS)
+
+base-webshop: .venv/run.done
+	python models/pretrain.py --env webshop --out models/tiny-webshop --vocabulary 6144 \
+	  --generated 3000 --generated-share 0.5 --world-weight 0.1 --tokens 20000000 $(ARGS)
 
 # A stamp is newer than what it was made from, so nothing is installed twice.
 .venv/run.done: requirements.txt install.sh

@@ -3,20 +3,29 @@
 # a killed run is repeated with the same command and goes on.
 #
 #   ./run.sh            the embedded default: the tiny base on real games ($ALFWORLD_DATA) or generated ones
+#   ./run.sh webshop    WebShop: its tiny base on real data ($WEBSHOP_DATA) or the generated catalogue
 #   ./run.sh paper      A3T's configuration on Mistral-7B-Instruct-v0.2 (real games; MODEL=folder of the weights)
 #
-# Environment: RUN (directory of the run), ROUNDS (4), SEED (0), MODEL, BUDGET (compositions per failed task: 3; paper: 40).
+# Environment: RUN (directory of the run), ROUNDS (4), SEED (0), MODEL, BUDGET (compositions per failed task: 3; webshop: 20;
+# paper: 40).
 set -euo pipefail
 cd "$(dirname "$0")"
 # Large buffers in huge pages, where Linux gives them: a CPU trains a tenth faster.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
+what=${1:-tiny}
+[ "$what" = webshop ] && RUN=${RUN:-runs/webshop}
 RUN=${RUN:-runs/a3t} ROUNDS=${ROUNDS:-4} SEED=${SEED:-0}
 common=(--run "$RUN" --seed "$SEED") first=() play=() compose=() train=()
-case "${1:-tiny}" in
+case "$what" in
   tiny)
     common+=(--model "${MODEL:-models/tiny-alfworld}")
     compose+=(--budget "${BUDGET:-3}") ;;
+  webshop)
+    common+=(--model "${MODEL:-models/tiny-webshop}")
+    play+=(--env webshop --context 3072) # pages are long
+    compose+=(--force 3 --budget "${BUDGET:-20}") # the paper's: three, then until one wins, at most twenty
+    train+=(--row-length 3328) ;;
   paper)
     base="$RUN/base-nf4" # quantised once; every stage reads it in place of the 16-bit files
     [ -e "$base/config.json" ] ||
@@ -29,7 +38,7 @@ case "${1:-tiny}" in
               --actre-prompt prompts/alfworld_actre.txt)
     train+=(--targets q v --rank 16 --alpha 32 --learning-rate 1e-4 --epochs 10 6 --failure-reward -1 --world-weight 1
             --weights nf4 --dtype bfloat16 --remat full --row-length 2048 --batch-rows 16) ;;
-  *) echo "run.sh: got '$1', expected nothing, 'tiny' or 'paper'" >&2; exit 2 ;;
+  *) echo "run.sh: got '$1', expected nothing, 'tiny', 'webshop' or 'paper'" >&2; exit 2 ;;
 esac
 
 for ((round = 0; round < ROUNDS; round++)); do

@@ -48,6 +48,7 @@ class WebShop:
     `data`: a folder of WebShop's files or a product file (default: $WEBSHOP_DATA, else the generated catalogue).
     `mode`: "text" (text nodes joined by [SEP]) or "text_rich" (a line each, buttons marked). `nouns`: the backend that
     finds a name's nouns for the reward. `prices`: a JSON file {asin: price} in place of the drawn prices, for replays.
+    `page`: products on a results page; the original has 10.
 
     Raises FileNotFoundError where a file is missing, ValueError for a file or an argument that is wrong. Observations
     are the original's, verbatim. `actions()` lists the clicks, and on the search page `search[`, which words and a
@@ -57,10 +58,11 @@ class WebShop:
 
     isolated = False
 
-    def __init__(self, data: str | None = None, mode: str = "text", nouns: str = "auto", prices: str | None = None):
+    def __init__(self, data: str | None = None, mode: str = "text", nouns: str = "auto", prices: str | None = None,
+                 page: int = PAGE):  # fmt: skip
         if mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}: expected one of {MODES}")
-        self.mode, self._nouns = mode, nouns
+        self.mode, self.page, self._nouns = mode, page, nouns
         self._shop = open_catalogue(prepare(data_folder(data)))
         self._prices = json.loads(Path(prices).read_bytes()) if prices else {}
         nouns_name, _ = self._nouns_backend()
@@ -208,7 +210,7 @@ class WebShop:
             if self._number > 1:
                 yield "button", "< Prev"
             yield "button", "Next >"
-            for number in self._hits[(self._number - 1) * PAGE : self._number * PAGE]:
+            for number in self._hits[(self._number - 1) * self.page : self._number * self.page]:
                 product = self._shop.product(number)
                 yield from (("link", product.asin), ("text", product.name), ("text", product.price_tag))
             return

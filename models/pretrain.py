@@ -1,13 +1,14 @@
-"""Trains a tiny base from scratch, all parameters, on demonstrations of ALFWorld: the stand-in for a pretrained LLM.
+"""Trains a tiny base from scratch, all parameters, on demonstrations of one world: the stand-in for a pretrained LLM.
 
-It reads games that no panel holds (train games outside train-600 and valid-60, and generated ones), has the scripted
-demonstrator play them, displaced now and then by a random action whose reason is written after the fact, and learns
-both formats: ReAct (the agent) and ActRe (the one who explains). Like the text that an LLM is trained on, the
-demonstrations are of uneven skill: for some kinds of task most players are careless, take a shortcut and fail.
+A scripted demonstrator plays tasks that no panel holds (models/alfworld_lessons.py, models/webshop_lessons.py),
+displaced now and then by a random action whose reason is written after the fact, and the base learns both formats:
+ReAct (the agent) and ActRe (the one who explains). Like the text that an LLM is trained on, the demonstrations are of
+uneven skill: for some kinds of task most players are careless, take a shortcut and fail.
 What it writes is a Hugging Face folder: config.json, model.safetensors, tokenizer.json, and training.json with the
 command, seeds and losses.
 
-    python models/pretrain.py --out models/tiny-alfworld
+    python models/pretrain.py                                        # models/tiny-alfworld
+    make base-webshop                                                # models/tiny-webshop, with flags of its own
 
 Left out: LoRA and rewards (train_pg.py), resuming (a run is short), scoring (evaluate.py does that).
 Shapes: B rows, L tokens.
@@ -15,18 +16,17 @@ Shapes: B rows, L tokens.
 
 from __future__ import annotations
 
-import functools
+import importlib
 import itertools
 import json
-import os
 import re
 import sys
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,24 +39,21 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules lie beside models/
 
-from envs.alfred import NOTHING, Game
-from envs.alfworld import AlfWorld
-from envs.demonstrator import Demonstrator, kind
-from envs.generate import generate_games
-from envs.panel import excluded_ids
 from lora import nf4
 from lora.convert import save_model
 from lora.mistral import Config, Mistral, token_logprobs
 from stage import generator
-from trajectory import Trajectory, Turn, actre_segments, react_segments, text_of
+from trajectory import Trajectory, actre_segments, react_segments, text_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
+    env: Literal["alfworld", "webshop"] = "alfworld"
+    """World."""
     out: Path = Path("models/tiny-alfworld")
     """Folder to write; an existing model there is refused."""
     data: str | None = None
-    """Folder with json_2.1.1 (default: $ALFWORLD_DATA; without either, generated games only)."""
+    """The world's real data (default: $ALFWORLD_DATA or $WEBSHOP_DATA; without either, generated tasks only)."""
     tokens: int = 10_000_000
     """Tokens to train on, padding included. 4,096 of them make one optimizer step."""
     width: int = 128
@@ -68,9 +65,9 @@ class Args:
     learning_rate: float = 0.02
     """Peak rate of Muon (matrices); Adam (embeddings, head, norms) takes 0.15 of it. Cosine decay."""
     generated: int = 2000
-    """Generated games to demonstrate on."""
+    """Generated games, or products, to demonstrate on."""
     generated_share: float = 0.3
-    """Share of demonstrations from generated games when real ones are there."""
+    """Share of demonstrations from generated tasks when real ones are there."""
     actre_share: float = 0.2
     """Share of texts in the ActRe format."""
     world_weight: float = 0.05
@@ -83,8 +80,8 @@ class Args:
     """Probabilities of a random action per turn; a demonstration draws one of them. ReAct texts give such a turn weight
     0 (nobody can predict it, and nobody should do it), ActRe texts learn its reason."""
     careless: tuple[float, ...] = (0.1, 0.7, 0.7, 0.7)
-    """Shares of careless players; a kind of task (its type and object) draws one of them. At 0.7 greedy play is
-    careless, and every third or so of sampled attempts is not."""
+    """Shares of careless players; a kind of task (what it is about) draws one of them. At 0.7 greedy play is careless,
+    and every third or so of sampled attempts is not."""
     max_turns: int = 30
     """Turns after which a demonstration is given up and dropped."""
     seed: int = 0
@@ -92,133 +89,22 @@ class Args:
 
 
 STEP_TOKENS = 4_096
-LENGTHS = (256, 320, 384, 480, 640, 1024)  # one text a row, padded to the next of these
-SHORT = 384  # the longest text of the first third of the steps
-READING = r"((?<=[a-z])(?:\.|, and the \w+ \d+)(?= I check| is ))"  # of "I need a mug. I check ..." and its like
-# Pieces: the separators of lists, words with their leading space, their number ("mug 2" can be copied in one glance)
-# and the harness's colon or bracket, and the newline, which ends a reply and must stay a token of its own.
-SPLIT = r", (?:and )?a(?![A-Za-z])| OK\.| ?[A-Za-z]+(?: \d+)?[:\[]?| ?\d+|\n|[^\sA-Za-z\d]+|\s"
 
 
-# ---- demonstrations --------------------------------------------------------------------------------------------------
+def lessons_of(args: Args):
+    """The module with the world's demonstrations, how its texts are cut into pieces, and how long they are."""
+    return importlib.import_module(f"models.{args.env}_lessons")
 
 
-class Source(NamedTuple):
-    """Games to demonstrate on: their ids, how to load one, and where things lie in them."""
-
-    task_ids: list[str]
-    load: Callable[[str], Game]
-    places: dict[str, dict[str, float]]
+# ---- tokens and where they start -------------------------------------------------------------------------------------
 
 
-def count_places(games: Iterable[Game]) -> dict[str, dict[str, float]]:
-    """places[object type][receptacle type]: the share of such receptacles that hold such an object at the start."""
-    total: Counter[str] = Counter()
-    holding: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for game in games:
-        for receptacle, held in game.contents.items():
-            where = kind(game.names[receptacle])
-            total[where] += 1
-            for thing in {kind(game.names[t]) for t in held}:
-                holding[thing][where] += 1
-    return {o: {r: round(n / total[r], 3) for r, n in places.items()} for o, places in holding.items()}
-
-
-@functools.lru_cache(maxsize=1)
-def sources(args: Args) -> list[Source]:
-    """Real train games that no panel holds (where there is data), and generated ones."""
-    found = []
-    folder = args.data or os.environ.get("ALFWORLD_DATA")
-    if folder:
-        excluded = excluded_ids()
-        task_ids = [t for t in AlfWorld(data=folder).tasks("train") if t not in excluded]
-        root = Path(folder).expanduser() / "json_2.1.1"
-        found.append((task_ids, lambda task_id: Game(json.loads((root / task_id / "game.tw-pddl").read_bytes()))))
-    games = {task_id: {k: game[k] for k in ("pddl_problem", "grammar")}
-             for task_id, game, _ in generate_games(args.seed, "gen_demo", args.generated)}  # fmt: skip
-    found.append((sorted(games), lambda task_id: Game(games[task_id])))
-    return [
-        Source(ids, load, count_places(load(i) for i in tqdm(ids, desc="counting places", leave=False)))
-        for ids, load in found
-        if ids
-    ]
-
-
-def displaced_action(rng: np.random.Generator, admissible: list[str], player: Demonstrator, last: str) -> str:
-    """An action that the demonstrator did not choose: an admissible one, or now and then one that will not work."""
-    if rng.random() < 0.4:
-        here, there = rng.choice(player.receptacles, 2)
-        wrong = [f"open {here}", f"go to {here}", f"examine {there}", last]
-        if player.at:  # a tiny model's commonest mistake; rare here, for a name in a text is to prove that it was seen
-            wrong += [f"take {player.target} {rng.integers(1, 4)} from {player.at}"]
-        seen = sorted(thing for listed in player.contents.values() for thing in listed)
-        if seen:
-            wrong += [f"take {rng.choice(seen)} from {there}", f"move {rng.choice(seen)} to {here}"]
-        wrong = [a for a in wrong if a and a not in admissible]
-        if wrong:
-            return str(rng.choice(wrong))
-    if rng.random() < 0.5:  # verbs first: half of all commands are "go to"
-        verb = rng.choice(sorted({a.split(" ")[0] for a in admissible}))
-        admissible = [a for a in admissible if a.split(" ")[0] == verb]
-    return str(rng.choice(admissible))
-
-
-def careless_share(args: Args, player: Demonstrator) -> float:
-    """How many players are careless at this kind of task: one of `args.careless`, drawn for its type and object."""
-    type_of = "look" if player.lamp else "two" if player.needed == 2 else (player.treatment or ("put",))[0]
-    return float(generator(args.seed, "careless", type_of, player.target).choice(args.careless))
-
-
-def demonstrate(game: Game, task_id: str, places: dict, rng: np.random.Generator, args: Args) -> Trajectory | None:
-    """Plays one game with a demonstrator, displaced with one of the probabilities.
-
-    None if a careful one fails; a careless one who fails looks around twice and ends.
-    """
-    displaced = rng.choice(args.displaced)
-    player = Demonstrator(game.text, places)
-    player.careless = bool(rng.random() < careless_share(args, player))
-    first, task, turns = game.text, game.task, []
-    met, total = game.conditions()
-    looks = 0
-    while len(turns) < args.max_turns and met < total and looks < 2:
-        looks += player.done
-        thought, action = player.decide()
-        by = "demo"
-        if rng.random() < displaced:
-            action = displaced_action(rng, game.actions(), player, turns[-1].action if turns else "")
-            thought, by = player.explain(action), "sampled"
-        answer = game.act(action)
-        observation = NOTHING if answer is None else answer
-        player.observe(action, observation)
-        turns.append(Turn(thought, action, observation, "demo", by, answer is not None))
-        met, total = game.conditions()
-    if not turns or (met < total and not player.done):
-        return None
-    return Trajectory(
-        env="alfworld", split=task_id.split("/")[0], task_id=task_id, task=task, trial=0, round=0, seed=0,
-        source="demo", first_observation=first, turns=turns, reward=float(met == total), progress=met / total,
-        success=met == total, end="success" if met == total else "finished",
-    )  # fmt: skip
-
-
-def demonstrations(args: Args) -> Iterator[Trajectory]:
-    """An endless stream of demonstrations, the same for the same seed; no panel's task among them."""
-    *real, generated = sources(args)
-    for number in itertools.count():
-        rng = generator(args.seed, "pretrain", number)
-        source = generated if not real or rng.random() < args.generated_share else real[0]
-        task_id = source.task_ids[rng.integers(len(source.task_ids))]
-        trajectory = demonstrate(source.load(task_id), task_id, source.places, rng, args)
-        if trajectory is not None:
-            yield trajectory
-
-
-def train_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
-    """A byte-level BPE within the pieces of SPLIT; any text survives encoding and decoding."""
+def train_tokenizer(texts: list[str], vocabulary: int, split: str) -> Tokenizer:
+    """A byte-level BPE within the pieces of the pattern `split`; any text survives encoding and decoding."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(split), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -270,21 +156,21 @@ def match_like_with_like(model: Mistral, plain_D: np.ndarray, numbered_D: np.nda
 def weighted(trajectory: Trajectory, actre: bool, args: Args) -> list[tuple[str, float]]:
     """A demonstration as (text, weight): 1 on what the agent or ActRe writes, args.reading_weight on its words that say
     what a list holds, args.world_weight on the world's text, 0 on ReAct turns with a random action."""
-    pieces = []
+    pieces, reading = [], lessons_of(args).READING
     for segment in (actre_segments if actre else react_segments)(trajectory):
         if not segment.agent:
             pieces.append((segment.text, args.world_weight))
         elif not actre and trajectory.turns[segment.turn].action_by == "sampled":
             pieces.append((segment.text, 0.0))
         else:  # re.split: text, what was read, text, ...
-            parts = re.split(READING, segment.text)
+            parts = re.split(reading, segment.text)
             pieces += [(part, args.reading_weight if i % 2 else 1.0) for i, part in enumerate(parts) if part]
     return pieces
 
 
 def texts(args: Args) -> Iterator[list[tuple[str, float]]]:
     """An endless stream of weighted texts, ReAct and ActRe in their shares."""
-    for number, trajectory in enumerate(demonstrations(args)):
+    for number, trajectory in enumerate(lessons_of(args).demonstrations(args)):
         actre = generator(args.seed, "format", number).random() < args.actre_share
         yield weighted(trajectory, actre, args)
 
@@ -294,14 +180,14 @@ def batches(args: Args, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.n
 
     The first third of the steps has short texts only: what to look for is found more easily among less.
     """
-    step = 0
-    waiting: dict[int, list[tuple[list[int], list[float]]]] = {length: [] for length in LENGTHS}
+    step, lessons = 0, lessons_of(args)
+    waiting: dict[int, list[tuple[list[int], list[float]]]] = {length: [] for length in lessons.LENGTHS}
     for text in texts(args):
         pieces = [(tokenizer.encode(piece, add_special_tokens=False).ids, weight) for piece, weight in text]
         ids = [i for piece, _ in pieces for i in piece]
         weights = [weight for piece, weight in pieces for _ in piece]
-        length = next((n for n in LENGTHS if n >= len(ids)), None)
-        if length is None or (step < args.tokens // STEP_TOKENS // 3 and length > SHORT):
+        length = next((n for n in lessons.LENGTHS if n >= len(ids)), None)
+        if length is None or (step < args.tokens // STEP_TOKENS // 3 and length > lessons.SHORT):
             continue
         waiting[length].append((ids, weights))
         if len(waiting[length]) == STEP_TOKENS // length:
@@ -351,9 +237,10 @@ def main(args: Args) -> None:
     if (args.out / "model.safetensors").exists():
         raise SystemExit(f"{args.out} holds a model already; remove it or give another --out")
     args.out.mkdir(parents=True, exist_ok=True)
-    sample = list(itertools.islice(demonstrations(args), 2000))
+    lessons = lessons_of(args)
+    sample = list(itertools.islice(lessons.demonstrations(args), 2000))
     tokenizer = train_tokenizer([text_of(r(t)) for t in sample for r in (react_segments, actre_segments)],
-                                args.vocabulary)  # fmt: skip
+                                args.vocabulary, lessons.SPLIT)  # fmt: skip
     tokenizer.save(str(args.out / "tokenizer.json"))
     config = Config(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=args.width, intermediate_size=args.width * 2,
@@ -363,7 +250,8 @@ def main(args: Args) -> None:
     model = Mistral(config, rngs=nnx.Rngs(args.seed))
     table_VD, plain_D, numbered_D = embeddings(tokenizer, args.width, generator(args.seed, "embeddings"))
     model.embed[...] = model.head[...] = jnp.asarray(table_VD)
-    match_like_with_like(model, plain_D, numbered_D)
+    if args.env == "alfworld":  # the one world whose things are numbered
+        match_like_with_like(model, plain_D, numbered_D)
     graph, params = nnx.split(model)
     steps = args.tokens // STEP_TOKENS
     optimizer = make_optimizer(args.learning_rate, steps)

@@ -13,17 +13,8 @@ from envs.alfworld import TASK_TYPES, AlfWorld, task_type
 from envs.panel import excluded_ids
 from lora import nf4
 from lora.mistral import Config, Mistral
-from models.pretrain import (
-    Args,
-    batches,
-    demonstrations,
-    embeddings,
-    match_like_with_like,
-    sources,
-    through_nf4,
-    train_tokenizer,
-    weighted,
-)
+from models.alfworld_lessons import SPLIT, demonstrations, sources
+from models.pretrain import Args, batches, embeddings, match_like_with_like, through_nf4, train_tokenizer, weighted
 from tests.helpers import trajectory
 from trajectory import Turn, react_segments, text_of
 
@@ -73,7 +64,7 @@ def test_random_actions_are_explained_but_not_imitated():
 
 def test_a_numbered_thing_is_one_token_and_starts_near_its_type():
     lines = ["You see a mug 1, a mug 2, and a soap bar.\n", "I need a mug, and the mug 2 is here.\n"]
-    tokenizer = train_tokenizer(50 * lines, 400)
+    tokenizer = train_tokenizer(50 * lines, 400, SPLIT)
     assert " mug 2" in [tokenizer.decode([i]) for i in tokenizer.encode(lines[1]).ids]
     assert tokenizer.decode(tokenizer.encode("größe\u2028").ids) == "größe\u2028"
     table, plain, numbered = embeddings(tokenizer, 256, np.random.default_rng(0))
@@ -125,7 +116,8 @@ def test_the_base_is_trained_through_the_nf4_that_it_is_used_in():
 
 def test_the_same_seed_makes_the_same_batches(generated_only):
     args = Args(generated=30)
-    tokenizer = train_tokenizer([text_of(react_segments(t)) for t in itertools.islice(demonstrations(args), 20)], 400)
+    texts = [text_of(react_segments(t)) for t in itertools.islice(demonstrations(args), 20)]
+    tokenizer = train_tokenizer(texts, 400, SPLIT)
     first, again = (list(itertools.islice(batches(args, tokenizer), 2)) for _ in range(2))
     for one, other in zip(first, again, strict=True):
         assert all((a == b).all() for a, b in zip(one, other, strict=True))
