@@ -13,6 +13,7 @@ from envs.alfworld import TASK_TYPES, AlfWorld, task_type
 from envs.panel import excluded_ids
 from lora import nf4
 from lora.mistral import Config, Mistral
+from models import webshop_lessons
 from models.alfworld_lessons import SPLIT, demonstrations, sources
 from models.pretrain import Args, batches, embeddings, match_like_with_like, through_nf4, train_tokenizer, weighted
 from tests.helpers import trajectory
@@ -125,3 +126,31 @@ def test_the_same_seed_makes_the_same_batches(generated_only):
         weights = set(weights_BL[segments_BL == 1].tolist())
         assert ids_BL.any() and {1.0, float(np.float32(args.world_weight))} <= weights
         assert not weights_BL[segments_BL == 0].any()
+
+
+@pytest.fixture(scope="module")
+def shopping() -> list:
+    return list(itertools.islice(webshop_lessons.demonstrations(Args(env="webshop", generated=1000)), 200))
+
+
+def test_no_goal_of_a_panel_is_bought_and_players_are_of_uneven_skill(shopping):
+    assert not excluded_ids() & {trajectory.task_id for trajectory in shopping}
+    assert 0.1 < np.mean([trajectory.success for trajectory in shopping]) < 0.9
+    assert {trajectory.turns[-1].action for trajectory in shopping} == {"click[buy now]"}
+
+
+def test_a_product_and_an_option_have_the_same_ids_on_a_page_and_in_an_action(shopping):
+    tokenizer = train_tokenizer([text_of(react_segments(t)) for t in shopping], 3000, webshop_lessons.SPLIT)
+    said = {"G872A6BC19": (" [SEP] G872A6BC19 [SEP] A", " act[click[G872A6BC19]]\n"),
+            " (2 pack)": (" [SEP] 12 inch (2 pack) [SEP] A", " think[I need 12 inch (2 pack), it is")}  # fmt: skip
+    for name, texts in said.items():
+        name_ids = tokenizer.encode(name).ids
+        for text in texts:
+            ids = tokenizer.encode(text).ids
+            assert any(ids[start : start + len(name_ids)] == name_ids for start in range(len(ids))), (text, name)
+
+
+def test_what_a_thought_says_of_a_product_or_an_option_weighs_more(shopping):
+    args = Args(env="webshop", reading_weight=7.0)
+    heavy = {text for t in shopping for text, weight in weighted(t, False, args) if weight == 7.0}
+    assert heavy == {"it is here", "it is not here", ", too much", ". I open it"}
