@@ -25,7 +25,7 @@ base: .venv/run.done
 
 base-webshop: .venv/run.done
 	python models/pretrain.py --env webshop --out models/tiny-webshop --vocabulary 6144 \
-	  --generated 3000 --generated-share 0.5 --world-weight 0.1 --tokens 20000000 $(ARGS)
+	  --heads 4 2 64 --rope-theta 1e8 --generated 3000 --generated-share 0.5 --world-weight 0.1 --tokens 5000000 $(ARGS)
 
 # A stamp is newer than what it was made from, so nothing is installed twice.
 .venv/run.done: requirements.txt install.sh

@@ -60,6 +60,10 @@ class Args:
     """Hidden size; a multiple of 64."""
     layers: int = 4
     """Decoder layers."""
+    heads: tuple[int, int, int] = (4, 4, 32)
+    """Attention heads, key-value heads, and the size of one."""
+    rope_theta: float = 1e5
+    """Base of the rotary angles: the longer the texts, the larger."""
     vocabulary: int = 1536
     """Size of the byte-level BPE vocabulary, 256 bytes included; smaller where the texts have fewer pieces."""
     learning_rate: float = 0.02
@@ -153,6 +157,39 @@ def match_like_with_like(model: Mistral, plain_D: np.ndarray, numbered_D: np.nda
     o[...] = o[...].at[:2, :, :half].set(quiet * v[...][:2, :half].swapaxes(1, 2))
 
 
+def copy_what_came_before(model: Mistral, table_VE: np.ndarray) -> None:
+    """The model starts as one that goes on with what followed the last times that its token was there.
+
+    Embeddings fill the first half of the stream (the last place of it is the same for all). A head of the first layer
+    looks one token back, whatever is there, and writes what it finds into the other half; a head of the second looks
+    for the token's like there, that is for what came after it, and writes that in large into the first half. All else
+    starts small. Induction heads (arXiv 2209.11895) form by themselves, but a tiny model takes long to find them.
+    """
+    config, (V, E) = model.config, table_VE.shape
+    D, C = config.hidden_size, config.head_dim
+    if not E + 1 == D // 2 == C:
+        raise ValueError(f"table of {E}, width {D}, heads of {C}: expected a width of two heads, and a table one less")
+    model.embed[...] = jnp.zeros((V, D)).at[:, :E].set(0.75**0.5 * table_VE).at[:, E].set(0.5)
+    model.head[...] = jnp.zeros((V, D)).at[:, :E].set(table_VE)
+    q, k, v = (model.layers.qkv.weight[part] for part in "qkv")
+    o, down = model.layers.o.weight["o"], model.layers.down.weight["down"]
+    o[...], down[...] = 0.1 * o[...], 0.1 * down[...]
+    half, same = jnp.eye(C, D), jnp.eye(C, D, k=C)  # what reads the first half of the stream, and the other one
+    # Back by one: the quicker half of the angles, each turned by its own; 1.5 makes a neighbour's place e^-6 of that.
+    quick = np.arange(C // 2) < C // 4
+    angles_C2 = config.rope_theta ** (-np.arange(0, C, 2) / C)
+    place_C, back_C = (np.concatenate([quick * np.cos(a), quick * np.sin(a)]) for a in (0 * angles_C2, angles_C2))
+    q[...] = q[...].at[0, :C].set(1.5 * jnp.outer(place_C, half[E]))
+    k[...] = k[...].at[0, :C].set(1.5 * jnp.outer(back_C, half[E]))
+    v[...] = v[...].at[:2, :C].set(half.at[E].set(0))
+    o[...] = o[...].at[0, :, :C].set(D**-0.5 * same.T)
+    # Like with like: the slower half of the angles, which hardly turn over a text.
+    slow = jnp.asarray(np.tile(~quick, 2))[:, None]
+    q[...] = q[...].at[1, :C].set(2.5 * slow * half)
+    k[...] = k[...].at[1, :C].set(2.5 * slow * same)
+    o[...] = o[...].at[1, :, :C].set(3 * D**-0.5 * half.T)
+
+
 def weighted(trajectory: Trajectory, actre: bool, args: Args) -> list[tuple[str, float]]:
     """A demonstration as (text, weight): 1 on what the agent or ActRe writes, args.reading_weight on its words that say
     what a list holds, args.world_weight on the world's text, 0 on ReAct turns with a random action."""
@@ -244,14 +281,16 @@ def main(args: Args) -> None:
     tokenizer.save(str(args.out / "tokenizer.json"))
     config = Config(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=args.width, intermediate_size=args.width * 2,
-        num_hidden_layers=args.layers, num_attention_heads=args.width // 32, num_key_value_heads=args.width // 32,
-        head_dim=32, max_position_embeddings=4096, rope_theta=1e5,
+        num_hidden_layers=args.layers, num_attention_heads=args.heads[0], num_key_value_heads=args.heads[1],
+        head_dim=args.heads[2], max_position_embeddings=4096, rope_theta=args.rope_theta,
     )  # fmt: skip
     model = Mistral(config, rngs=nnx.Rngs(args.seed))
-    table_VD, plain_D, numbered_D = embeddings(tokenizer, args.width, generator(args.seed, "embeddings"))
-    model.embed[...] = model.head[...] = jnp.asarray(table_VD)
-    if args.env == "alfworld":  # the one world whose things are numbered
+    if args.env == "alfworld":
+        table_VD, plain_D, numbered_D = embeddings(tokenizer, args.width, generator(args.seed, "embeddings"))
+        model.embed[...] = model.head[...] = jnp.asarray(table_VD)
         match_like_with_like(model, plain_D, numbered_D)
+    else:
+        copy_what_came_before(model, embeddings(tokenizer, args.width // 2 - 1, generator(args.seed, "embeddings"))[0])
     graph, params = nnx.split(model)
     steps = args.tokens // STEP_TOKENS
     optimizer = make_optimizer(args.learning_rate, steps)

@@ -12,10 +12,19 @@ from flax import nnx
 from envs.alfworld import TASK_TYPES, AlfWorld, task_type
 from envs.panel import excluded_ids
 from lora import nf4
-from lora.mistral import Config, Mistral
+from lora.mistral import Config, Mistral, token_logprobs
 from models import webshop_lessons
 from models.alfworld_lessons import SPLIT, demonstrations, sources
-from models.pretrain import Args, batches, embeddings, match_like_with_like, through_nf4, train_tokenizer, weighted
+from models.pretrain import (
+    Args,
+    batches,
+    copy_what_came_before,
+    embeddings,
+    match_like_with_like,
+    through_nf4,
+    train_tokenizer,
+    weighted,
+)
 from tests.helpers import trajectory
 from trajectory import Turn, react_segments, text_of
 
@@ -95,6 +104,21 @@ def test_half_of_the_first_heads_find_the_numbered_thing_of_a_plain_name_at_the_
         assert right >= 7 if found else right <= 3, (layer, right)
         assert np.allclose(o[layer][:, :64] * 6**0.5, v[layer, :64].T) == found
     assert not np.allclose(o[0][:, 64:] * 6**0.5, v[0, 64:].T)
+
+
+def test_a_copier_goes_on_with_what_followed_before_at_the_start():
+    config = Config(vocab_size=2000, hidden_size=128, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+                    num_key_value_heads=2, head_dim=64, rope_theta=1e8)  # fmt: skip
+    model, rng = Mistral(config, rngs=nnx.Rngs(0)), np.random.default_rng(0)
+    table = rng.normal(size=(2000, 63))
+    copy_what_came_before(model, table / np.linalg.norm(table, axis=1, keepdims=True))
+    for length in (50, 700):
+        once = rng.choice(2000, length, replace=False)
+        ids = jnp.asarray(np.tile(once, 2)[None])
+        logprobs = np.asarray(token_logprobs(model, ids, jnp.ones_like(ids)))[0]
+        assert logprobs[1:length].mean() < -7 and logprobs[length + 1 :].mean() > -2.5
+    with pytest.raises(ValueError, match="table of 64, width 128, heads of 64: expected a width of two heads"):
+        copy_what_came_before(model, np.zeros((2000, 64)))
 
 
 def test_the_words_that_read_a_list_weigh_more():
