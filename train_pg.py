@@ -3,9 +3,11 @@
 Reads rollout/ and actre/ of this round and all before it, keeps every success (+1), keeps the policy's own failure of a
 task (R_f, -1 in the paper) only where that task was also solved in the same round, drops failed compositions, and
 maximises sum(w * log p) / trajectories over whole trajectories, observations included. Only LoRA weights move; the
-base stays quantised. The adapter that is saved is the average over the epochs' ends, in PEFT's layout.
+base stays quantised. The adapter that is saved is the average over the epochs' ends, in PEFT's layout. Trajectories of
+refine.py are trained on as AgentRefine does (--inputs, --refinement): thoughts and actions, no weight on mistakes.
 
     python train_pg.py                       # the current round of runs/a3t
+    python train_pg.py --run runs/refine --inputs runs/refine/refine
     python train_pg.py --preview 3           # print three trajectories with their weights coloured, train nothing
 
 Left out: baselines, importance weights, KL, clipping of ratios (the paper has none).
@@ -19,8 +21,6 @@ import json
 import math
 import os
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -37,6 +37,7 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
+from examples import collect, pack_examples, preview, save_packed
 from lora.checkpoint import base_sha
 from lora.convert import adapter_name, load_adapter, load_model, save_adapter
 from lora.device import lora_step_flops, peak_flops, peak_memory
@@ -51,12 +52,10 @@ from stage import (
     current_round,
     draw_seed,
     generator,
-    require_done,
     round_directory,
     run_main,
-    sha256,
 )
-from trajectory import FAULTS, Packed, Trajectory, pack, read_trajectories, token_weights, tokens_of
+from trajectory import Packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +64,12 @@ class Args:
     """The run's directory."""
     round: int | None = None
     """Round to train (default: the first one that is not trained yet)."""
+    inputs: tuple[Path, ...] = ()
+    """Directories of finished stages that are trained on in place of the run's rollout/ and actre/: demonstrations,
+    synthetic trajectories of refine.py, rollouts of any run; several are mixed."""
+    refinement: Literal["mask-errors", "mask-refined", "drop-errors", "no-mask"] = "mask-errors"
+    """What becomes of the mistakes in synthetic trajectories: no weight (AgentRefine), none on the turn after a mistake
+    either, left out of the text, or imitated (the paper's three controls)."""
     model: Path = Path("models/tiny-alfworld")
     """Base model, a Hugging Face folder."""
     weights: Literal["nf4", "nf4-dq", "bf16", "fp32"] = "nf4"
@@ -121,98 +126,6 @@ class Args:
     """Seeds LoRA's start and the order of rows."""
     preview: int = 0
     """Print so many packed trajectories with their weights coloured and stop."""
-
-
-class Example(NamedTuple):
-    """A trajectory that is trained on, its weight, and the file and line it came from."""
-
-    trajectory: Trajectory
-    weight: float
-    file: str
-    line: int
-
-
-# ---- which trajectories, with which weight ---------------------------------------------------------------------------
-
-
-def select_round(rows: Iterable[Example], args: Args) -> list[Example]:
-    """A3T's filter for one round: every success, and a task's first own failure where the task has a success.
-
-    Failed compositions are dropped; rows ended by a fault are not evidence of anything and dropped too.
-    """
-    by_task: dict[str, list[Example]] = defaultdict(list)
-    for row in rows:
-        if row.trajectory.end not in FAULTS:
-            by_task[row.trajectory.task_id].append(row)
-    selected: list[Example] = []
-    for task_id in sorted(by_task):
-        won = [r for r in by_task[task_id] if r.trajectory.reward >= args.threshold]
-        lost = [r for r in by_task[task_id] if r.trajectory.reward < args.threshold and r.trajectory.source == "react"]
-        won.sort(key=lambda r: (r.trajectory.source, r.trajectory.trial))
-        for row in won[: args.positives]:
-            selected.append(row._replace(weight=row.trajectory.reward if args.fractional else 1.0))
-        if won and lost:
-            weight = lost[0].trajectory.reward if args.fractional else args.failure_reward
-            selected += [lost[0]._replace(weight=weight)] if weight else []
-    return selected
-
-
-def collect(args: Args, number: int) -> tuple[list[Example], dict[str, str]]:
-    """The examples of rounds 0..number, and the sha256 of every file read. StageError if a stage is not finished."""
-    examples, hashes = [], {}
-    for earlier in range(number + 1):
-        rows = []
-        for stage in ("rollout", "actre"):
-            directory = round_directory(args.run, earlier) / stage
-            require_done(directory, f"python {stage}.py --run {args.run} --round {earlier}")
-            path = directory / "trajectories.jsonl"
-            name = str(path.relative_to(args.run))
-            hashes[name] = sha256(path)
-            rows += [Example(t, 0.0, name, line) for line, t in enumerate(read_trajectories(path), 1)]
-        selected = select_round(rows, args)
-        # Round 0 has nothing to pair a failure with: the paper trains on the prompted agent's successes only.
-        examples += [e for e in selected if earlier > 0 or e.weight > 0]
-    return examples, hashes
-
-
-def pack_examples(examples: list[Example], args: Args, encode: Callable[[str, bool], list[int]]) -> Packed:
-    """Tokens and weights of all examples in rows. ValueError if no token has a weight."""
-    sequences = []
-    for example in examples:
-        tokens = tokens_of(example.trajectory, encode)
-        weights = token_weights(example.trajectory, tokens, example.weight, world_weight=args.world_weight)
-        sequences.append((tokens.ids, weights))
-    packed = pack(sequences, args.row_length)
-    if not np.any(packed.weights_NL):
-        raise ValueError(f"all token weights are zero ({len(examples)} trajectories): there is nothing to train on; "
-                         "play more tasks, or look at the rewards and at --threshold")  # fmt: skip
-    return packed
-
-
-def save_packed(directory: Path, packed: Packed, examples: list[Example]) -> None:
-    """packed.npz, and packed.jsonl with the origin of each (row, segment)."""
-    with open(directory / "packed.npz.tmp", "wb") as file:
-        np.savez(file, ids_NL=packed.ids_NL, segments_NL=packed.segments_NL, weights_NL=packed.weights_NL)
-    os.replace(directory / "packed.npz.tmp", directory / "packed.npz")
-    lines = [
-        {"row": row, "segment": segment, "weight": e.weight, "file": e.file, "line": e.line}
-        for (row, segment), e in zip(packed.places, examples, strict=True)
-    ]
-    (directory / "packed.jsonl.tmp").write_text("".join(json.dumps(line) + "\n" for line in sorted(
-        lines, key=lambda line: (line["row"], line["segment"]))))  # fmt: skip
-    os.replace(directory / "packed.jsonl.tmp", directory / "packed.jsonl")
-
-
-def preview(packed: Packed, examples: list[Example], decode: Callable[[list[int]], str], count: int) -> None:
-    """Prints packed trajectories: green +, red -, plain 0."""
-    for (row, segment), example in list(zip(packed.places, examples, strict=True))[:count]:
-        print(f"--- row {row} segment {segment}: {example.file}:{example.line} weight {example.weight:+g}")
-        where = packed.segments_NL[row] == segment
-        ids, weights = packed.ids_NL[row][where], packed.weights_NL[row][where]
-        for run in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(weights)) + 1):
-            colour = {1: "\033[32m", -1: "\033[31m", 0: ""}[int(np.sign(weights[run[0]]))]
-            print(f"{colour}{decode(ids[run].tolist())}\033[0m", end="")
-        print()
 
 
 # ---- the objective ---------------------------------------------------------------------------------------------------

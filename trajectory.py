@@ -26,7 +26,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -319,15 +319,15 @@ def tokens_of(trajectory: Trajectory, encode: Callable[[str, bool], list[int]]) 
 
 
 def token_weights(
-    trajectory: Trajectory, tokens: Tokens, value: float, *, world_weight: float = 1.0, skip_errors: bool = False
+    tokens: Tokens, value: float, *, world_weight: float = 1.0, masked: Collection[int] = ()
 ) -> list[float]:
     """One weight per token: `value` on the whole trajectory, observations included (A3T, Eq. 1).
 
-    world_weight: share of it on the tokens that the world wrote. skip_errors: 0 on turns with `errors` (AgentRefine).
+    world_weight: share of it on the tokens that the world wrote. masked: turns that have 0 (AgentRefine: mistakes).
     """
     return [
-        0.0 if skip_errors and t >= 0 and trajectory.turns[t].errors else value * (1.0 if a else world_weight)
-        for a, t in zip(tokens.agent, tokens.turn, strict=True)
+        0.0 if turn in masked else value * (1.0 if agent else world_weight)
+        for agent, turn in zip(tokens.agent, tokens.turn, strict=True)
     ]
 
 

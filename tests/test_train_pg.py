@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from examples import Example, collect, pack_examples, refined, select_round
 from lora.convert import load_model
 from lora.linear import LoRAConfig, LoRAParam
 from lora.mistral import token_logprobs
@@ -20,7 +21,6 @@ from tests.helpers import byte_tokenizer, trajectory, write_tiny_model
 from train_pg import (
     Args,
     Batch,
-    Example,
     batch_order,
     check_step,
     initial_state,
@@ -28,9 +28,8 @@ from train_pg import (
     make_update,
     mesh_of,
     objective,
-    pack_examples,
-    select_round,
 )
+from trajectory import Turn, react_segments, text_of, to_line, tokens_of
 
 WON = {"reward": 1.0, "success": True, "end": "success"}
 LOST = {"reward": 0.0, "success": False, "end": "max_turns"}
@@ -186,6 +185,79 @@ def test_padding_rows_change_nothing(model):
     padded = token_logprobs(merged, np.concatenate([ids_BL, pad]), np.concatenate([segments_BL, pad]))
     assert jnp.allclose(padded[:2], token_logprobs(merged, ids_BL, segments_BL), atol=1e-6)
     assert float(jnp.abs(padded[2]).max()) == 0.0
+
+
+MISTAKES = {"source": "refine", "env": "synthetic", **WON, "turns": [
+    Turn("I look.", "look", "A box.", "teacher", "teacher", True),
+    Turn("I open it.", "open box 9", "There is no box 9.", "teacher", "teacher", False, ["parameter"]),
+    Turn("It is box 1.", "open box 1", "It is locked.", "teacher", "teacher", False, ["logic"]),
+    Turn("It is locked. I look for a key.", "take key", "Taken.", "teacher", "teacher", True),
+    Turn("I open it now.", "open box 1", "Task completed.", "teacher", "teacher", True),
+]}  # fmt: skip
+
+
+def agent_text_by_weight(how: str) -> dict[float, str]:
+    """What the text of the packed trajectory is, by the weight that its tokens have."""
+    tokenizer = byte_tokenizer()
+    example = Example(trajectory(**MISTAKES), 1.0, "f", 1)
+    packed = pack_examples([example], Args(refinement=how), functools.partial(encode_piece, tokenizer))
+    there = packed.segments_NL == 1
+    ids, weights = packed.ids_NL[there], packed.weights_NL[there]
+    assert tokenizer.decode(ids.tolist()) == text_of(react_segments(refined(example.trajectory, how)[0]))
+    return {weight: tokenizer.decode(ids[weights == weight].tolist()) for weight in set(weights.tolist())}
+
+
+def lines(*numbers: int) -> str:
+    turns = [MISTAKES["turns"][number] for number in numbers]
+    return "".join(f" think[{turn.thought}]\n act[{turn.action}]\n" for turn in turns)
+
+
+@pytest.mark.parametrize(("how", "learnt"), [
+    ("mask-errors", (0, 3, 4)), ("mask-refined", (0, 4)), ("drop-errors", (0, 3, 4)), ("no-mask", (0, 1, 2, 3, 4)),
+])  # fmt: skip
+def test_mistakes_are_masked_and_the_controls_do_what_they_say(how, learnt):
+    by_weight = agent_text_by_weight(how)
+    assert set(by_weight) == {0.0, 1.0} and by_weight[1.0] == lines(*learnt)
+    assert ("There is no box 9." in by_weight[0.0]) == (how != "drop-errors")
+
+
+@pytest.mark.parametrize("how", ["mask-errors", "no-mask"])
+def test_the_gradient_of_a_mistake_is_exactly_zero(how, tmp_path):
+    encode = functools.partial(encode_piece, byte_tokenizer())
+    example = Example(trajectory(**MISTAKES), 1.0, "f", 1)
+    packed = pack_examples([example], Args(refinement=how, row_length=640), encode)
+    turns = np.array(tokens_of(example.trajectory, encode).turn)
+    only = np.where(np.isin(np.resize(turns, 640), (1, 2)) & (packed.segments_NL > 0), packed.weights_NL, 0)
+    model = load_model(write_tiny_model(tmp_path), weights="nf4", lora=LoRAConfig(rank=4, alpha=8.0))
+    graph, adapter, frozen = nnx.split(model, LoRAParam, ...)
+    adapter = jax.tree.map(lambda x: x + 0.01, adapter)  # not only A and not only B
+
+    def loss(adapter):
+        batch = Batch(jnp.asarray(packed.ids_NL), jnp.asarray(packed.segments_NL), jnp.asarray(only))
+        return objective(nnx.merge(graph, adapter, frozen), batch, 1.0)[0]
+
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(jax.grad(loss)(adapter)))
+    assert largest == 0.0 if how == "mask-errors" else largest > 0.0
+
+
+def test_inputs_replace_the_runs_own_trajectories_and_mix(tmp_path):
+    rows = {"refine": [trajectory(**MISTAKES), trajectory(**MISTAKES | LOST, trial=1)],
+            "demo": [trajectory(source="demo", **WON), trajectory(source="demo", **LOST, trial=1)],
+            "rollout": [trajectory(source="react", round=1, **LOST)],
+            "actre": [trajectory(source="actre", round=1, **WON)]}  # fmt: skip
+    for name, trajectories in rows.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trajectories.jsonl").write_bytes(b"".join(map(to_line, trajectories)))
+    args = Args(run=tmp_path / "run", inputs=tuple(tmp_path / name for name in rows), failure_reward=-1.0)
+    with pytest.raises(StageError, match="refine"):
+        collect(args, 0)
+    for name in rows:
+        (tmp_path / name / "done.json").write_text("{}")
+    examples, hashes = collect(args, 0)
+    assert [(e.trajectory.source, e.weight) for e in examples] == [
+        ("refine", 1.0), ("demo", 1.0), ("actre", 1.0), ("react", -1.0)
+    ]  # fmt: skip
+    assert len(hashes) == 4
 
 
 def test_all_weights_zero_is_an_error():

@@ -181,15 +181,15 @@ def test_ids_of_another_tokenizer_are_refused():
         tokens_of(msgspec.structs.replace(record, ids=[i + 1 for i in record.ids]), encode)
 
 
-def test_weights_cover_everything_or_the_agent_or_skip_errors():
+def test_weights_cover_everything_or_the_agent_or_leave_turns_out():
     record = trajectory(turns=[turn("", "open desk 9", "Nothing happens.", errors=["parameter"]),
                                turn("", "look", "You see.")])  # fmt: skip
     tokens = tokens_of(record, encode)
-    assert set(token_weights(record, tokens, -1.0)) == {-1.0}
-    agent = np.array(token_weights(record, tokens, 1.0, world_weight=0.0))
+    assert set(token_weights(tokens, -1.0)) == {-1.0}
+    agent = np.array(token_weights(tokens, 1.0, world_weight=0.0))
     assert (agent == np.array(tokens.agent)).all()
-    skipped = np.array(token_weights(record, tokens, 1.0, skip_errors=True))
-    assert (skipped == (np.array(tokens.turn) != 0)).all() and 0 < skipped.sum() < len(skipped)
+    masked = np.array(token_weights(tokens, 1.0, masked={0}))
+    assert (masked == (np.array(tokens.turn) != 0)).all() and 0 < masked.sum() < len(masked)
 
 
 def test_packing_keeps_every_token_once_and_is_deterministic():
