@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-WORLDS = ("alfworld", "webshop")
+WORLDS = ("alfworld", "webshop", "pddl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,4 +90,8 @@ def make_world(
         from envs.webshop import WebShop
 
         return WebShop(data=data, mode=mode)
+    if env == "pddl":
+        from envs.pddl import Pddl
+
+        return Pddl()
     raise ValueError(f"unknown world {env!r}: expected one of {', '.join(WORLDS)}")

@@ -16,6 +16,7 @@ bytes, in sha256sum's format; a panel that does not match it is refused.
 | webshop_test-500 | the official test split, whole |
 | webshop_small_train-100, webshop_small_test-200 | drawn from the 1,000-product set, spread over its products |
 | webshop_gen_train-100, webshop_gen_test-200 | the same for the generated catalogue with its default seed |
+| pddl_test-60 | 20 barman, 10 blocksworld, 20 gripper and 10 tyreworld problems, AgentBoard's numbers |
 
 The official goals of WebShop are named by their place in the original's shuffle, so their panels need no data to be
 made; the others name what is wanted by its hash.
@@ -35,6 +36,7 @@ import numpy as np
 import tyro
 
 from envs.alfworld import TASK_TYPES, task_type
+from envs.base import make_world
 from envs.generate import SEED, generate_games
 from envs.rooms import wheel_folder
 from envs.webshop_generate import ensure_catalogue
@@ -51,7 +53,8 @@ OFFICIAL_SHOP = {"webshop_train-2300": "train", "webshop_eval-400": "eval", "web
 SMALL_SHOP = {"webshop_small_train-100": "small_train", "webshop_small_test-200": "small_test"}
 GENERATED_SHOP = {"webshop_gen_train-100": "gen_train", "webshop_gen_test-200": "gen_test"}
 WEBSHOP = (*OFFICIAL_SHOP, *SMALL_SHOP, *GENERATED_SHOP)
-NAMES = (*ALFWORLD, *WEBSHOP)
+HELD_OUT = {"pddl": "pddl_test-60"}  # worlds that are never trained on: the panel is the whole split of its name
+NAMES = (*ALFWORLD, *WEBSHOP, *HELD_OUT.values())
 
 
 def panel_path(name: str, folder: Path = PANELS) -> Path:
@@ -99,7 +102,7 @@ def default_panels(purpose: str, env: str, data: str | None) -> tuple[str, ...]:
 
     Real games (`data` or $ALFWORLD_DATA): train-600; valid_seen-140, and valid_unseen-134 where its games are there.
     Generated ones: gen_train-120; gen_valid-100 (mini_* without the alfworld wheel). WebShop: those of the catalogue in
-    `data` or $WEBSHOP_DATA, official, small or generated.
+    `data` or $WEBSHOP_DATA, official, small or generated. Worlds that are held out: evaluation only.
     """
     if env == "webshop":
         from envs.webshop_catalogue import data_folder, open_catalogue, prepare  # on demand: its packages are its own
@@ -110,8 +113,10 @@ def default_panels(purpose: str, env: str, data: str | None) -> tuple[str, ...]:
         if not found:
             raise ValueError(f"no panel belongs to a catalogue with the splits {', '.join(splits)}; give one")
         return tuple(found[0])[:1] if purpose == "train" else tuple(found[0])[-1:]
+    if env in HELD_OUT and purpose == "evaluate":
+        return (HELD_OUT[env],)
     if env != "alfworld":
-        raise ValueError(f"env {env!r} has no default panel; give one")
+        raise ValueError(f"env {env!r} has no default panel to {purpose} with; give one")
     folder = data or os.environ.get("ALFWORLD_DATA")
     if not folder:
         kind = "gen" if wheel_folder() else "mini"
@@ -219,7 +224,9 @@ def main(args: Args) -> None:
             if wheel_folder() or split.startswith("mini"):
                 write_panel(name, (task_id for task_id, _, _ in generate_games(args.seed, split, count)))
         make_shop_panels(args.seed)
-    for name in WEBSHOP:
+        for env, name in HELD_OUT.items():
+            write_panel(name, make_world(env).tasks(name.partition("-")[0]))
+    for name in (*WEBSHOP, *HELD_OUT.values()):
         print(f"{name}: {len(read_panel(name))} tasks, sha256 {panel_sha256(name)[:16]}")
     for name in ALFWORLD:
         task_ids = read_panel(name)

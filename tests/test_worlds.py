@@ -28,7 +28,15 @@ def hand_written_house(folder: Path) -> dict[str, str]:
     return {"data": str(folder)}
 
 
-CASES = {"alfworld": (hand_written_house, "hand"), "webshop": (write_shop, "small_test")}
+def nothing(folder: Path) -> dict[str, str]:
+    return {}
+
+
+CASES = {
+    "alfworld": (hand_written_house, "hand"),
+    "webshop": (write_shop, "small_test"),
+    "pddl": (nothing, "pddl_easy"),
+}
 WORDS = ("chair", "bench", "red oak", "black tea")  # complete an open action
 
 
