@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-WORLDS = ("alfworld", "webshop", "pddl")
+WORLDS = ("alfworld", "webshop", "pddl", "babyai")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,4 +94,8 @@ def make_world(
         from envs.pddl import Pddl
 
         return Pddl()
+    if env == "babyai":
+        from envs.babyai import BabyAI
+
+        return BabyAI()
     raise ValueError(f"unknown world {env!r}: expected one of {', '.join(WORLDS)}")

@@ -17,6 +17,7 @@ bytes, in sha256sum's format; a panel that does not match it is refused.
 | webshop_small_train-100, webshop_small_test-200 | drawn from the 1,000-product set, spread over its products |
 | webshop_gen_train-100, webshop_gen_test-200 | the same for the generated catalogue with its default seed |
 | pddl_test-60 | 20 barman, 10 blocksworld, 20 gripper and 10 tyreworld problems, AgentBoard's numbers |
+| babyai_test-112 | AgentBoard's 28 levels of BabyAI (one exchanged, see envs/babyai.py) with its four seeds |
 
 The official goals of WebShop are named by their place in the original's shuffle, so their panels need no data to be
 made; the others name what is wanted by its hash.
@@ -53,7 +54,7 @@ OFFICIAL_SHOP = {"webshop_train-2300": "train", "webshop_eval-400": "eval", "web
 SMALL_SHOP = {"webshop_small_train-100": "small_train", "webshop_small_test-200": "small_test"}
 GENERATED_SHOP = {"webshop_gen_train-100": "gen_train", "webshop_gen_test-200": "gen_test"}
 WEBSHOP = (*OFFICIAL_SHOP, *SMALL_SHOP, *GENERATED_SHOP)
-HELD_OUT = {"pddl": "pddl_test-60"}  # worlds that are never trained on: the panel is the whole split of its name
+HELD_OUT = {"pddl": "pddl_test-60", "babyai": "babyai_test-112"}  # never trained on; a panel is its whole split
 NAMES = (*ALFWORLD, *WEBSHOP, *HELD_OUT.values())
 
 

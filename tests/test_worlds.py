@@ -32,10 +32,20 @@ def nothing(folder: Path) -> dict[str, str]:
     return {}
 
 
+def needs(package: str):
+    """What makes a world that needs a package: nothing where it is installed, else the case is skipped."""
+    def make(folder: Path) -> dict[str, str]:
+        pytest.importorskip(package)
+        return {}
+
+    return make
+
+
 CASES = {
     "alfworld": (hand_written_house, "hand"),
     "webshop": (write_shop, "small_test"),
     "pddl": (nothing, "pddl_easy"),
+    "babyai": (needs("minigrid"), "babyai_easy"),
 }
 WORDS = ("chair", "bench", "red oak", "black tea")  # complete an open action
 
@@ -212,7 +222,7 @@ def test_shell_player_says_what_the_world_says(case, world):
     assert listed.stdout.decode().split() == list(world.tasks(split))
     task_id = world.tasks(split)[0]
     actions = [*solve(world, task_id), "look"]
-    actions[1:1] = ["nonsense \u2028 \ud800", ""]
+    actions[:0] = ["nonsense \u2028 \ud800", ""]
     done = shell(*flags, "--task", task_id, stdin="\n".join(actions))
     lines = [json.loads(line) for line in done.stdout.decode().splitlines()]
     opening = world.reset(task_id)
