@@ -90,7 +90,7 @@ def draw_barman(rng: np.random.Generator, easy: bool) -> Drawn:
     cocktails = [] if easy else rng.permutation(COCKTAILS)[: rng.integers(1, 4)].tolist()
     start = [("ontable", cup) for cup in (*shots, "shaker")] + [("handempty", hand) for hand in ("left", "right")]
     start += [(state, cup) for cup in (*shots, "shaker") for state in ("clean", "empty")]
-    start += [("level", "shaker", "l0"), ("bottom", "shaker", "l0"), ("next", "l0", "l1"), ("next", "l1", "l2")]
+    start += [("filled", "shaker", "l0"), ("bottom", "shaker", "l0"), ("next", "l0", "l1"), ("next", "l1", "l2")]
     pairs = rng.permutation(list(itertools.combinations(ingredients, 2))).tolist()
     start += [("recipe", cocktail, *pair) for cocktail, pair in zip(cocktails, pairs, strict=False)]
     wanted = ingredients[:1] if easy else [str(rng.choice(cocktails)), str(rng.choice([*cocktails, *ingredients]))]
@@ -108,7 +108,7 @@ def draw_tyreworld(rng: np.random.Generator, easy: bool) -> Drawn:
     jobs = ["inflate"] if easy else jobs[: rng.integers(2, 4)]
     tidy = [("in", tool, "boot") for tool in ("wrench", "jack", "pump")]
     start: list[Fact] = [place if easy or rng.random() < 0.7 else ("have", place[1]) for place in tidy]
-    start.append(("closed", "boot") if rng.random() < 0.8 else ("open", "boot"))
+    start.append(("closed", "boot") if rng.random() < 0.8 else ("opened", "boot"))
     objects, goal = {"wrench": "wrench", "jack": "jack", "pump": "pump", "boot": "container"}, []
     for n, job in enumerate(jobs, 1):
         hub, nut, wheel, spare = f"hub{n}", f"nut{n}", f"wheel{n}", f"spare{n}"
@@ -183,7 +183,7 @@ BARMAN = Domain(
     (:types hand level beverage cup - object ingredient cocktail - beverage shot shaker - cup)
     (:predicates (ontable ?c - cup) (holding ?h - hand ?c - cup) (handempty ?h - hand) (empty ?c - cup)
       (contains ?c - cup ?b - beverage) (clean ?c - cup) (used ?c - cup ?b - beverage) (unshaken ?s - shaker)
-      (shaken ?s - shaker) (level ?s - shaker ?l - level) (bottom ?s - shaker ?l - level) (next ?l - level ?m - level)
+      (shaken ?s - shaker) (filled ?s - shaker ?l - level) (bottom ?s - shaker ?l - level) (next ?l - level ?m - level)
       (recipe ?c - cocktail ?i - ingredient ?j - ingredient))
     (:action grasp :parameters (?hand - hand ?cup - cup)
       :precondition (and (ontable ?cup) (handempty ?hand))
@@ -206,19 +206,19 @@ BARMAN = Domain(
     (:action pour-first
       :parameters (?shot - shot ?drink - ingredient ?shaker - shaker ?hand - hand ?l - level ?m - level)
       :precondition (and (holding ?hand ?shot) (contains ?shot ?drink) (empty ?shaker) (clean ?shaker)
-        (level ?shaker ?l) (next ?l ?m))
+        (filled ?shaker ?l) (next ?l ?m))
       :effect (and (not (contains ?shot ?drink)) (empty ?shot) (contains ?shaker ?drink) (not (empty ?shaker))
-        (not (clean ?shaker)) (unshaken ?shaker) (not (level ?shaker ?l)) (level ?shaker ?m)))
+        (not (clean ?shaker)) (unshaken ?shaker) (not (filled ?shaker ?l)) (filled ?shaker ?m)))
     (:action pour-more
       :parameters (?shot - shot ?drink - ingredient ?shaker - shaker ?hand - hand ?l - level ?m - level)
-      :precondition (and (holding ?hand ?shot) (contains ?shot ?drink) (unshaken ?shaker) (level ?shaker ?l)
+      :precondition (and (holding ?hand ?shot) (contains ?shot ?drink) (unshaken ?shaker) (filled ?shaker ?l)
         (next ?l ?m))
-      :effect (and (not (contains ?shot ?drink)) (empty ?shot) (contains ?shaker ?drink) (not (level ?shaker ?l))
-        (level ?shaker ?m)))
+      :effect (and (not (contains ?shot ?drink)) (empty ?shot) (contains ?shaker ?drink) (not (filled ?shaker ?l))
+        (filled ?shaker ?m)))
     (:action empty-shaker :parameters (?hand - hand ?shaker - shaker ?drink - cocktail ?l - level ?m - level)
-      :precondition (and (holding ?hand ?shaker) (contains ?shaker ?drink) (shaken ?shaker) (level ?shaker ?l)
+      :precondition (and (holding ?hand ?shaker) (contains ?shaker ?drink) (shaken ?shaker) (filled ?shaker ?l)
         (bottom ?shaker ?m))
-      :effect (and (not (shaken ?shaker)) (not (level ?shaker ?l)) (level ?shaker ?m) (not (contains ?shaker ?drink))
+      :effect (and (not (shaken ?shaker)) (not (filled ?shaker ?l)) (filled ?shaker ?m) (not (contains ?shaker ?drink))
         (empty ?shaker)))
     (:action clean-shaker :parameters (?hand - hand ?other - hand ?shaker - shaker)
       :precondition (and (holding ?hand ?shaker) (handempty ?other) (empty ?shaker))
@@ -231,9 +231,9 @@ BARMAN = Domain(
         (contains ?shaker ?drink)))
     (:action serve :parameters (?drink - beverage ?shot - shot ?hand - hand ?shaker - shaker ?l - level ?m - level)
       :precondition (and (holding ?hand ?shaker) (shaken ?shaker) (empty ?shot) (clean ?shot) (contains ?shaker ?drink)
-        (level ?shaker ?l) (next ?m ?l))
+        (filled ?shaker ?l) (next ?m ?l))
       :effect (and (not (clean ?shot)) (not (empty ?shot)) (contains ?shot ?drink) (used ?shot ?drink)
-        (not (level ?shaker ?l)) (level ?shaker ?m))))""",
+        (not (filled ?shaker ?l)) (filled ?shaker ?m))))""",
     about="You are a barman with two hands, shot glasses and a shaker. To fill or clean a cup, or to shake, hold it in "
     "one hand and keep the other empty. A shot glass must be clean and empty before another drink goes into it, and "
     "the shaker before the first ingredient. A cocktail is made by pouring its two ingredients into the shaker and "
@@ -255,19 +255,19 @@ BARMAN = Domain(
 TYREWORLD = Domain(
     pddl="""(define (domain tyreworld) (:requirements :strips :typing)
     (:types container hub nut thing - object wheel nut tool - thing wrench jack pump - tool)
-    (:predicates (open ?c - container) (closed ?c - container) (in ?x - thing ?c - container) (have ?x - thing)
+    (:predicates (opened ?c - container) (closed ?c - container) (in ?x - thing ?c - container) (have ?x - thing)
       (tight ?n - nut ?h - hub) (loose ?n - nut ?h - hub) (on-ground ?h - hub) (raised ?h - hub) (fastened ?h - hub)
       (unfastened ?h - hub) (free ?h - hub) (on ?w - wheel ?h - hub) (flat ?w - wheel) (inflated ?w - wheel)
       (intact ?w - wheel))
     (:action open :parameters (?container - container)
-      :precondition (closed ?container) :effect (and (open ?container) (not (closed ?container))))
+      :precondition (closed ?container) :effect (and (opened ?container) (not (closed ?container))))
     (:action close :parameters (?container - container)
-      :precondition (open ?container) :effect (and (closed ?container) (not (open ?container))))
+      :precondition (opened ?container) :effect (and (closed ?container) (not (opened ?container))))
     (:action fetch :parameters (?thing - thing ?container - container)
-      :precondition (and (in ?thing ?container) (open ?container))
+      :precondition (and (in ?thing ?container) (opened ?container))
       :effect (and (have ?thing) (not (in ?thing ?container))))
     (:action put-away :parameters (?thing - thing ?container - container)
-      :precondition (and (have ?thing) (open ?container))
+      :precondition (and (have ?thing) (opened ?container))
       :effect (and (in ?thing ?container) (not (have ?thing))))
     (:action loosen :parameters (?nut - nut ?hub - hub ?wrench - wrench)
       :precondition (and (have ?wrench) (tight ?nut ?hub) (on-ground ?hub))
@@ -304,7 +304,7 @@ TYREWORLD = Domain(
              "tighten": "tighten {nut} on {hub}", "jack-up": "jack up {hub}", "jack-down": "jack down {hub}",
              "undo": "undo {nut} on {hub}", "do-up": "do up {nut} on {hub}", "remove": "remove {wheel} from {hub}",
              "put-on": "put {wheel} on {hub}", "inflate": "inflate {wheel}"},
-    says={"open": ("{} is open", ""), "closed": ("{} is closed", ""), "in": ("{} is in {}", ""),
+    says={"opened": ("{} is open", ""), "closed": ("{} is closed", ""), "in": ("{} is in {}", ""),
           "have": ("you have {}", ""), "tight": ("{} is tight on {}", ""), "loose": ("{} is loose on {}", ""),
           "on-ground": ("{} is on the ground", ""), "raised": ("{} is raised", ""),
           "fastened": ("{} is fastened", ""), "unfastened": ("{} is unfastened", ""),
