@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-WORLDS = ("alfworld", "webshop", "pddl", "babyai")
+WORLDS = ("alfworld", "webshop", "pddl", "babyai", "scienceworld")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,4 +98,8 @@ def make_world(
         from envs.babyai import BabyAI
 
         return BabyAI()
+    if env == "scienceworld":
+        from envs.scienceworld import ScienceWorld
+
+        return ScienceWorld()
     raise ValueError(f"unknown world {env!r}: expected one of {', '.join(WORLDS)}")

@@ -18,6 +18,7 @@ bytes, in sha256sum's format; a panel that does not match it is refused.
 | webshop_gen_train-100, webshop_gen_test-200 | the same for the generated catalogue with its default seed |
 | pddl_test-60 | 20 barman, 10 blocksworld, 20 gripper and 10 tyreworld problems, AgentBoard's numbers |
 | babyai_test-112 | AgentBoard's 28 levels of BabyAI (one exchanged, see envs/babyai.py) with its four seeds |
+| scienceworld_test-90 | three test variations of each of the 30 tasks: the first, the middle, the last |
 
 The official goals of WebShop are named by their place in the original's shuffle, so their panels need no data to be
 made; the others name what is wanted by its hash.
@@ -37,7 +38,6 @@ import numpy as np
 import tyro
 
 from envs.alfworld import TASK_TYPES, task_type
-from envs.base import make_world
 from envs.generate import SEED, generate_games
 from envs.rooms import wheel_folder
 from envs.webshop_generate import ensure_catalogue
@@ -54,7 +54,9 @@ OFFICIAL_SHOP = {"webshop_train-2300": "train", "webshop_eval-400": "eval", "web
 SMALL_SHOP = {"webshop_small_train-100": "small_train", "webshop_small_test-200": "small_test"}
 GENERATED_SHOP = {"webshop_gen_train-100": "gen_train", "webshop_gen_test-200": "gen_test"}
 WEBSHOP = (*OFFICIAL_SHOP, *SMALL_SHOP, *GENERATED_SHOP)
-HELD_OUT = {"pddl": "pddl_test-60", "babyai": "babyai_test-112"}  # never trained on; a panel is its whole split
+HELD_OUT = {  # worlds that are never trained on
+    "pddl": "pddl_test-60", "babyai": "babyai_test-112", "scienceworld": "scienceworld_test-90",
+}  # fmt: skip
 NAMES = (*ALFWORLD, *WEBSHOP, *HELD_OUT.values())
 
 
@@ -201,6 +203,15 @@ def make_shop_panels(seed: int) -> None:
                 write_panel(name, draw_goals(catalogue.splits[split], split, int(name.rpartition("-")[2]), seed))
 
 
+def held_out_ids(env: str) -> Sequence[str]:
+    """The tasks of the panel of a world that is held out; the worlds' packages are not needed for that."""
+    from envs import babyai, pddl, scienceworld
+
+    if env == "scienceworld":
+        return scienceworld.panel_ids()
+    return pddl.ids_of("pddl_test") if env == "pddl" else babyai.ids_of("babyai_test")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Args:
     make: bool = False
@@ -226,7 +237,7 @@ def main(args: Args) -> None:
                 write_panel(name, (task_id for task_id, _, _ in generate_games(args.seed, split, count)))
         make_shop_panels(args.seed)
         for env, name in HELD_OUT.items():
-            write_panel(name, make_world(env).tasks(name.partition("-")[0]))
+            write_panel(name, held_out_ids(env))
     for name in (*WEBSHOP, *HELD_OUT.values()):
         print(f"{name}: {len(read_panel(name))} tasks, sha256 {panel_sha256(name)[:16]}")
     for name in ALFWORLD:

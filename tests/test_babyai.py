@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from envs.panel import default_panels, read_panel
+from envs.panel import read_panel
 
 pytest.importorskip("minigrid", reason="minigrid is not installed (requirements-worlds.txt)")
 
@@ -140,7 +140,6 @@ def test_the_panel_is_28_levels_with_4_seeds():
     task_ids = read_panel("babyai_test-112")
     assert len({task_id.rpartition("-")[0] for task_id in task_ids}) == 28
     assert {task_id.rpartition("-")[2] for task_id in task_ids} == {"1234", "1235", "1236", "1237"}
-    assert default_panels("evaluate", "babyai", None) == ("babyai_test-112",)
 
 
 def test_nothing_but_json_is_printed():
