@@ -6,8 +6,8 @@ pddlgym as files: along random walks its states and actions must be ours. BabyAI
 with their image, of which one command makes several.
 Left out: memory; worlds whose packages are not installed are named and passed over.
 
-Run: python -m bench.worlds    (a minute; pddlgym and gymnasium do not go together: run it once more where pddlgym is,
-     pip install pddlgym==0.0.7 tyro tqdm, with --worlds pddl)
+Run: pip install -r requirements-worlds.txt pddlgym==0.0.7    (pddlgym brings matplotlib, scikit-image and an old gym)
+     python -m bench.worlds    (two minutes; --worlds scienceworld --limit 30 takes eight more)
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ import tyro
 from tqdm import tqdm
 
 from envs.base import World, make_world
-
-PANELS = {"pddl": "pddl_test", "babyai": "babyai_test"}
+from envs.panel import HELD_OUT, pick_tasks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    worlds: tuple[str, ...] = tuple(PANELS)
-    """Worlds to measure."""
+    worlds: tuple[str, ...] = ("pddl", "babyai")
+    """Worlds to measure: pddl, babyai, scienceworld."""
+    limit: int | None = None
+    """Play only so many tasks of each panel, spread evenly over it."""
     turns: int = 30
     """Turns after which a task ends (AgentBoard: 30)."""
     seed: int = 0
@@ -66,14 +67,16 @@ def play_scripted(world: World, task_id: str, args: Args) -> tuple[bool, float, 
         solution = world.solution()[: args.turns]
     except ValueError:
         return False, 0.0, 0
-    for command in solution:
+    for turn, command in enumerate(solution, 1):
         result = world.step(command)
-    return result.success, result.progress, len(solution)
+        if result.done:
+            break
+    return result.success, result.progress, turn
 
 
-def measure(world: World, split: str, agent: Callable, args: Args) -> dict[str, float]:
+def measure(world: World, task_ids: list[str], agent: Callable, args: Args) -> dict[str, float]:
     rows, seconds = [], 0.0
-    for task_id in tqdm(world.tasks(split), desc=f"{split} {agent.__name__}", unit="task"):
+    for task_id in tqdm(task_ids, desc=agent.__name__, unit="task"):
         world.reset(task_id)
         start = time.perf_counter()
         rows.append(agent(world, task_id, args))
@@ -83,9 +86,8 @@ def measure(world: World, split: str, agent: Callable, args: Args) -> dict[str, 
             "turns": round(turns / len(rows), 2), "turns_per_s": round(turns / seconds)}  # fmt: skip
 
 
-def start_progress(world: World, split: str) -> float:
+def start_progress(world: World, task_ids: list[str]) -> float:
     """Mean progress of doing nothing: what holds at the start."""
-    task_ids = world.tasks(split)
     total = 0.0
     for task_id in task_ids:
         world.reset(task_id)
@@ -116,7 +118,7 @@ def plain(literal: Any) -> tuple[str, ...]:
     return (literal.predicate.name, *(one.name for one in literal.variables))
 
 
-def beside_pddlgym(args: Args) -> dict[str, float]:
+def beside_pddlgym(task_ids: list[str], args: Args) -> dict[str, float]:
     """The same random walks in both; all states and lists of actions are compared. Listing and stepping is timed."""
     from pddlgym.core import PDDLEnv
 
@@ -125,7 +127,7 @@ def beside_pddlgym(args: Args) -> dict[str, float]:
     world = make_world("pddl")
     ours = theirs = 0.0
     steps = different = 0
-    for task_id in tqdm(world.tasks("pddl_test"), desc="beside pddlgym", unit="task"):
+    for task_id in tqdm(task_ids, desc="beside pddlgym", unit="task"):
         task = load_task(task_id)
         problem, state, rng = task.problem, task.problem.start, rng_of(args.seed, task_id)
         world.reset(task_id)
@@ -160,14 +162,14 @@ def beside_pddlgym(args: Args) -> dict[str, float]:
             "peer_steps_per_s": round(steps / theirs, 1), "ratio": round(theirs / ours, 2)}  # fmt: skip
 
 
-def beside_minigrid(args: Args) -> dict[str, float]:
+def beside_minigrid(task_ids: list[str], args: Args) -> dict[str, float]:
     """Random actions of the same 112 levels, here commands with their texts, there single actions with their images."""
     import gymnasium
 
     world = make_world("babyai")
     ours = theirs = 0.0
     commands = moves = steps = 0
-    for task_id in tqdm(world.tasks("babyai_test"), desc="beside minigrid", unit="task"):
+    for task_id in tqdm(task_ids, desc="beside minigrid", unit="task"):
         rng = rng_of(args.seed, task_id)
         world.reset(task_id)
         start = time.perf_counter()
@@ -188,7 +190,45 @@ def beside_minigrid(args: Args) -> dict[str, float]:
             "ratio": round(moves / ours * theirs / steps, 2)}  # fmt: skip
 
 
-PEERS = {"pddl": ("pddlgym", beside_pddlgym), "babyai": ("minigrid", beside_minigrid)}
+def beside_scienceworld(task_ids: list[str], args: Args) -> dict[str, float]:
+    """The same actions, drawn in our world, by our step and by the package's own; answers and scores are compared."""
+    from scienceworld import scienceworld
+
+    from envs.scienceworld import CHECK, ScienceWorld, simplifications
+
+    world = ScienceWorld()
+    ours = theirs = 0.0
+    steps = different = 0
+    for task_id in tqdm(task_ids, desc="beside scienceworld", unit="task"):
+        rng, played = rng_of(args.seed, task_id), []
+        world.reset(task_id)
+        templates = [one for one in world.commands() if "{" not in one and one != CHECK]
+        for _ in range(args.turns):
+            action = rng.choice(templates)
+            start = time.perf_counter()
+            result = world.step(action)
+            ours += time.perf_counter() - start
+            played.append((action, result))
+            if result.done:
+                break
+        world.close()
+        task, _, variation = task_id.partition("/")[2].rpartition("-")
+        peer = scienceworld.ScienceWorldEnv()  # with our options for Java, which the module has from our world
+        peer.load(task, int(variation), simplifications(task))
+        peer.reset()
+        for action, result in played:
+            start = time.perf_counter()
+            text, _, _, info = peer.step(action)
+            theirs += time.perf_counter() - start
+            different += text != result.observation or max(0, info["score"]) != round(100 * result.reward)
+            steps += 1
+        peer.close()
+    return {"peer": "scienceworld", "steps": steps, "different": different, "ours_steps_per_s": round(steps / ours, 1),
+            "peer_steps_per_s": round(steps / theirs, 1), "ratio": round(theirs / ours, 1)}  # fmt: skip
+
+
+PEERS = {"pddl": ("pddlgym", beside_pddlgym), "babyai": ("minigrid", beside_minigrid),
+         "scienceworld": ("scienceworld", beside_scienceworld)}  # fmt: skip
 
 
 def main(args: Args) -> None:
@@ -200,18 +240,18 @@ def main(args: Args) -> None:
         except (ImportError, FileNotFoundError) as error:
             print(f"{name}: passed over: {error}")
             continue
-        split = PANELS[name]
-        found[name] = {"start_progress": start_progress(world, split)}
+        task_ids, _ = pick_tasks(HELD_OUT[name], args.limit)
+        found[name] = {"start_progress": start_progress(world, task_ids)}
         print(f"{name}: progress before the first action {found[name]['start_progress']:.3f}")
         for agent in (play_random, play_scripted):
-            one = found[name][agent.__name__] = measure(world, split, agent, args)
+            one = found[name][agent.__name__] = measure(world, task_ids, agent, args)
             print(f"{name}, {agent.__name__}: success {one['success']}/{one['n']}, progress {one['progress']:.3f}, "
                   f"turns {one['turns']:.1f}, turns/s {one['turns_per_s']}")
         package, compare = PEERS[name]
         if importlib.util.find_spec(package) is None:
             print(f"{name}: not compared, {package} is not installed")
         else:
-            found[name]["peer"] = compare(args)
+            found[name]["peer"] = compare(task_ids, args)
             print(f"{name} beside {package}: {found[name]['peer']}")
     print(json.dumps(found))
 
