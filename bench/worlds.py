@@ -67,11 +67,11 @@ def play_scripted(world: World, task_id: str, args: Args) -> tuple[bool, float, 
         solution = world.solution()[: args.turns]
     except ValueError:
         return False, 0.0, 0
-    for turn, command in enumerate(solution, 1):
-        result = world.step(command)
-        if result.done:
-            break
-    return result.success, result.progress, turn
+    turns, result = 0, None
+    while turns < len(solution) and not (result and result.done):
+        result = world.step(solution[turns])
+        turns += 1
+    return result.success, result.progress, turns
 
 
 def measure(world: World, task_ids: list[str], agent: Callable, args: Args) -> dict[str, float]:
