@@ -97,40 +97,28 @@ def test_every_listed_command_does_something_in_every_level(world):
 
 def test_minigrids_bot_followed_by_commands_wins(world):
     lengths = []
-    for level in sorted(set(LEVELS) - {"KeyInBox", "PutNextS7N4Carrying"}):  # its bot does not know these
+    for level in LEVELS:
         task_id = f"babyai_test/{level}-1235"
         world.reset(task_id)
         results = [world.step(command) for command in world.solution()]
         assert results[-1].success and results[-1].reward == results[-1].progress == 1.0, level
         assert not any(result.success for result in results[:-1])
         lengths.append(len(results))
-    assert max(lengths) <= 30
+    assert sum(length <= 30 for length in lengths) >= 27  # turns that AgentBoard gives
 
 
-def test_what_the_bot_cannot_do_is_said(world):
-    world.reset("babyai_test/KeyInBox-1234")
-    with pytest.raises(ValueError, match="bot does not accomplish 'open the door'"):
-        world.solution()
-
-
-@pytest.mark.parametrize("level", ["KeyInBox", "PutNextS7N4Carrying"])
-def test_what_the_bot_cannot_do_can_be_done(world, level):
-    for seed in range(200):
-        rng = random.Random(seed)
-        world.reset(f"babyai_test/{level}-1234")
-        for _ in range(30):
-            result = world.step(rng.choice(world.actions()))
-            if result.done:
-                break
-        if result.success:
-            return
-    raise AssertionError("never won")
+def test_where_the_bot_fails_is_said(world):
+    world.reset("babyai_test/UnlockToUnlock-1234")
+    with pytest.raises(ValueError, match="bot does not accomplish 'pick up"):
+        world.solution(most=3)
 
 
 def test_milestones(world):
-    world.reset("babyai_test/PutNextLocalS6N4-1234")  # put the yellow ball next to the green box
-    seen = [world.step(command).progress for command in world.solution()]
-    assert set(seen) == {0.0, 1 / 3, 2 / 3, 1.0} or set(seen) == {0.0, 2 / 3, 1.0}
+    put(world, "PickupLoc", {(3, 1): Ball("red"), (1, 4): Box("blue")}, (3, 5), 3)
+    world._env.instrs.desc.obj_set = [world._env.grid.get(3, 1)]
+    assert world.step("move forward").progress == 0.0
+    assert world.step("go to red ball 1").progress == 0.5  # before it
+    assert world.step("turn left").progress == 0.5  # at best
     world.reset("babyai_test/OpenRedBlueDoorsDebug-1234")  # open the red door, then open the blue door
     seen = [world.step(command).progress for command in world.solution()]
     assert seen == sorted(seen) and 0.5 in seen and seen[-1] == 1.0
