@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-WORLDS = ("alfworld", "webshop", "pddl", "babyai", "scienceworld")
+WORLDS = ("alfworld", "webshop", "pddl", "babyai", "scienceworld", "jericho")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,4 +102,8 @@ def make_world(
         from envs.scienceworld import ScienceWorld
 
         return ScienceWorld()
+    if env == "jericho":
+        from envs.jericho import Jericho
+
+        return Jericho(data=data)
     raise ValueError(f"unknown world {env!r}: expected one of {', '.join(WORLDS)}")

@@ -19,6 +19,7 @@ bytes, in sha256sum's format; a panel that does not match it is refused.
 | pddl_test-60 | 20 barman, 10 blocksworld, 20 gripper and 10 tyreworld problems, AgentBoard's numbers |
 | babyai_test-112 | AgentBoard's 28 levels of BabyAI (one exchanged, see envs/babyai.py) with its four seeds |
 | scienceworld_test-90 | three test variations of each of the 30 tasks: the first, the middle, the last |
+| jericho_test-20 | AgentBoard's 20 games; the user brings them |
 
 The official goals of WebShop are named by their place in the original's shuffle, so their panels need no data to be
 made; the others name what is wanted by its hash.
@@ -56,6 +57,7 @@ GENERATED_SHOP = {"webshop_gen_train-100": "gen_train", "webshop_gen_test-200": 
 WEBSHOP = (*OFFICIAL_SHOP, *SMALL_SHOP, *GENERATED_SHOP)
 HELD_OUT = {  # worlds that are never trained on
     "pddl": "pddl_test-60", "babyai": "babyai_test-112", "scienceworld": "scienceworld_test-90",
+    "jericho": "jericho_test-20",
 }  # fmt: skip
 NAMES = (*ALFWORLD, *WEBSHOP, *HELD_OUT.values())
 
@@ -205,8 +207,10 @@ def make_shop_panels(seed: int) -> None:
 
 def held_out_ids(env: str) -> Sequence[str]:
     """The tasks of the panel of a world that is held out; the worlds' packages are not needed for that."""
-    from envs import babyai, pddl, scienceworld
+    from envs import babyai, jericho, pddl, scienceworld
 
+    if env == "jericho":
+        return [f"jericho_test/{name}" for name in jericho.GAMES]
     if env == "scienceworld":
         return scienceworld.panel_ids()
     return pddl.ids_of("pddl_test") if env == "pddl" else babyai.ids_of("babyai_test")

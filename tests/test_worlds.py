@@ -47,7 +47,7 @@ CASES = {
     "pddl": (nothing, "pddl_easy"),
     "babyai": (needs("minigrid"), "babyai_easy"),
 }
-PROCESSES = ("scienceworld",)  # worlds of others, each in a process of its own, that have tests of their own
+PROCESSES = ("scienceworld", "jericho")  # worlds of others, each in a process of its own, that have tests of their own
 WORDS = ("chair", "bench", "red oak", "black tea")  # complete an open action
 
 
