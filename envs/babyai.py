@@ -56,9 +56,9 @@ def ids_of(split: str) -> list[str]:
 class BabyAI:
     """BabyAI's levels as a `World`.
 
-    Reward is 1.0 for a mission accomplished, however long that took. Progress is, at best, the mean over its
-    instructions: 1 for one that is done, 0.5 before a thing that is to be picked up or opened, 0 else and as long as its
-    turn has not come. Raises ImportError without minigrid.
+    Reward is 1.0 for a mission accomplished, however long that took. Progress is, at best, the mean over the mission's
+    instructions: 1 for one that is done, 0.5 before a thing that is to be picked up or opened, 0 else and as long as
+    its turn has not come. Raises ImportError without minigrid.
     """
 
     isolated = False

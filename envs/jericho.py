@@ -56,7 +56,8 @@ class Jericho:
         try:
             import jericho
         except ImportError as error:
-            raise ImportError(f"env 'jericho' needs jericho ({error}): pip install -r requirements-worlds.txt") from error
+            why = f"env 'jericho' needs jericho ({error}): pip install -r requirements-worlds.txt"
+            raise ImportError(why) from error
         given = data or os.environ.get("JERICHO_GAMES")
         files = sorted(Path(given).expanduser().glob("*.z[1-8]")) if given else []
         if not files:
@@ -79,8 +80,8 @@ class Jericho:
         """Start a game. ValueError for an unknown id or a file that jericho does not support."""
         split, _, name = task_id.partition("/")
         if split not in SPLITS or task_id not in self.tasks(split):
-            raise ValueError(f"unknown task {task_id!r}: expected jericho_test/<game> or jericho_all/<game> with a game "
-                             f"of {', '.join(sorted(self._files))}")
+            raise ValueError(f"unknown task {task_id!r}: expected jericho_test/<game> or jericho_all/<game>, where "
+                             f"<game> is one of {', '.join(sorted(self._files))}")
         import jericho
 
         jericho.util.extract_objs = words_of
