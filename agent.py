@@ -43,7 +43,8 @@ class PlayArgs:
     env: str = "alfworld"
     """World."""
     data: str | None = None
-    """The world's data (default: $ALFWORLD_DATA or $WEBSHOP_DATA; what is generated where it is not set)."""
+    """The world's data (default: $ALFWORLD_DATA, $WEBSHOP_DATA or $JERICHO_GAMES; what is generated where it is not
+    set)."""
     engine: Literal["ours", "textworld"] = "ours"
     """Engine of ALFWorld; textworld is the slow reference."""
     mode: Literal["text", "text_rich"] = "text"

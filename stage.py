@@ -33,7 +33,7 @@ class StageError(Exception):
 
 
 def run_main(main, args) -> None:
-    """Runs a stage's main(args); a StageError, ValueError or missing file becomes one clear line and exit status 2.
+    """Runs a stage's main(args); a StageError, ValueError, missing file or package becomes one line and exit status 2.
 
     Compiled programs are kept under runs/.compiled, because every stage of every round needs the same few.
     """
@@ -43,7 +43,7 @@ def run_main(main, args) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     try:
         main(args)
-    except (StageError, ValueError, FileNotFoundError) as error:
+    except (StageError, ValueError, FileNotFoundError, ImportError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-WORLDS = ("alfworld", "webshop")
+WORLDS = ("alfworld", "webshop", "pddl", "babyai", "scienceworld", "jericho")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,4 +90,20 @@ def make_world(
         from envs.webshop import WebShop
 
         return WebShop(data=data, mode=mode)
+    if env == "pddl":
+        from envs.pddl import Pddl
+
+        return Pddl()
+    if env == "babyai":
+        from envs.babyai import BabyAI
+
+        return BabyAI()
+    if env == "scienceworld":
+        from envs.scienceworld import ScienceWorld
+
+        return ScienceWorld()
+    if env == "jericho":
+        from envs.jericho import Jericho
+
+        return Jericho(data=data)
     raise ValueError(f"unknown world {env!r}: expected one of {', '.join(WORLDS)}")

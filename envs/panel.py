@@ -16,6 +16,10 @@ bytes, in sha256sum's format; a panel that does not match it is refused.
 | webshop_test-500 | the official test split, whole |
 | webshop_small_train-100, webshop_small_test-200 | drawn from the 1,000-product set, spread over its products |
 | webshop_gen_train-100, webshop_gen_test-200 | the same for the generated catalogue with its default seed |
+| pddl_test-60 | 20 barman, 10 blocksworld, 20 gripper and 10 tyreworld problems, AgentBoard's numbers |
+| babyai_test-112 | AgentBoard's 28 levels of BabyAI (one exchanged, see envs/babyai.py) with its four seeds |
+| scienceworld_test-90 | three test variations of each of the 30 tasks: the first, the middle, the last |
+| jericho_test-20 | AgentBoard's 20 games; the user brings them |
 
 The official goals of WebShop are named by their place in the original's shuffle, so their panels need no data to be
 made; the others name what is wanted by its hash.
@@ -51,7 +55,11 @@ OFFICIAL_SHOP = {"webshop_train-2300": "train", "webshop_eval-400": "eval", "web
 SMALL_SHOP = {"webshop_small_train-100": "small_train", "webshop_small_test-200": "small_test"}
 GENERATED_SHOP = {"webshop_gen_train-100": "gen_train", "webshop_gen_test-200": "gen_test"}
 WEBSHOP = (*OFFICIAL_SHOP, *SMALL_SHOP, *GENERATED_SHOP)
-NAMES = (*ALFWORLD, *WEBSHOP)
+HELD_OUT = {  # worlds that are never trained on
+    "pddl": "pddl_test-60", "babyai": "babyai_test-112", "scienceworld": "scienceworld_test-90",
+    "jericho": "jericho_test-20",
+}  # fmt: skip
+NAMES = (*ALFWORLD, *WEBSHOP, *HELD_OUT.values())
 
 
 def panel_path(name: str, folder: Path = PANELS) -> Path:
@@ -99,7 +107,7 @@ def default_panels(purpose: str, env: str, data: str | None) -> tuple[str, ...]:
 
     Real games (`data` or $ALFWORLD_DATA): train-600; valid_seen-140, and valid_unseen-134 where its games are there.
     Generated ones: gen_train-120; gen_valid-100 (mini_* without the alfworld wheel). WebShop: those of the catalogue in
-    `data` or $WEBSHOP_DATA, official, small or generated.
+    `data` or $WEBSHOP_DATA, official, small or generated. Worlds that are held out: evaluation only.
     """
     if env == "webshop":
         from envs.webshop_catalogue import data_folder, open_catalogue, prepare  # on demand: its packages are its own
@@ -110,8 +118,10 @@ def default_panels(purpose: str, env: str, data: str | None) -> tuple[str, ...]:
         if not found:
             raise ValueError(f"no panel belongs to a catalogue with the splits {', '.join(splits)}; give one")
         return tuple(found[0])[:1] if purpose == "train" else tuple(found[0])[-1:]
+    if env in HELD_OUT and purpose == "evaluate":
+        return (HELD_OUT[env],)
     if env != "alfworld":
-        raise ValueError(f"env {env!r} has no default panel; give one")
+        raise ValueError(f"env {env!r} has no default panel to {purpose} with; give one")
     folder = data or os.environ.get("ALFWORLD_DATA")
     if not folder:
         kind = "gen" if wheel_folder() else "mini"
@@ -195,6 +205,17 @@ def make_shop_panels(seed: int) -> None:
                 write_panel(name, draw_goals(catalogue.splits[split], split, int(name.rpartition("-")[2]), seed))
 
 
+def held_out_ids(env: str) -> Sequence[str]:
+    """The tasks of the panel of a world that is held out; the worlds' packages are not needed for that."""
+    from envs import babyai, jericho, pddl, scienceworld
+
+    if env == "jericho":
+        return [f"jericho_test/{name}" for name in jericho.GAMES]
+    if env == "scienceworld":
+        return scienceworld.panel_ids()
+    return pddl.ids_of("pddl_test") if env == "pddl" else babyai.ids_of("babyai_test")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Args:
     make: bool = False
@@ -219,7 +240,9 @@ def main(args: Args) -> None:
             if wheel_folder() or split.startswith("mini"):
                 write_panel(name, (task_id for task_id, _, _ in generate_games(args.seed, split, count)))
         make_shop_panels(args.seed)
-    for name in WEBSHOP:
+        for env, name in HELD_OUT.items():
+            write_panel(name, held_out_ids(env))
+    for name in (*WEBSHOP, *HELD_OUT.values()):
         print(f"{name}: {len(read_panel(name))} tasks, sha256 {panel_sha256(name)[:16]}")
     for name in ALFWORLD:
         task_ids = read_panel(name)

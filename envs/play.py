@@ -34,7 +34,8 @@ class Args:
     """Split that --tasks lists."""
     data: str | None = None
     """Data folder. ALFWorld: the one that holds json_2.1.1 (default: $ALFWORLD_DATA, else generated games). WebShop:
-    the one that holds items_shuffle.json, or a product file (default: $WEBSHOP_DATA, else a generated catalogue)."""
+    the one that holds items_shuffle.json, or a product file (default: $WEBSHOP_DATA, else a generated catalogue).
+    Jericho: the one with the story files (default: $JERICHO_GAMES)."""
     engine: str = "ours"
     """ALFWorld: ours, or textworld (the reference)."""
     grammar: str = "0.4"

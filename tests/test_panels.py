@@ -11,7 +11,17 @@ import pytest
 from envs import panel
 from envs.alfworld import TASK_TYPES, task_type
 from envs.generate import SEED, generate_games
-from envs.panel import ALFWORLD, NAMES, PANELS, WEBSHOP, default_panels, draw_goals, excluded_ids, read_panel
+from envs.panel import (
+    ALFWORLD,
+    HELD_OUT,
+    NAMES,
+    PANELS,
+    WEBSHOP,
+    default_panels,
+    draw_goals,
+    excluded_ids,
+    read_panel,
+)
 from envs.rooms import wheel_folder
 from envs.webshop_catalogue import open_catalogue, prepare
 from envs.webshop_generate import ensure_catalogue
@@ -43,6 +53,15 @@ def test_a_web_shop_panel_holds_as_many_sorted_ids_of_its_split_as_its_name_says
     split, _, count = name.removeprefix("webshop_").rpartition("-")
     assert len(task_ids) == int(count) == len(set(task_ids)) and task_ids == sorted(task_ids)
     assert {task_id.split("/")[0] for task_id in task_ids} == {split}
+
+
+@pytest.mark.parametrize(("env", "name"), HELD_OUT.items())
+def test_panels_of_worlds_that_are_held_out_are_what_those_have(env, name):
+    task_ids = read_panel(name)
+    assert task_ids == sorted(panel.held_out_ids(env)) and len(task_ids) == int(name.rpartition("-")[2])
+    assert default_panels("evaluate", env, None) == (name,)
+    with pytest.raises(ValueError, match=f"'{env}' has no default panel to train"):
+        default_panels("train", env, None)
 
 
 @pytest.mark.parametrize("name", COUNTS)

@@ -28,7 +28,26 @@ def hand_written_house(folder: Path) -> dict[str, str]:
     return {"data": str(folder)}
 
 
-CASES = {"alfworld": (hand_written_house, "hand"), "webshop": (write_shop, "small_test")}
+def nothing(folder: Path) -> dict[str, str]:
+    return {}
+
+
+def needs(package: str):
+    """What makes a world that needs a package: nothing where it is installed, else the case is skipped."""
+    def make(folder: Path) -> dict[str, str]:
+        pytest.importorskip(package)
+        return {}
+
+    return make
+
+
+CASES = {
+    "alfworld": (hand_written_house, "hand"),
+    "webshop": (write_shop, "small_test"),
+    "pddl": (nothing, "pddl_easy"),
+    "babyai": (needs("minigrid"), "babyai_easy"),
+}
+PROCESSES = ("scienceworld", "jericho")  # worlds of others, each in a process of its own, that have tests of their own
 WORDS = ("chair", "bench", "red oak", "black tea")  # complete an open action
 
 
@@ -64,7 +83,7 @@ def random_play(world: World, task_id: str, steps: int, seed: int = 0) -> list[t
 
 
 def test_every_world_has_a_case():
-    assert set(CASES) == set(WORLDS)
+    assert {*CASES, *PROCESSES} == set(WORLDS)
 
 
 def test_unknown_world_names_the_known_ones():
@@ -204,7 +223,7 @@ def test_shell_player_says_what_the_world_says(case, world):
     assert listed.stdout.decode().split() == list(world.tasks(split))
     task_id = world.tasks(split)[0]
     actions = [*solve(world, task_id), "look"]
-    actions[1:1] = ["nonsense \u2028 \ud800", ""]
+    actions[:0] = ["nonsense \u2028 \ud800", ""]
     done = shell(*flags, "--task", task_id, stdin="\n".join(actions))
     lines = [json.loads(line) for line in done.stdout.decode().splitlines()]
     opening = world.reset(task_id)

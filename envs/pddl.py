@@ -1,0 +1,188 @@
+"""PDDL: planning problems in words, after AgentBoard's: blocksworld, gripper, barman, tyreworld.
+
+A task is `<split>/<domain>-<number>`; its problem is drawn from that name (`envs/pddl_domains.py`) and played by the
+rules (`envs/strips.py`). The answer to an action says what has changed, to one that is impossible what is missing.
+`check valid actions` and `look` (the whole state) are always accepted.
+Left out: the turn limit (the runner's; AgentBoard's is 30), AgentBoard's own problems and wordings.
+
+Play one: python -m envs.play --env pddl --tasks --split pddl_test
+Source: AgentBoard (arXiv 2401.13178) for the choice of domains, the number of problems and the measure of progress.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from envs.base import Observation, Result
+from envs.pddl_domains import DOMAINS, Domain, Drawn
+from envs.strips import Action, Fact, Operator, Problem, find_plan
+
+PROBLEMS = 1  # goes up when the same name comes to stand for another problem
+SEED = 0
+SPLITS = {  # problems of each domain
+    "pddl_easy": dict.fromkeys(DOMAINS, 5),  # a few actions each, to begin with
+    "pddl_test": {"barman": 20, "blocksworld": 10, "gripper": 20, "tyreworld": 10},
+}
+CHECK, LOOK = "check valid actions", "look"
+
+
+@lru_cache
+def ids_of(split: str) -> tuple[str, ...]:
+    return tuple(f"{split}/{name}-{number:03d}" for name, count in SPLITS[split].items() for number in range(count))
+
+
+def listed(parts: Iterable[str]) -> str:
+    """a; a and b; a, b, and c."""
+    *parts, last = parts
+    return f"{', '.join(parts)}{',' if len(parts) > 1 else ''} and {last}" if parts else last
+
+
+class Task:
+    """A problem and its commands in words; shared by all worlds that play it."""
+
+    def __init__(self, domain: Domain, problem: Problem):
+        self.domain, self.problem = domain, problem
+        self.commands: dict[str, list[Action]] = {}  # the actions that a command stands for: one applies at most
+        for action in problem.actions:
+            self.commands.setdefault(self.command(action), []).append(action)
+        self.goal = listed(self.says(problem.facts_of(problem.goal)))
+
+    def operator(self, action: Action) -> tuple[Operator, dict[str, str]]:
+        """An action's operator and the objects that stand for its parameters."""
+        operator = next(each for each in self.domain.operators if each.name == action.name)
+        return operator, dict(zip(operator.parameters, action.objects, strict=True))
+
+    def command(self, action: Action) -> str:
+        _, named = self.operator(action)
+        return self.domain.actions[action.name].format_map({name[1:]: chosen for name, chosen in named.items()})
+
+    def says(self, facts: Iterable[Fact], ended: bool = False) -> list[str]:
+        """What facts, or their end, are called."""
+        texts = (self.domain.says.get(name, ("", ""))[ended].format(*objects) for name, *objects in facts)
+        return [text for text in texts if text]
+
+    def describe(self, state: int) -> str:
+        return f"At present {listed(self.says([*self.problem.fixed, *self.problem.facts_of(state)]))}."
+
+    def change(self, before: int, after: int) -> str:
+        new = self.says(self.problem.facts_of(after & ~before))
+        gone = self.says(self.problem.facts_of(before & ~after), ended=True)
+        return f"Now {listed(new + gone)}." if new + gone else "Nothing changes."
+
+    def refusal(self, command: str, state: int) -> str:
+        """Why a command cannot be done: the first thing that its nearest action lacks."""
+        action = min(self.commands[command], key=lambda a: (a.need & ~state | a.forbid & state).bit_count())
+        operator, named = self.operator(action)
+        facts = [tuple(named.get(word, word) for word in fact) for fact in (*operator.need, *operator.forbid)]
+        lacking = self.says(fact for fact in facts if action.need & ~state & self.problem.bits.get(fact, 0))
+        hindering = self.says(fact for fact in facts if action.forbid & state & self.problem.bits.get(fact, 0))
+        why = [f"it is not so that {text}" for text in lacking] + hindering
+        return f"You cannot {command} now{': ' + why[0] if why else ''}."
+
+
+def draw_task(task_id: str) -> tuple[Domain, Drawn]:
+    """The domain and the problem that a name stands for."""
+    split, _, name = task_id.partition("/")
+    domain = DOMAINS[name.partition("-")[0]]
+    return domain, domain.draw(np.random.default_rng([SEED, zlib.crc32(task_id.encode())]), split == "pddl_easy")
+
+
+@lru_cache(maxsize=512)
+def load_task(task_id: str) -> Task:
+    domain, (objects, start, goal) = draw_task(task_id)
+    return Task(domain, Problem(domain.types, domain.operators, objects, start, goal))
+
+
+class Pddl:
+    """The four domains as a `World`.
+
+    Reward is 1.0 when all of the goal holds, else 0.0. Progress is the largest share of the goal's facts that held at
+    once so far. Case, surplus blanks and a final period of an action do not matter.
+    """
+
+    isolated = False
+
+    def __init__(self):
+        self.facts = {"problems": PROBLEMS}
+        self._task_id, self._state, self._progress, self._done = "", 0, 0.0, False
+
+    def tasks(self, split: str) -> Sequence[str]:
+        """Sorted ids: pddl_test is what AgentBoard has (10/20/20/10 problems), pddl_easy is small."""
+        if split not in SPLITS:
+            raise ValueError(f"no split {split!r}: expected one of {', '.join(SPLITS)}")
+        return ids_of(split)
+
+    def reset(self, task_id: str) -> Observation:
+        """Start a task. ValueError for an unknown id."""
+        split = task_id.partition("/")[0]
+        if split not in SPLITS or task_id not in ids_of(split):
+            raise ValueError(f"unknown task {task_id!r}: expected <split>/<domain>-<number> with the splits "
+                             f"{', '.join(SPLITS)}; `python -m envs.play --env pddl --tasks --split SPLIT` lists ids")
+        self._task_id, task = task_id, load_task(task_id)
+        self._state, self._progress, self._done = task.problem.start, 0.0, False
+        self._look()
+        text = f"{task.domain.about}\n{task.describe(self._state)}\nYour task is to bring about that {task.goal}."
+        return Observation(text=text, task=task.goal)
+
+    def step(self, action: str) -> Result:
+        """Do one action."""
+        if not self._task_id or self._done:
+            raise RuntimeError(f"{'the task is over' if self._done else 'no task yet'}: call reset(task_id)")
+        task, before = load_task(self._task_id), self._state
+        command = " ".join(action.lower().split()).removesuffix(".")
+        valid, possible = True, [one for one in task.commands.get(command, ()) if one.applies(before)]
+        if possible:
+            self._state = possible[0].apply(before)
+            text = task.change(before, self._state)
+        elif command == LOOK:
+            text = task.describe(before)
+        elif command == CHECK:
+            text = f"You can {', '.join(self.actions())}."
+        elif command in task.commands:
+            valid, text = False, task.refusal(command, before)
+        else:
+            valid, text = False, f'That is no action here. "{CHECK}" lists what you can do.'
+        self._look()
+        return Result(observation=text, reward=float(self._done), progress=self._progress, success=self._done,
+                      done=self._done, valid=valid)
+
+    def actions(self) -> list[str]:
+        """Every command that can be done now, sorted."""
+        commands = load_task(self._need_task()).commands.items()
+        possible = [command for command, actions in commands if any(one.applies(self._state) for one in actions)]
+        return sorted([*possible, CHECK, LOOK])
+
+    def commands(self) -> list[str]:
+        """Templates of all commands of the task's domain, parameters by their type."""
+        domain = load_task(self._need_task()).domain
+        types = {
+            one.name: {name[1:]: f"{{{kind}}}" for name, kind in one.parameters.items()} for one in domain.operators
+        }
+        templates = [template.format_map(types[name]) for name, template in domain.actions.items()]
+        return [*dict.fromkeys(templates), CHECK, LOOK]
+
+    def solution(self) -> list[str]:
+        """Commands that lead from here to the goal, few but not the fewest; for scripted players and tests.
+
+        Raises ValueError where none are found: some states have no way out.
+        """
+        task = load_task(self._need_task())
+        plan = find_plan(task.problem, self._state)
+        if plan is None:
+            raise ValueError(f"no plan is found in {self._task_id} from here: {task.describe(self._state)}")
+        return [task.command(action) for action in plan]
+
+    def _need_task(self) -> str:
+        if not self._task_id:
+            raise RuntimeError("no task yet: call reset(task_id)")
+        return self._task_id
+
+    def _look(self) -> None:
+        """Takes note of how much of the goal holds."""
+        goal = load_task(self._task_id).problem.goal
+        self._progress = max(self._progress, (self._state & goal).bit_count() / goal.bit_count())
+        self._done = self._progress == 1.0
