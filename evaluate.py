@@ -60,13 +60,13 @@ def evaluate(args: Args, place: str, adapter: Path | None, number: int) -> None:
     world = world_of(args, args.perturb)()
     facts = {"panels": {p: h for p, (_, h) in tasks.items()}, "world": world.facts, "base": base_sha(args.model),
              "adapter": adapter_sha(adapter), **prompt_facts(args.prompt)}  # fmt: skip
-    stage = Stage(directory, args, facts)
-    if stage.finished:
-        return
     for ids, _ in tasks.values():
         require_tasks(world, ids)
         if args.perturb != "none":
             Perturbed(world_of(args)(), args.perturb).require_change(ids[0])
+    stage = Stage(directory, args, facts)
+    if stage.finished:
+        return
     policy = policy_of(args, args.server, directory / "replies.sqlite", adapter, args.prompt)
     path = directory / "trajectories.jsonl"
     with Writer(path) as writer:

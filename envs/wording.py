@@ -185,12 +185,15 @@ class Perturbed:
             result.observation, self._world.actions if not result.done else list))  # fmt: skip
 
     def actions(self) -> list[str]:
-        found = {action: self._wording.perturbed(action) for action in self._world.actions()}
-        for action, perturbed in found.items():
-            if perturbed is None or self._wording.original(perturbed) != action:
-                raise ValueError(f"{self._name} cannot be undone in this world: its action {action!r} becomes "
-                                 f"{perturbed!r}; expected commands that fit the world's templates")  # fmt: skip
-        return sorted(found.values())
+        return sorted(map(self._reworded, self._world.actions()))
+
+    def _reworded(self, action: str) -> str:
+        end = "x]" * action.endswith("[")  # completes an open action
+        perturbed = self._wording.perturbed(action + end)
+        if perturbed is None or self._wording.original(perturbed) != action + end or not perturbed.endswith(end):
+            raise ValueError(f"{self._name} cannot be undone in this world: its action {action + end!r} becomes "
+                             f"{perturbed!r}; choose another perturbation")  # fmt: skip
+        return perturbed.removesuffix(end)
 
     def commands(self) -> list[str]:
         self._world.commands()  # raises before the first reset

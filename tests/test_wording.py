@@ -152,6 +152,8 @@ def test_a_wording_that_changes_or_undoes_nothing_is_refused(tmp_path, monkeypat
     task_id = shop.tasks("small_test")[0]
     with pytest.raises(ValueError, match="cannot be undone.*search"):  # a call's bracket would close after the words'
         Perturbed(shop, "P5").require_change(task_id)
+    with pytest.raises(ValueError, match="P1 changes no command.*search"):
+        Perturbed(shop, "P1").require_change(task_id)
     with pytest.raises(ValueError, match="P9.*P1"):
         make_world("webshop", perturb="P9", **write_shop(tmp_path))
     assert "You can: search[{words}], click[{button}]." in TellCommands(shop).reset(task_id).text
