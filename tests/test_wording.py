@@ -130,7 +130,7 @@ def test_a_perturbed_game_is_the_same_game(games, name):
 @pytest.mark.parametrize("name", PERTURBATIONS)
 def test_a_perturbed_real_game_is_the_same_game(name):
     root = os.environ["ALFWORLD_DATA"]
-    for task_id in AlfWorld(data=root).tasks("valid_seen"):
+    for task_id in AlfWorld(data=root).tasks("valid_seen")[::7]:
         check_same_game(root, task_id, name)
 
 
