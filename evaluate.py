@@ -11,6 +11,7 @@ Writes <run>/round_<k>/evaluate/{trajectories.jsonl,scores.json}, in the place o
 What is played is in the last folder's name: evaluate (ALFWorld as it is), evaluate_P1, evaluate_webshop,
 evaluate_best_of_10. Best-of-rounds counts a task that any round so far has won: an oracle over as many attempts,
 comparable with pass@k only.
+Writes <run>/report.html at the end: all scores of the run, with trajectories to look at (report.py).
 Left out: figures and tables (scores.py).
 """
 
@@ -28,6 +29,7 @@ from envs.panel import default_panels, pick_tasks
 from envs.wording import Perturbed
 from lora.checkpoint import base_sha
 from policy import prompt_facts
+from report import write_report
 from scores import WORDINGS, directory_name, perturbation_table, perturbations, places, score, table
 from stage import Stage, StageError, adapter_of_round, adapter_sha, current_round, run_main, write_json
 from trajectory import Trajectory, Writer, fault_note, sort_file
@@ -126,6 +128,7 @@ def main(args: Args) -> None:
         found = perturbations(args.run, args.env, args.best_of)
         write_json(args.run / f"{directory_name(args.env, 'all', args.best_of)}.json", found)
         print(perturbation_table(found))
+    print(f"report -> {write_report(args.run)}")
 
 
 if __name__ == "__main__":

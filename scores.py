@@ -108,9 +108,10 @@ def places(run: Path) -> dict[str, Path]:
 
 
 def read_scores(run: Path, name: str) -> dict[str, dict[str, Any]]:
-    """{place: {panel: score}} of the finished evaluations called `name`."""
-    return {place: read_json(folder / name / "scores.json") for place, folder in places(run).items()
-            if (folder / name / "done.json").exists()}  # fmt: skip
+    """{place: {panel: score}} of the finished evaluations called `name`; progress is NaN where it was not scored yet."""
+    found = {place: read_json(folder / name / "scores.json") for place, folder in places(run).items()
+             if (folder / name / "done.json").exists()}  # fmt: skip
+    return {place: {panel: {"progress": math.nan} | s for panel, s in scores.items()} for place, scores in found.items()}
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ def table(run: Path, name: str) -> str:
             lines.append(
                 f"{panel:<24}{place:>8}{100 * s['rate']:>7.1f} {s['success']:>4}/{s['n']:<4}"
                 f"{100 * low:>8.1f}-{100 * high:<7.1f}{100 * s['reward']:>8.1f}"
-                f"{100 * s.get('progress', math.nan):>10.1f}"
+                f"{100 * s['progress']:>10.1f}"
                 + "".join(f"{100 * t['success'] / t['n'] if t['n'] else math.nan:>9.0f}" for t in shares)
                 + f"{of_rounds:>16}"
                 + (f"{100 * best['rate']:>12.1f}{100 * best['progress']:>10.1f}" if trials > 1 else "")
