@@ -98,8 +98,8 @@ def sections(run: Path) -> Iterator[str]:
 def write_report(run: Path) -> Path:
     """Writes <run>/report.html, atomically, and returns its path."""
     title = f"Evaluations of {escape(run.name)}"
-    note = ("Intervals are Wilson's. round: whose adapter (base: none; adapter: one that was given). progress: the share of "
-            "the goal reached at best. Of reward and progress 100 is all.")  # fmt: skip
+    note = ("Intervals are Wilson's. round: whose adapter (base: none; adapter: one that was given). progress: the "
+            "share of the goal reached at best. Of reward and progress, 100 is all.")  # fmt: skip
     body = "\n".join(sections(run))
     path = run / "report.html"
     temporary = path.with_name("report.html.tmp")

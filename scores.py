@@ -108,10 +108,13 @@ def places(run: Path) -> dict[str, Path]:
 
 
 def read_scores(run: Path, name: str) -> dict[str, dict[str, Any]]:
-    """{place: {panel: score}} of the finished evaluations called `name`; progress is NaN where it was not scored yet."""
-    found = {place: read_json(folder / name / "scores.json") for place, folder in places(run).items()
-             if (folder / name / "done.json").exists()}  # fmt: skip
-    return {place: {panel: {"progress": math.nan} | s for panel, s in scores.items()} for place, scores in found.items()}
+    """{place: {panel: score}} of the finished evaluations called `name`; progress is NaN where it was not scored."""
+    found = {}
+    for place, folder in places(run).items():
+        if (folder / name / "done.json").exists():
+            scores = read_json(folder / name / "scores.json")
+            found[place] = {panel: {"progress": math.nan} | s for panel, s in scores.items()}
+    return found
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
