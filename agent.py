@@ -49,6 +49,8 @@ class PlayArgs:
     """Engine of ALFWorld; textworld is the slow reference."""
     mode: Literal["text", "text_rich"] = "text"
     """How WebShop's pages are written: parts joined by [SEP], or a line each with buttons marked."""
+    tell_commands: bool = False
+    """List the world's commands at the end of the opening, for agents that do not know the world (envs/wording.py)."""
     model: Path = Path("models/tiny-alfworld")
     """Base model, of the agent and of ActRe, a Hugging Face folder."""
     weights: Literal["nf4", "fp32"] = "nf4"
@@ -93,9 +95,10 @@ def settings_of(args: PlayArgs, stage: str, number: int, compose: Compose | None
                 turn_deadline=args.turn_deadline, processes=args.processes, compose=compose)  # fmt: skip
 
 
-def world_of(args: PlayArgs) -> Callable[[], World]:
+def world_of(args: PlayArgs, perturb: str = "none") -> Callable[[], World]:
     """What makes the worlds of a stage, here or in another process."""
-    return functools.partial(make_world, args.env, data=args.data, engine=args.engine, mode=args.mode)
+    return functools.partial(make_world, args.env, data=args.data, engine=args.engine, mode=args.mode,
+                             perturb=perturb, tell_commands=args.tell_commands)  # fmt: skip
 
 
 def policy_of(args: PlayArgs, server: Server, replies: Path, adapter: Path | None, prompt: Path | None) -> Policy:

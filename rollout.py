@@ -17,9 +17,9 @@ import tyro
 
 from agent import Job, PlayArgs, play, policy_of, require_tasks, settings_of, world_of
 from envs.panel import default_panels, pick_tasks
-from evaluate import success_by_type
 from lora.checkpoint import base_sha
 from policy import prompt_facts
+from scores import success_by_type
 from stage import Stage, adapter_of_round, adapter_sha, current_round, round_directory, run_main
 from trajectory import Trajectory, Writer, fault_note, sort_file
 

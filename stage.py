@@ -115,6 +115,11 @@ def by_name(settings: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def as_json(args: Any) -> dict[str, Any]:
+    """The fields of a dataclass as config.json has them."""
+    return json.loads(json.dumps(dataclasses.asdict(args), default=str))
+
+
 class Stage:
     """`stage = Stage(directory, args, facts)`; `if stage.finished: return`; ...; `stage.finish(counts)`.
 
@@ -125,11 +130,14 @@ class Stage:
     def __init__(self, directory: Path, args: Any, facts: dict[str, Any]):
         self.directory = Path(directory)
         self.started = time.time()
-        config = {"args": json.loads(json.dumps(dataclasses.asdict(args), default=str)), "facts": facts}
+        config = {"args": as_json(args), "facts": facts}
         path = self.directory / "config.json"
         if path.exists():
             old = read_json(path)
             there, now = (by_name({"args": c.get("args", {}), "facts": c.get("facts", {})}) for c in (old, config))
+            defaults = {f.name: f.default for f in dataclasses.fields(args) if f.default is not dataclasses.MISSING}
+            # A setting that is newer than the directory had its default there.
+            there = by_name({"args": as_json(dataclasses.replace(args, **defaults))}) | there
             differing = [
                 f"{name}: there {there.get(name)!r}, now {now.get(name)!r}"
                 for name in sorted({*there, *now})

@@ -17,8 +17,8 @@ import tyro
 from agent import Compose, Job, Play, play
 from envs.base import make_world
 from envs.panel import pick_tasks
-from evaluate import wilson
 from policy import LocalPolicy
+from scores import wilson
 from stage import adapter_of_round, run_main
 from trajectory import Trajectory
 

@@ -35,6 +35,14 @@ _HELP = """Available commands:
   slice (object) with (object):     slice an object using a sharp object
 """
 
+_COMMANDS = (
+    "go to {receptacle}", "open {receptacle}", "close {receptacle}", "take {object} from {receptacle}",
+    "move {object} to {receptacle}", "clean {object} with {receptacle}", "heat {object} with {receptacle}",
+    "cool {object} with {receptacle}", "use {object}", "slice {object} with {object}", "examine {something}",
+    "look", "inventory", "help",
+)  # fmt: skip
+COMMANDS = {"0.4": _COMMANDS, "0.3": tuple(c.replace("move {object} to", "put {object} in/on") for c in _COMMANDS[:-1])}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:

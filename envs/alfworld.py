@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from envs.alfred import GRAMMARS, NOTHING, Game
+from envs.alfred import COMMANDS, GRAMMARS, NOTHING, Game
 from envs.base import Observation, Result
 
 ENGINES = ("ours", "textworld")
@@ -112,6 +112,12 @@ class AlfWorld:
         if self._game is None:
             raise RuntimeError("no game yet: call reset(task_id)")
         return self._game.actions()
+
+    def commands(self) -> list[str]:
+        """Templates of the grammar's commands; `help` is none in grammar 0.3."""
+        if self._game is None:
+            raise RuntimeError("no game yet: call reset(task_id)")
+        return list(COMMANDS[self.grammar])
 
     def _root_of(self, split: str) -> Path:
         if split.startswith(("gen_", "mini_")) and not (self._root / split).is_dir():

@@ -66,6 +66,11 @@ class World(Protocol):
         that words and a closing bracket make of it. Raises RuntimeError before the first reset."""
         ...
 
+    def commands(self) -> list[str]:
+        """Templates of all that can be done in this task, here or elsewhere, in the world's wording and in a natural
+        order: "take {object} from {receptacle}". Every action fits one. Raises RuntimeError before the first reset."""
+        ...
+
 
 def check_stamp(folder: Path, name: str, wanted: Any) -> None:
     """Raises ValueError unless generated data says, in its file `name`, that it was made as it is wanted."""
@@ -75,13 +80,22 @@ def check_stamp(folder: Path, name: str, wanted: Any) -> None:
         raise ValueError(f"{folder} holds {found}, expected {wanted}: delete it or choose another folder")
 
 
-def make_world(
-    env: str, *, data: str | None = None, engine: str = "ours", grammar: str = "0.4", mode: str = "text"
-) -> World:
-    """Make the world called `env`; `data`, `engine`, `grammar` (ALFWorld) and `mode` (WebShop) mean what it says.
+def make_world(env: str, *, perturb: str = "none", tell_commands: bool = False, **how: str | None) -> World:
+    """Make the world called `env` (see plain_world for `how`), perturbed or with its commands told (envs/wording.py).
 
     Raises ValueError for an unknown name, FileNotFoundError where the world's data is missing.
     """
+    from envs.wording import Perturbed, TellCommands
+
+    world = plain_world(env, **how)
+    world = world if perturb == "none" else Perturbed(world, perturb)
+    return TellCommands(world) if tell_commands else world
+
+
+def plain_world(
+    env: str, *, data: str | None = None, engine: str = "ours", grammar: str = "0.4", mode: str = "text"
+) -> World:
+    """The world as it is; `data`, `engine`, `grammar` (ALFWorld) and `mode` (WebShop) mean what it says."""
     if env == "alfworld":
         from envs.alfworld import AlfWorld  # on demand: one world must not need another's packages
 

@@ -42,6 +42,10 @@ class Args:
     """ALFWorld: wording of alfworld 0.4 or 0.3."""
     mode: str = "text"
     """WebShop: text (parts joined by [SEP]) or text_rich (a line each, buttons marked)."""
+    perturb: str = "none"
+    """Wording of the commands: none (the world's own) or one of P1 to P5 (envs/wording.py)."""
+    tell_commands: bool = False
+    """List the commands at the end of the opening."""
 
 
 def say(**fields: object) -> None:
@@ -66,8 +70,8 @@ def main(args: Args) -> int:
     try:
         if args.list_tasks == bool(args.task):
             raise ValueError("expected either --task ID (play it) or --tasks (list the ids of --split)")
-        world = make_world(args.env, data=args.data, engine=args.engine, grammar=args.grammar,
-                           mode=args.mode)
+        world = make_world(args.env, data=args.data, engine=args.engine, grammar=args.grammar, mode=args.mode,
+                           perturb=args.perturb, tell_commands=args.tell_commands)
         if args.list_tasks:
             print("\n".join(world.tasks(args.split)), flush=True)
         else:

@@ -131,6 +131,12 @@ class WebShop:
         clicks = [click for click in clicks if parse(click) == ("click", click[6:-1])]  # some names cannot be said
         return sorted([*clicks, OPEN] if found["has_search_bar"] else clicks)
 
+    def commands(self) -> list[str]:
+        """What does something; `think[...]`, which does nothing, is not told."""
+        if self._goal is None:
+            raise RuntimeError("no task yet: call reset(task_id)")
+        return ["search[{words}]", "click[{button}]"]
+
     def available(self) -> dict:
         """What the original calls the available actions: {"has_search_bar": bool, "clickables": [...]} in its order."""
         nodes = list(self._nodes())

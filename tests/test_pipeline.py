@@ -19,6 +19,7 @@ import evaluate
 import rollout
 import train_pg
 from policy import load_tokenizer
+from scores import directory_name
 from stage import StageError, read_json, round_directory
 from tests.helpers import write_tiny_model
 from trajectory import read_trajectories, to_line
@@ -242,6 +243,40 @@ def test_two_processes_train_as_one_does(unbroken, tmp_path):
     assert "train_pg round 0" in printed[0] and "train_pg round 0" not in printed[1]
 
 
+def test_six_wordings_are_played_scored_and_resumed(unbroken, tmp_path, capsys):
+    """Of an adapter that another run trained; what was played in a wording says so in its texts."""
+    adapter = round_directory(unbroken, 0) / "train_pg/adapter"
+    args = evaluate.Args(run=tmp_path, adapter=adapter, limit=2, perturb="all", best_of=2, temperature=1.0,
+                         tell_commands=True, slots=8, context=1024, max_turns=3)  # fmt: skip
+    evaluate.main(args)
+    (panel,) = (found := read_json(tmp_path / "evaluate_all_best_of_2.json")["adapter"])
+    assert list(found[panel]["success"]) == ["none", "P1", "P2", "P3", "P4", "P5", "mean", "std"]
+    for name, word in {"none": "go to {receptacle}", "P2": "move to {receptacle}", "P4": "desk1"}.items():
+        folder = tmp_path / "adapter" / directory_name("alfworld", name, 2)
+        rows = list(read_trajectories(folder / "trajectories.jsonl"))
+        assert len(rows) == len({row.key for row in rows}) == 4 and {row.trial for row in rows} == {0, 1}
+        assert all("You can: " in row.first_observation for row in rows)
+        assert any(word in row.first_observation for row in rows)
+        score = read_json(folder / "scores.json")[panel]
+        assert (score["n"], score["best_of"]["n"], score["best_of"]["trials"]) == (4, 2, 2)
+        assert score["best_of"]["rate"] >= score["rate"] and score["best_of"]["progress"] >= score["progress"]
+        assert score["world"].get("perturbation", "none") == name
+    folder = tmp_path / "adapter/evaluate_P4_best_of_2"  # killed after three of four
+    whole = (folder / "trajectories.jsonl").read_bytes()
+    (folder / "trajectories.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:3]) + b'{"schema":1,"env')
+    (folder / "done.json").unlink()
+    capsys.readouterr()
+    evaluate.main(args)
+    assert (folder / "trajectories.jsonl").read_bytes() == whole
+    assert capsys.readouterr().out.count("finished already") == 5
+    with pytest.raises(StageError, match="temperature 0"):
+        evaluate.main(evaluate.Args(run=tmp_path, base=True, best_of=2))
+    with pytest.raises(StageError, match="no adapter"):
+        evaluate.main(evaluate.Args(run=tmp_path, adapter=tmp_path))
+    with pytest.raises(StageError, match="more than one"):
+        evaluate.main(evaluate.Args(run=tmp_path, adapter=adapter, base=True))
+
+
 def test_webshop_goes_through_the_stages(tmp_path, monkeypatch):
     """A model that writes garbage buys nothing; the shop takes sampled actions; the score names the shop."""
     monkeypatch.delenv("WEBSHOP_DATA", raising=False)
@@ -258,6 +293,6 @@ def test_webshop_goes_through_the_stages(tmp_path, monkeypatch):
     assert len(composed) == 3 and all(turn.valid and turn.action_by == "sampled" for turn in turns)
     assert any(turn.action.startswith("search[") for turn in turns)
     evaluate.main(evaluate.Args(base=True, limit=2, max_new_tokens=4, **small))
-    (panel,) = read_json(run / "base/evaluate/scores.json").values()
+    (panel,) = read_json(run / "base/evaluate_webshop/scores.json").values()
     assert (panel["n"], panel["success"], panel["types"]) == (2, 0, {})
     assert panel["world"]["nouns"] and panel["world"]["products"] == 1000

@@ -44,6 +44,17 @@ def test_config_comes_first_and_done_last(tmp_path):
     assert Stage(directory, Args(), {"panel": "abc"}).finished
 
 
+def test_a_setting_that_is_newer_than_the_directory_had_its_default(tmp_path):
+    stage = Stage(tmp_path, Args(), {})
+    config = read_json(tmp_path / "config.json")
+    del config["args"]["seed"], config["args"]["server"]["model"]
+    write_json(tmp_path / "config.json", config)
+    stage.finish({})
+    assert Stage(tmp_path, Args(), {}).finished
+    with pytest.raises(StageError, match=r"args\.seed: there 0, now 1.*args\.server\.model: there 'a', now 'b'"):
+        Stage(tmp_path, Args(seed=1, server=Server(model="b")), {})
+
+
 def test_other_settings_are_refused_by_name_and_nothing_is_replaced(tmp_path):
     Stage(tmp_path, Args(), {"panel": "abc"})
     before = (tmp_path / "config.json").read_bytes()

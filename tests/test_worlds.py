@@ -1,6 +1,7 @@
 """The contract that every world keeps (`envs/base.py`), and the shell player (`envs/play.py`) over each of them.
 
-A new world adds one line to CASES: how to make it from a temporary folder, and a split of it.
+A new world adds one line to CASES: how to make it from a temporary folder, and a split of it. ALFWorld is a case under
+each perturbation of its wording too (`envs/wording.py`).
 """
 
 import inspect
@@ -17,6 +18,7 @@ from hand_game import GOALS, write_game
 from hand_shop import write_shop
 
 from envs.base import WORLDS, Observation, Result, World, make_world
+from envs.wording import PERTURBATIONS, form, numbered
 
 ROOT = Path(__file__).parents[1]
 BAD_TEXTS = ["", " ", "\n", "\x00", "think: I look", "\u2028\u2029", "\ud800", "é" * 3, "go " * 5000, "{0}%s", "[]"]
@@ -56,12 +58,13 @@ def complete(action: str, word: str = WORDS[0]) -> str:
     return f"{action}{word}]" if action.endswith("[") else action
 
 
-@pytest.fixture(params=sorted(CASES))
+@pytest.fixture(params=[*sorted(CASES), *(f"alfworld {name}" for name in PERTURBATIONS)])
 def case(request, tmp_path, monkeypatch):
     """(environment name, keyword arguments of make_world, a split)."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    make, split = CASES[request.param]
-    return request.param, make(tmp_path), split
+    env, _, perturbation = request.param.partition(" ")
+    make, split = CASES[env]
+    return env, make(tmp_path) | ({"perturb": perturbation} if perturbation else {}), split
 
 
 @pytest.fixture
@@ -92,7 +95,7 @@ def test_unknown_world_names_the_known_ones():
 
 
 def test_signatures_are_those_of_the_protocol(world):
-    for name in ("tasks", "reset", "step", "actions"):
+    for name in ("tasks", "reset", "step", "actions", "commands"):
         wanted = list(inspect.signature(getattr(World, name)).parameters)[1:]
         assert list(inspect.signature(getattr(world, name)).parameters) == wanted
 
@@ -115,7 +118,7 @@ def test_unknown_split_and_task_are_value_errors_that_name_them(case, world):
 
 
 def test_nothing_but_reset_comes_first(case, world):
-    for call in (lambda: world.step("look"), world.actions):
+    for call in (lambda: world.step("look"), world.actions, world.commands):
         with pytest.raises(RuntimeError, match="reset"):
             call()
 
@@ -137,6 +140,21 @@ def test_every_listed_action_is_accepted(case, world):
             assert copy.step(complete(action)).valid, action
         if world.step(complete(rng.choice(actions))).done:
             break
+
+
+def test_every_action_fits_a_command(case, world):
+    for task_id in world.tasks(case[2]):
+        world.reset(task_id)
+        commands = world.commands()
+        assert commands and len(set(commands)) == len(commands)
+        rng = random.Random(7)
+        for _ in range(30):
+            actions = [complete(action, rng.choice(WORDS)) for action in world.actions()]
+            for action in actions:
+                assert any(form(numbered(command)).fullmatch(action) for command in commands), action
+            if world.step(rng.choice(actions)).done:
+                break
+        assert world.commands() == commands
 
 
 @pytest.mark.parametrize("text", BAD_TEXTS)

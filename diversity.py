@@ -1,0 +1,157 @@
+"""How diverse are the thoughts in trajectories? Compares any trajectories.jsonl files: figures, clusters, a picture.
+
+    python diversity.py runs/a/refine/trajectories.jsonl runs/b/round_0/rollout/trajectories.jsonl
+    python diversity.py FILE FILE FILE --picture thoughts.svg
+
+Of each file as many thoughts are drawn as the smallest one has, because every figure here depends on that number.
+- distinct: different thoughts / all thoughts.
+- distinct_n: different n-grams of words / all n-grams (Li et al. 2016, arXiv 1510.03055).
+- clusters: all files' thoughts are put into k clusters together (k-means over TF-IDF of words and word pairs, reduced
+  to 50 dimensions): how many hold at least 1 % of the file's thoughts, and exp(entropy), their effective number.
+The picture has a panel for each file, t-SNE of the same 50 dimensions (AgentRefine shows such a projection of a text
+embedding, which it does not name). Prints a table and, as the last line, one JSON object.
+Needs scikit-learn and matplotlib: pip install -r requirements-analysis.txt.
+Left out: neural embeddings, so that nothing is downloaded; synonyms count as different words.
+
+Shapes: N thoughts of all files, K dimensions.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from stage import draw_seed, generator, run_main
+from trajectory import read_trajectories
+
+DIMENSIONS = 50
+HELD = 0.01  # share of a file's thoughts from which on it holds a cluster
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """trajectories.jsonl files to compare."""
+    thoughts: int = 2000
+    """At most so many thoughts of each file, drawn without replacement."""
+    clusters: int = 50
+    """Clusters (k) of all files' thoughts together."""
+    picture: Path = Path("runs/diversity.png")
+    """Where the picture goes; .png or .svg."""
+    seed: int = 0
+    """Of the draws, the clusters and the projection."""
+
+
+def thoughts_of(path: Path) -> list[str]:
+    """Every thought of every turn, in order. Raises ValueError where there is none."""
+    turns = (turn for trajectory in read_trajectories(path) for turn in trajectory.turns)
+    found = [thought for turn in turns for thought in turn.thought.split("\n") if thought]
+    if not found:
+        raise ValueError(f"{path} holds no thought: expected trajectories of an agent that thinks")
+    return found
+
+
+def distinct_n(thoughts: Sequence[str], n: int) -> float:
+    """Different n-grams of words, in lower case, per n-gram; 0 where there are none."""
+    grams = []
+    for thought in thoughts:
+        words = re.findall(r"\w+", thought.lower())
+        grams += zip(*(words[i:] for i in range(n)), strict=False)
+    return len(set(grams)) / max(1, len(grams))
+
+
+def vectors(thoughts: Sequence[str], seed: int) -> np.ndarray:
+    """TF-IDF of words and word pairs, reduced to K dimensions at most: [N, K] float."""
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    counts = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+").fit_transform(thoughts)
+    if min(counts.shape) <= DIMENSIONS:
+        return counts.toarray()
+    return TruncatedSVD(DIMENSIONS, random_state=seed).fit_transform(counts)
+
+
+def cluster(points_NK: np.ndarray, k: int, seed: int) -> np.ndarray:
+    """The cluster of each thought: [N] int, 0..k-1."""
+    from sklearn.cluster import KMeans
+
+    k = min(k, len(np.unique(points_NK.round(6), axis=0)))
+    return KMeans(k, n_init=4, random_state=seed).fit_predict(points_NK)
+
+
+def spread(labels: np.ndarray) -> tuple[int, float]:
+    """Clusters that hold at least HELD of the thoughts, and exp(entropy) of the shares of all."""
+    shares = np.unique(labels, return_counts=True)[1] / len(labels)
+    return int((shares >= HELD).sum()), float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def draw(points_NK: np.ndarray, names: Sequence[str], path: Path, seed: int) -> None:
+    """Writes the picture: one panel a file, as many points in each, all on the same axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from sklearn.manifold import TSNE
+
+    perplexity = min(30.0, (len(points_NK) - 1) / 3)
+    points_N2 = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points_NK)
+    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 5), sharex=True, sharey=True, squeeze=False)
+    for axis, name, own_N2 in zip(axes[0], names, np.split(points_N2, len(names)), strict=True):
+        axis.scatter(*points_N2.T, s=2, c="0.88", linewidths=0)  # all files, for the outline
+        axis.scatter(*own_N2.T, s=4, linewidths=0)
+        axis.set(title=name, xticks=[], yticks=[])
+        axis.title.set_fontsize(8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def compare(args: Args) -> tuple[dict[str, Any], np.ndarray]:
+    """The figures of all files, and their points [N, K], file by file. Raises ValueError for one without thoughts."""
+    everything = {str(path): thoughts_of(path) for path in args.files}
+    number = min(args.thoughts, *map(len, everything.values()))
+    if number < 2:
+        raise ValueError("got one thought to compare; expected two of each file at least")
+    drawn: dict[str, list[str]] = {}
+    for name, thoughts in everything.items():
+        places = generator(args.seed, "diversity", name).choice(len(thoughts), number, replace=False)
+        drawn[name] = [thoughts[place] for place in sorted(places)]
+    seed = draw_seed(args.seed, "diversity")
+    points_NK = vectors([thought for thoughts in drawn.values() for thought in thoughts], seed)
+    labels = cluster(points_NK, args.clusters, seed)
+    files = []
+    for i, (name, thoughts) in enumerate(drawn.items()):
+        held, effective = spread(labels[i * number : (i + 1) * number])
+        files.append({
+            "file": name, "thoughts": len(everything[name]), "distinct": round(len(set(thoughts)) / number, 4),
+            **{f"distinct_{n}": round(distinct_n(thoughts, n), 4) for n in (1, 2, 3)},
+            "clusters": held, "effective_clusters": round(effective, 2),
+        })  # fmt: skip
+    return {"drawn": number, "k": int(labels.max()) + 1, "files": files, "picture": str(args.picture)}, points_NK
+
+
+def main(args: Args) -> None:
+    if not args.files:
+        raise ValueError("got no file; expected trajectories.jsonl files")
+    try:
+        found, points_NK = compare(args)
+        draw(points_NK, [entry["file"] for entry in found["files"]], args.picture, draw_seed(args.seed, "diversity"))
+    except ImportError as error:
+        raise ValueError(f"{error}; run: pip install -r requirements-analysis.txt") from error
+    columns = ("thoughts", "distinct", "distinct_1", "distinct_2", "distinct_3", "clusters", "effective_clusters")
+    print(" ".join(f"{column:>11}" for column in columns) + "  file")
+    for entry in found["files"]:
+        print(" ".join(f"{entry[column]:>{max(11, len(column))}}" for column in columns) + f"  {entry['file']}")
+    print(f"each figure over {found['drawn']} drawn thoughts; clusters of k = {found['k']} -> {found['picture']}")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    run_main(main, tyro.cli(Args, description=__doc__))

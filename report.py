@@ -1,0 +1,120 @@
+"""A run's report: one HTML file with every score, its interval, and trajectories to look at. evaluate.py writes it.
+
+    python report.py --run runs/a3t          # again, from what is there
+
+Everything is in the file, so it can be sent by itself; only the links to trajectories.jsonl need the run beside it.
+Reads scores.json, trajectories.jsonl and evaluate_all*.json of evaluations that are finished; writes <run>/report.html.
+Left out: curves of training (train_pg/metrics.jsonl).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from scores import PEOPLE, perturbation_table, places, read_scores
+from stage import read_json, run_main
+from trajectory import Trajectory, react_segments, read_trajectories, text_of
+
+STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
+table { border-collapse: collapse; } th, td { padding: .2em .8em; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child, td:last-child { text-align: left; } pre { white-space: pre-wrap; background: #f6f6f6;
+padding: .8em; font-size: 13px; } summary { cursor: pointer; } .note { color: #666; }"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    run: Path = Path("runs/a3t")
+    """The run's directory."""
+
+
+def evaluations(run: Path) -> list[str]:
+    """Names of the finished evaluations of a run: evaluate, evaluate_P1, ..."""
+    return sorted({done.parent.name for folder in places(run).values() for done in folder.glob("evaluate*/done.json")})
+
+
+def cells(values: Iterable[Any], tag: str = "td") -> str:
+    return "<tr>" + "".join(f"<{tag}>{value}</{tag}>" for value in values) + "</tr>"
+
+
+def interval_bar(rate: float, low: float, high: float) -> str:
+    """A picture of a share in its interval, from 0 to 100 %."""
+    return (f'<svg width="120" height="12" role="img"><rect width="120" height="12" fill="#eee"/>'
+            f'<rect x="{120 * low:.1f}" width="{120 * (high - low):.1f}" height="12" fill="#9bd"/>'
+            f'<rect x="{120 * rate - 1:.1f}" width="2" height="12" fill="#036"/></svg>')  # fmt: skip
+
+
+def score_table(scores: dict[str, dict[str, Any]]) -> str:
+    """A row for each panel and place."""
+    head = ("panel", "round", "success %", "", "95 % interval", "n", "reward", "progress", "best of trials", "turns",
+            "invalid %", "ends")  # fmt: skip
+    rows = [cells(head, "th")]
+    for panel in sorted({panel for by_panel in scores.values() for panel in by_panel}):
+        for place, s in ((place, by_panel[panel]) for place, by_panel in scores.items() if panel in by_panel):
+            low, high = s["wilson95"]
+            best = s.get("best_of")
+            rows.append(cells((
+                escape(panel), place, f"{100 * s['rate']:.1f}", interval_bar(s["rate"], low, high),
+                f"{100 * low:.1f} to {100 * high:.1f}", s["n"], f"{100 * s['reward']:.1f}",
+                f"{100 * s['progress']:.1f}", f"{100 * best['rate']:.1f} (of {best['trials']})" if best else "-",
+                s["mean_turns"], f"{100 * s['invalid_action_rate']:.1f}",
+                ", ".join(f"{end} {count}" for end, count in sorted(s["ends"].items())),
+            )))  # fmt: skip
+    return f"<table>{''.join(rows)}</table>"
+
+
+def examples(path: Path) -> list[Trajectory]:
+    """The first trajectory that was won, and the first that was not."""
+    found: dict[bool, Trajectory] = {}
+    for trajectory in read_trajectories(path):
+        found.setdefault(trajectory.success, trajectory)
+    return [found[won] for won in (True, False) if won in found]
+
+
+def sections(run: Path) -> Iterator[str]:
+    for name in evaluations(run):
+        scores = read_scores(run, name)
+        yield f"<h2>{escape(name)}</h2>{score_table(scores)}"
+        if name.startswith("evaluate_webshop"):
+            yield f'<p class="note">{escape(PEOPLE)}</p>'
+        for place in scores:
+            path = places(run)[place] / name / "trajectories.jsonl"
+            link = escape(os.path.relpath(path, run))
+            yield f'<p>round {place}: <a href="{link}">{link}</a></p>'
+            for example in examples(path):
+                title = f"{example.task_id}, trial {example.trial}: {example.task} ({example.end})"
+                text = text_of(react_segments(example))
+                yield f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
+    for path in sorted(run.glob("evaluate*_all*.json")):
+        yield f"<h2>{escape(path.stem)}</h2><pre>{escape(perturbation_table(read_json(path)))}</pre>"
+
+
+def write_report(run: Path) -> Path:
+    """Writes <run>/report.html, atomically, and returns its path."""
+    title = f"Evaluations of {escape(run.name)}"
+    note = ("Intervals are Wilson's. round: whose adapter (base: none; adapter: one that was given). progress: the "
+            "share of the goal reached at best. Of reward and progress, 100 is all.")  # fmt: skip
+    body = "\n".join(sections(run))
+    path = run / "report.html"
+    temporary = path.with_name("report.html.tmp")
+    temporary.write_text(
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>\n'
+        f'<h1>{title}</h1>\n<p class="note">{note}</p>\n{body}\n</html>\n', errors="replace")  # fmt: skip
+    os.replace(temporary, path)
+    return path
+
+
+def main(args: Args) -> None:
+    if not evaluations(args.run):
+        raise ValueError(f"{args.run} holds no finished evaluation; run: python evaluate.py --run {args.run}")
+    print(f"report -> {write_report(args.run)}")
+
+
+if __name__ == "__main__":
+    run_main(main, tyro.cli(Args, description=__doc__))

@@ -1,0 +1,188 @@
+"""Figures of played trajectories, and the tables that evaluate.py prints of them.
+
+`score` makes one entry of a scores.json: success with its interval, reward, progress, by type, best of several trials.
+The tables read scores.json files only, those of the base, of a given adapter and of every round of a run.
+Left out: who plays (evaluate.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from envs.alfworld import TASK_TYPES, task_type
+from envs.wording import PERTURBATIONS
+from stage import current_round, read_json, round_directory
+from trajectory import FAULTS, Trajectory
+
+SHORT = dict(zip(TASK_TYPES, ("Pick", "Clean", "Heat", "Cool", "Examine", "PickTwo"), strict=True))
+WORDINGS = ("none", *PERTURBATIONS)
+PEOPLE = "people on WebShop's official test (arXiv 2207.01206): average reward 75.5, success 50.0; experts 82.1, 59.6"
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def wilson(won: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share. Source: Wilson (1927)."""
+    if n == 0:
+        return 0.0, 1.0
+    share, width = won / n, z * z / n
+    middle = (share + width / 2) / (1 + width)
+    half = z * math.sqrt(share * (1 - share) / n + width / (4 * n)) / (1 + width)
+    return middle - half, middle + half
+
+
+def success_by_type(trajectories: Sequence[Trajectory]) -> dict[str, dict[str, int]]:
+    """{"Pick": {"success": 3, "n": 5}, ...} over ALFWorld's six task types; other worlds have none."""
+    if any(trajectory.env != "alfworld" for trajectory in trajectories):
+        return {}
+    by_type = {name: {"success": 0, "n": 0} for name in SHORT.values()}
+    for trajectory in trajectories:
+        counts = by_type[SHORT[task_type(trajectory.task_id)]]
+        counts["success"] += trajectory.success
+        counts["n"] += 1
+    return by_type
+
+
+def mean(numbers: Iterable[float]) -> float:
+    """Rounded to four places; 0 of nothing."""
+    numbers = list(numbers)
+    return round(sum(numbers) / max(1, len(numbers)), 4)
+
+
+def score(trajectories: Sequence[Trajectory], trials: int = 1) -> dict[str, Any]:
+    """Means over single attempts, `trials` of each task: success, its interval, reward, progress, turns, invalid
+    actions; by type; how attempts ended; and, of several trials, `best_of`. Faults are counted, never scored.
+
+    The interval is that of one attempt at each task: several at the same task are not independent.
+    """
+    rows = [t for t in trajectories if t.end not in FAULTS]
+    by_task = defaultdict(list)
+    for row in rows:
+        by_task[row.task_id].append(row)
+    rate, tasks = mean(t.success for t in rows), len(by_task)
+    turns = [turn for t in rows for turn in t.turns]
+    scores = {
+        "success": sum(t.success for t in rows), "n": len(rows), "rate": rate,
+        "wilson95": [round(x, 4) for x in wilson(rate * tasks, tasks)], "types": success_by_type(rows),
+        "reward": mean(t.reward for t in rows), "progress": mean(t.progress for t in rows),
+        "mean_turns": round(len(turns) / max(1, len(rows)), 2),
+        "invalid_action_rate": mean(not turn.valid for turn in turns),
+        "ends": dict(Counter(t.end for t in trajectories)),
+        "won_tasks": sorted({t.task_id for t in rows if t.success}),
+    }  # fmt: skip
+    return scores if trials == 1 else scores | {"best_of": best_of(list(by_task.values()), trials)}
+
+
+def best_of(tasks: Sequence[Sequence[Trajectory]], trials: int) -> dict[str, Any]:
+    """Any success and the largest progress in so many trials (AgentRefine, best of N), over the tasks that have all of
+    them: one that lost a trial to a fault had fewer chances."""
+    whole = [rows for rows in tasks if len(rows) == trials]
+    won = sum(any(t.success for t in rows) for rows in whole)
+    return {
+        "trials": trials, "success": won, "n": len(whole), "rate": round(won / max(1, len(whole)), 4),
+        "wilson95": [round(x, 4) for x in wilson(won, len(whole))],
+        "progress": mean(max(t.progress for t in rows) for rows in whole),
+    }  # fmt: skip
+
+
+# ---- where scores lie ------------------------------------------------------------------------------------------------
+
+
+def directory_name(env: str, perturb: str, trials: int) -> str:
+    """Of an evaluation: evaluate (ALFWorld as it is), evaluate_P1, evaluate_babyai, evaluate_babyai_best_of_10, ..."""
+    parts = [env] * (env != "alfworld") + [perturb] * (perturb != "none") + [f"best_of_{trials}"] * (trials > 1)
+    return "_".join(["evaluate", *parts])
+
+
+def places(run: Path) -> dict[str, Path]:
+    """Whose scores a run may have: the base, an adapter that was given, and every trained round."""
+    found = {"base": run / "base", "adapter": run / "adapter"}
+    return found | {str(number): round_directory(run, number) for number in range(current_round(run))}
+
+
+def read_scores(run: Path, name: str) -> dict[str, dict[str, Any]]:
+    """{place: {panel: score}} of the finished evaluations called `name`; progress is NaN where it was not scored."""
+    found = {}
+    for place, folder in places(run).items():
+        if (folder / name / "done.json").exists():
+            scores = read_json(folder / name / "scores.json")
+            found[place] = {panel: {"progress": math.nan} | s for panel, s in scores.items()}
+    return found
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def table(run: Path, name: str) -> str:
+    """One line per panel and place, best of rounds beside it; best of the trials where there are several."""
+    scores = read_scores(run, name)
+    entries = [s for by_panel in scores.values() for s in by_panel.values()]
+    types = [short for short in SHORT.values() if any(s["types"] for s in entries)]
+    trials = max((s["best_of"]["trials"] for s in entries if "best_of" in s), default=1)
+    header = f"{'panel':<24}{'round':>8}{'success':>16}{'95 % interval':>16}{'reward':>8}{'progress':>10}"
+    header += "".join(f"{short:>9}" for short in types) + f"{'best of rounds':>16}"
+    header += f"{f'best of {trials}':>12}{'progress':>10}" if trials > 1 else ""
+    lines = [f"{header}{'turns':>7}{'invalid':>9}  ends"]
+    for panel in sorted({panel for by_panel in scores.values() for panel in by_panel}):
+        solved: set[str] = set()
+        rounds = 0
+        for place, by_panel in scores.items():
+            if (s := by_panel.get(panel)) is None:
+                continue
+            best = s.get("best_of", s)
+            of_rounds = "-"
+            if place.isdecimal():
+                solved |= set(s["won_tasks"])
+                rounds += 1
+                of_rounds = f"{100 * len(solved) / max(1, best['n']):.1f} (k={rounds})"
+            low, high = s["wilson95"]
+            shares = (s["types"].get(short, {"n": 0}) for short in types)
+            lines.append(
+                f"{panel:<24}{place:>8}{100 * s['rate']:>7.1f} {s['success']:>4}/{s['n']:<4}"
+                f"{100 * low:>8.1f}-{100 * high:<7.1f}{100 * s['reward']:>8.1f}"
+                f"{100 * s['progress']:>10.1f}"
+                + "".join(f"{100 * t['success'] / t['n'] if t['n'] else math.nan:>9.0f}" for t in shares)
+                + f"{of_rounds:>16}"
+                + (f"{100 * best['rate']:>12.1f}{100 * best['progress']:>10.1f}" if trials > 1 else "")
+                + f"{s['mean_turns']:>7.1f}{100 * s['invalid_action_rate']:>8.1f}%  "
+                + " ".join(f"{end}:{count}" for end, count in sorted(s["ends"].items()))
+            )
+    lines += ["best of rounds: an oracle over the policies so far (best-of-k), not one policy's score"]
+    lines += [f"best of {trials}: any success, most progress in {trials} attempts"] if trials > 1 else []
+    return "\n".join(lines + ([PEOPLE] if name.startswith("evaluate_webshop") else []))
+
+
+def perturbations(run: Path, env: str, trials: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """{place: {panel: {"success": {"none": %, "P1": %, ..., "mean", "std"}, "progress": ...}}} where all six wordings
+    were played: mean and population standard deviation over them, as AgentRefine's table has."""
+    by_wording = {name: read_scores(run, directory_name(env, name, trials)) for name in WORDINGS}
+    found = {}
+    for place in places(run):
+        if all(place in scores for scores in by_wording.values()):
+            panels = set.intersection(*(set(scores[place]) for scores in by_wording.values()))
+            found[place] = {panel: {} for panel in sorted(panels)}
+            for panel, measure in itertools.product(found[place], ("success", "progress")):
+                key = "rate" if measure == "success" else measure
+                percents = {name: 100 * scores[place][panel][key] for name, scores in by_wording.items()}
+                spread = {"mean": statistics.mean(percents.values()), "std": statistics.pstdev(percents.values())}
+                found[place][panel][measure] = {name: round(x, 2) for name, x in (percents | spread).items()}
+    return found
+
+
+def perturbation_table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Of what `perturbations` found: a line for success and one for progress, for each panel and place."""
+    columns = ("original", *PERTURBATIONS, "mean", "std")
+    lines = [f"{'panel':<24}{'round':>8}{'in %':>10}" + "".join(f"{column:>9}" for column in columns)]
+    for place, panels in found.items():
+        for panel, measures in panels.items():
+            for measure, numbers in measures.items():
+                values = "".join(f"{number:>9.1f}" for number in list(numbers.values())[:-1])
+                lines.append(f"{panel:<24}{place:>8}{measure:>10}{values}{numbers['std']:>9.2f}")
+    return "\n".join([*lines, "mean and population standard deviation are over the six wordings (envs/wording.py)"])
