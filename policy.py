@@ -208,10 +208,11 @@ class ScriptedPolicy:
 
 
 class DemonstratorScript:
-    """The demonstrator behind the session's text: it reads what an agent reads and writes what an agent writes."""
+    """A world's demonstrator behind the session's text: it reads what an agent reads and writes what an agent writes.
+    `player` makes it of the opening: ALFWorld's, or envs.webshop_demonstrator.Demonstrator (in the mode "text")."""
 
-    def __init__(self, opening: str, places: dict | None = None):
-        self._player = Demonstrator(opening, places)
+    def __init__(self, opening: str, player: Callable = Demonstrator):
+        self._player = player(opening.removeprefix("Observation: ").split("\n")[0])
         self._action: str | None = None  # decided, its thought already said
         self._last = ""  # the action in the session's text that waits for its observation
 

@@ -164,8 +164,10 @@ class ServerPolicy:
                 choice = reply.choices[0]
                 text = choice.text if "prompt" in request else choice.message.content
                 usage = reply.usage
-                return {"text": text or "", "prompt_tokens": usage.prompt_tokens if usage else 0,
+                came = {"text": text or "", "prompt_tokens": usage.prompt_tokens if usage else 0,
                         "completion_tokens": usage.completion_tokens if usage else 0}  # fmt: skip
+                cached = getattr(usage and usage.prompt_tokens_details, "cached_tokens", None)
+                return came if cached is None else came | {"cached_tokens": cached}  # few servers say it
             except (*UNREADABLE, self._openai.APIResponseValidationError):
                 if attempt == retries:
                     raise
@@ -202,8 +204,8 @@ class ServerPolicy:
         with self._cache:
             self._cache.execute("INSERT OR IGNORE INTO replies VALUES (?, ?)", (key, json.dumps(came)))
         self.counts["requests"] += 1
-        self.counts["prompt_tokens"] += came["prompt_tokens"]
-        self.counts["completion_tokens"] += came["completion_tokens"]
+        for name in came.keys() - {"text"}:
+            self.counts[name] = self.counts.get(name, 0) + came[name]
         return self._finish(session, came)
 
     def _finish(self, session: int, reply: dict) -> None:

@@ -1,5 +1,6 @@
 """The play loop with scripted policies on generated games: the sampling rule, faults, and independence of order."""
 
+import functools
 import itertools
 import time
 from collections import Counter
@@ -9,10 +10,13 @@ import pytest
 
 from agent import Rates, play, require_tasks
 from attempt import MAX_THOUGHTS, Compose, Job, Play, sample_action, template_reason
+from envs import webshop_demonstrator
 from envs.alfworld import AlfWorld
 from envs.generate import family
+from envs.webshop import WebShop
+from envs.webshop_generate import ensure_catalogue
 from policy import DemonstratorScript, ReplayScript, ScriptedPolicy
-from prompts.make import examples
+from prompts.make import SHOWN, examples
 from stage import generator
 from tests.rooms import TASK, Room
 
@@ -286,6 +290,23 @@ def test_missing_tasks_are_named():
         require_tasks(Room(), ["gen_train/no"])
 
 
-def test_prompts_are_what_the_demonstrator_plays():
-    for role, text in examples().items():
-        assert (Path(__file__).parent.parent / f"prompts/alfworld_{role}.txt").read_text() == text
+@pytest.mark.parametrize("env", SHOWN)
+def test_prompts_are_what_the_demonstrator_plays(env, monkeypatch):
+    monkeypatch.setenv("WEBSHOP_DATA", "/nowhere")  # whatever data is at hand, examples are of what is generated
+    for role, text in examples(env).items():
+        assert (Path(__file__).parent.parent / f"prompts/{env}_{role}.txt").read_text() == text
+
+
+def test_the_customer_buys_through_the_session_text(tmp_path):
+    """Composed, too: it goes on after sampled actions that it reads in the session, and every turn has a thought."""
+    shop, done = str(ensure_catalogue(tmp_path / "shop")), []
+    tasks = WebShop(shop).tasks("gen_demo")[::150]
+    compose = Compose(probability=0.2, reason="template")
+    policy = ScriptedPolicy(functools.partial(DemonstratorScript, player=webshop_demonstrator.Demonstrator))
+    for rule in (None, compose):
+        how = settings(compose=rule, max_turns=40)
+        play([Job(task, 0) for task in tasks], how, lambda: WebShop(shop), policy, None, lambda t: done.append(t) or ())
+    alone, displaced = done[: len(tasks)], done[len(tasks) :]
+    assert sum(t.success for t in alone) >= 10 and all(t.end in ("success", "finished") for t in done)
+    assert any(turn.action_by == "sampled" for t in displaced for turn in t.turns)
+    assert all(turn.thought and turn.valid for t in done for turn in t.turns)

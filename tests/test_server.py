@@ -29,10 +29,12 @@ from trajectory import read_trajectories
 ROOT = Path(__file__).parent.parent
 
 
-def completion(text, tokens=3) -> bytes:
-    """A chat reply and a completion in one."""
+def completion(text, tokens=3, **details) -> bytes:
+    """A chat reply and a completion in one; `details` are the usage's of the prompt's tokens."""
     choice = {"index": 0, "finish_reason": "stop", "text": text, "message": {"role": "assistant", "content": text}}
     usage = {"prompt_tokens": 10, "completion_tokens": tokens, "total_tokens": 10 + tokens}
+    if details:
+        usage["prompt_tokens_details"] = details
     reply = {"id": "x", "object": "x", "created": 0, "model": "m", "choices": [choice], "usage": usage}
     return json.dumps(reply).encode()
 
@@ -186,6 +188,20 @@ def test_a_request_is_paid_once_and_told_apart_by_seed_and_prompt(server, tmp_pa
     line_of(with_prompt)
     assert server.requests[2]["prompt"] == "An example.\n\nObservation: a room.\nAction:"
     assert server.requests[2]["stop"] == "\n" and server.requests[2]["path"] == "/v1/completions"
+
+
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_what_the_server_had_in_its_cache_is_counted_where_it_says_so(server, tmp_path, api):
+    said = [completion("x"), completion("x", audio_tokens=0), completion("x", cached_tokens=0),
+            completion("x", cached_tokens=7)]  # fmt: skip
+    server.answers = said
+    policy, counts = policy_of(server, tmp_path, api=api), []
+    for seed in range(len(said)):
+        line_of(policy, seed=seed)
+        counts.append(policy.counts.get("cached_tokens"))
+    assert counts == [None, None, 0, 7] and policy.counts["prompt_tokens"] == 40
+    line_of(policy, seed=3)  # known, and asked of nobody
+    assert policy.counts["cached_tokens"] == 7
 
 
 def test_a_session_closed_before_its_reply_comes_leaves_the_reply_for_later(server, tmp_path):
