@@ -62,13 +62,11 @@ def evaluate(args: Args, place: str, adapter: Path | None, number: int) -> None:
     world = world_of(args, args.perturb)()
     facts = {"panels": {p: h for p, (_, h) in tasks.items()}, "world": world.facts, "base": base_sha(args.model),
              "adapter": adapter_sha(adapter), **prompt_facts(args.prompt)}  # fmt: skip
-    for ids, _ in tasks.values():
-        require_tasks(world, ids)
-        if args.perturb != "none":
-            Perturbed(world_of(args)(), args.perturb).require_change(ids[0])
     stage = Stage(directory, args, facts)
     if stage.finished:
         return
+    for ids, _ in tasks.values():
+        require_tasks(world, ids)
     policy = policy_of(args, args.server, directory / "replies.sqlite", adapter, args.prompt)
     path = directory / "trajectories.jsonl"
     with Writer(path) as writer:
@@ -117,6 +115,9 @@ def main(args: Args) -> None:
         raise StageError(f"--best-of {args.best_of} at temperature 0 is the same attempt so many times; "
                          "give a --temperature (paper: 1)")  # fmt: skip
     wordings = WORDINGS if args.perturb == "all" else (args.perturb,)
+    panel = (args.panels or default_panels("evaluate", args.env, args.data))[0]
+    for wording in (name for name in wordings if name != "none"):  # before anything is played
+        Perturbed(world_of(args)(), wording).require_change(pick_tasks(panel, args.limit)[0])
     for place, adapter, number in policies(args):
         for wording in wordings:
             done = places(args.run)[place] / directory_name(args.env, wording, args.best_of) / "done.json"

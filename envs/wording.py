@@ -27,14 +27,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from envs.base import Observation, Result, World
 
 _PLACE = re.compile(r"\{(\w+)\}")  # a placeholder of a template
-_QUOTED = re.compile(r"[^\n,:;.'\"`]+")  # what may be a command where a text quotes one
+_QUOTED = re.compile(r"You can |[^\n,:;.'\"`]+")  # what may be a command where a text quotes or lists some
 _BRACKETED = re.compile(r"[({<].*[)}>]")  # what stands for an argument where a text explains a command
 _NAME = re.compile(r"\b([A-Za-z]+) (\d+)\b(?! steps?\b)")
 _JOINED_NAME = re.compile(r"([A-Za-z])(\d+)\b")
@@ -199,9 +199,12 @@ class Perturbed:
         self._world.commands()  # raises before the first reset
         return self._wording.commands
 
-    def require_change(self, task_id: str) -> None:
-        """Raises ValueError unless the perturbation rewords something of this task, and only what it can undo."""
-        self.reset(task_id)
-        if self.actions() == self._world.actions() and self.commands() == self._world.commands():
-            raise ValueError(f"{self._name} changes no command of {task_id}, which are "
-                             f"{', '.join(self._world.commands())}; choose another perturbation")  # fmt: skip
+    def require_change(self, task_ids: Iterable[str]) -> None:
+        """Raises ValueError unless the perturbation rewords something at the start of one of these tasks, or where it
+        comes upon an action before that it cannot reword."""
+        for task_id in task_ids:
+            self.reset(task_id)
+            if self.actions() != self._world.actions() or self.commands() != self._world.commands():
+                return
+        raise ValueError(f"{self._name} changes no command of this world: {', '.join(self._world.commands())}; "
+                         "choose another perturbation")  # fmt: skip

@@ -72,6 +72,7 @@ def test_quoted_commands_are_told_and_prose_is_not():
         "You can go to fridge 1 soon: move to fridge 1, look.")
     assert told("P3", "Try 'take mug 1 from desk 1' or take mug 2 from desk 1.") == (
         "Try 'from desk 1 take mug 1' or take mug 2 from desk 1.")
+    assert told("P5", "You can look, go to fridge 1.") == "You can do(look), do(go to fridge 1)."
     assert told("P5", "  open (receptacle):   open a receptacle\n") == "  do(open (receptacle)):   open a receptacle\n"
     assert told("P4", "a wall 2 steps away, a mug 12, and a desk 1.") == "a wall 2 steps away, a mug12, and a desk1."
 
@@ -151,9 +152,9 @@ def test_a_wording_that_changes_or_undoes_nothing_is_refused(tmp_path, monkeypat
     shop = make_world("webshop", **write_shop(tmp_path))
     task_id = shop.tasks("small_test")[0]
     with pytest.raises(ValueError, match="cannot be undone.*search"):  # a call's bracket would close after the words'
-        Perturbed(shop, "P5").require_change(task_id)
-    with pytest.raises(ValueError, match="P1 changes no command.*search"):
-        Perturbed(shop, "P1").require_change(task_id)
+        Perturbed(shop, "P5").require_change([task_id])
+    with pytest.raises(ValueError, match="P1 changes no command of this world: search"):
+        Perturbed(shop, "P1").require_change([task_id])
     with pytest.raises(ValueError, match="P9.*P1"):
         make_world("webshop", perturb="P9", **write_shop(tmp_path))
     assert "You can: search[{words}], click[{button}]." in TellCommands(shop).reset(task_id).text
