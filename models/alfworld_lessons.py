@@ -24,7 +24,7 @@ from envs.demonstrator import Demonstrator, kind
 from envs.generate import generate_games
 from envs.panel import excluded_ids
 from stage import generator
-from trajectory import Trajectory, Turn
+from trajectory import Trajectory, Turn, actre_segments, react_segments, text_of
 
 if TYPE_CHECKING:
     from models.pretrain import Args
@@ -35,6 +35,11 @@ READING = r"((?<=[a-z])(?:\.|, and the \w+ \d+)(?= I check| is ))"  # of "I need
 # Pieces: the separators of lists, words with their leading space, their number ("mug 2" can be copied in one glance)
 # and the harness's colon or bracket, and the newline, which ends a reply and must stay a token of its own.
 SPLIT = r", (?:and )?a(?![A-Za-z])| OK\.| ?[A-Za-z]+(?: \d+)?[:\[]?| ?\d+|\n|[^\sA-Za-z\d]+|\s"
+
+
+def spellings(trajectory: Trajectory) -> list[str]:
+    """What the tokenizer is made from."""
+    return [text_of(react_segments(trajectory)), text_of(actre_segments(trajectory))]
 
 
 class Source(NamedTuple):

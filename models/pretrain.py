@@ -43,7 +43,7 @@ from lora import nf4
 from lora.convert import save_model
 from lora.mistral import Config, Mistral, token_logprobs
 from stage import generator
-from trajectory import Trajectory, actre_segments, react_segments, text_of
+from trajectory import Trajectory, actre_segments, react_segments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,8 +276,8 @@ def main(args: Args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     lessons = lessons_of(args)
     sample = list(itertools.islice(lessons.demonstrations(args), 2000))
-    tokenizer = train_tokenizer([text_of(r(t)) for t in sample for r in (react_segments, actre_segments)],
-                                args.vocabulary, lessons.SPLIT)  # fmt: skip
+    spellings = [text for trajectory in sample for text in lessons.spellings(trajectory)]
+    tokenizer = train_tokenizer(spellings, args.vocabulary, lessons.SPLIT)
     tokenizer.save(str(args.out / "tokenizer.json"))
     config = Config(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=args.width, intermediate_size=args.width * 2,

@@ -1,9 +1,9 @@
 """What the WebShop base learns from: demonstrations of goals that no panel holds.
 
-Goals of the demo splits of the real catalogue ($WEBSHOP_DATA or --data, where it is there) and of the generated one,
-and all goals of generated ones with other seeds, bought by the scripted demonstrator, hasty or careless. Many results
-pages are short: what to look for is found more easily among less. Read by models/pretrain.py, whose Args say what can
-be chosen.
+Goals of the real catalogue ($WEBSHOP_DATA or --data, where it is there) but for its test split, of the demo split of
+the generated one, and all goals of generated ones with other seeds, bought by the scripted demonstrator, hasty or
+careless. Many results pages are short: what to look for is found more easily among less. Read by models/pretrain.py,
+whose Args say what can be chosen.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from envs.webshop import PAGE, WebShop
 from envs.webshop_demonstrator import Demonstrator
 from envs.webshop_generate import FOLDER, PRODUCTS, SEED, ensure_catalogue
 from stage import generator
-from trajectory import Trajectory, Turn
+from trajectory import Trajectory, Turn, actre_segments, react_segments, text_of
 
 if TYPE_CHECKING:
     from models.pretrain import Args
@@ -37,6 +37,13 @@ SPLIT = (r" \[SEP\]|\s(?=[A-Z\d]{10}\b)|[A-Z\d]{10}\b| OK\.| ?[A-Za-z]+(?:'[a-z]
 PAGES = (1, 2, 4, PAGE, PAGE)  # products on a results page; a demonstration draws one of them
 
 
+def spellings(trajectory: Trajectory) -> list[str]:
+    """What the tokenizer is made from: both texts, and the task's words without the blanks before them, as actions have
+    them."""
+    words = trajectory.task.replace(" ", "\n")
+    return [text_of(react_segments(trajectory)), text_of(actre_segments(trajectory)), *4 * [words]]
+
+
 @functools.lru_cache(maxsize=1)
 def sources(args: Args) -> list[tuple[WebShop, list[str]]]:
     """(world, task ids) of the real catalogue, where there is one, and of the generated ones."""
@@ -44,7 +51,8 @@ def sources(args: Args) -> list[tuple[WebShop, list[str]]]:
     folder = args.data or os.environ.get("WEBSHOP_DATA")
     if folder:
         world = WebShop(folder)
-        found.append((world, [task for task in world.tasks("small_demo") if task not in excluded]))
+        splits = ("small_train", "small_demo", "small_valid")
+        found.append((world, [task for split in splits for task in world.tasks(split) if task not in excluded]))
     for number in range(-(-args.generated // PRODUCTS)):
         folder = ensure_catalogue(FOLDER.with_name(f"{FOLDER.name}_{number}") if number else FOLDER, SEED + number)
         world = WebShop(str(folder))
