@@ -79,7 +79,7 @@ def success_by_type(trajectories: list[Trajectory]) -> dict[str, dict[str, int]]
 
 
 def score(trajectories: list[Trajectory]) -> dict[str, Any]:
-    """Success with n and interval, by type, mean reward and turns, invalid actions, ends. Faults are counted, never
+    """Success with n and interval, by type, mean reward, progress and turns, invalid actions, ends. Faults are counted, never
     scored."""
     rows = [t for t in trajectories if t.end not in FAULTS]
     won = sum(t.success for t in rows)
@@ -88,6 +88,7 @@ def score(trajectories: list[Trajectory]) -> dict[str, Any]:
         "success": won, "n": len(rows), "rate": round(won / max(1, len(rows)), 4),
         "wilson95": [round(x, 4) for x in wilson(won, len(rows))], "types": success_by_type(rows),
         "reward": round(sum(t.reward for t in rows) / max(1, len(rows)), 4),
+        "progress": round(sum(t.progress for t in rows) / max(1, len(rows)), 4),
         "mean_turns": round(len(turns) / max(1, len(rows)), 2),
         "invalid_action_rate": round(sum(not t.valid for t in turns) / max(1, len(turns)), 4),
         "ends": dict(Counter(t.end for t in trajectories)),
