@@ -79,8 +79,8 @@ def success_by_type(trajectories: list[Trajectory]) -> dict[str, dict[str, int]]
 
 
 def score(trajectories: list[Trajectory]) -> dict[str, Any]:
-    """Success with n and interval, by type, mean reward, progress and turns, invalid actions, ends. Faults are counted, never
-    scored."""
+    """Success with n and interval, by type, mean reward, progress and turns, invalid actions, ends. Faults are counted,
+    never scored."""
     rows = [t for t in trajectories if t.end not in FAULTS]
     won = sum(t.success for t in rows)
     turns = [turn for t in rows for turn in t.turns]

@@ -191,9 +191,11 @@ def beside_minigrid(task_ids: list[str], args: Args) -> dict[str, float]:
 
 
 def beside_scienceworld(task_ids: list[str], args: Args) -> dict[str, float]:
-    """The same actions, drawn in our world, by our step and by the package's own; answers and scores are compared with
-    its own (`different_with_listing`) and with that without its list of actions (`different`), which draws by chance and
-    so changes what comes after. The whole is timed."""
+    """The same actions, drawn in our world, by our step and by the package's own, which is timed whole.
+
+    Answers and scores are compared with its own (`different_with_listing`) and with those of its step without the list
+    of actions (`different`): that list draws by chance and so changes what comes after.
+    """
     from scienceworld import scienceworld
 
     from envs.scienceworld import CHECK, ScienceWorld, simplifications
