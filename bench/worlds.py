@@ -7,7 +7,7 @@ with their image, of which one command makes several.
 Left out: memory; worlds whose packages are not installed are named and passed over.
 
 Run: pip install -r requirements-worlds.txt pddlgym==0.0.7    (pddlgym brings matplotlib, scikit-image and an old gym)
-     python -m bench.worlds    (two minutes; --worlds scienceworld --limit 30 takes eight more)
+     python -m bench.worlds    (two minutes; --worlds scienceworld --limit 30 takes fifteen)
 """
 
 from __future__ import annotations
@@ -191,14 +191,18 @@ def beside_minigrid(task_ids: list[str], args: Args) -> dict[str, float]:
 
 
 def beside_scienceworld(task_ids: list[str], args: Args) -> dict[str, float]:
-    """The same actions, drawn in our world, by our step and by the package's own; answers and scores are compared."""
+    """The same actions, drawn in our world, by our step and by the package's own, which is timed whole.
+
+    Answers and scores are compared with its own (`different_with_listing`) and with those of its step without the list
+    of actions (`different`): that list draws by chance and so changes what comes after.
+    """
     from scienceworld import scienceworld
 
     from envs.scienceworld import CHECK, ScienceWorld, simplifications
 
     world = ScienceWorld()
     ours = theirs = 0.0
-    steps = different = 0
+    steps, different = 0, {True: 0, False: 0}
     for task_id in tqdm(task_ids, desc="beside scienceworld", unit="task"):
         rng, played = rng_of(args.seed, task_id), []
         world.reset(task_id)
@@ -213,17 +217,21 @@ def beside_scienceworld(task_ids: list[str], args: Args) -> dict[str, float]:
                 break
         world.close()
         task, _, variation = task_id.partition("/")[2].rpartition("-")
-        peer = scienceworld.ScienceWorldEnv()  # with our options for Java, which the module has from our world
-        peer.load(task, int(variation), simplifications(task))
-        peer.reset()
-        for action, result in played:
+        for listing in (True, False):
+            peer = scienceworld.ScienceWorldEnv()  # with our options for Java, which the module has from our world
+            if not listing:
+                peer.get_valid_action_object_combinations = list
+            peer.load(task, int(variation), simplifications(task))
+            peer.reset()
             start = time.perf_counter()
-            text, _, _, info = peer.step(action)
-            theirs += time.perf_counter() - start
-            different += text != result.observation or max(0, info["score"]) != round(100 * result.reward)
-            steps += 1
-        peer.close()
-    return {"peer": "scienceworld", "steps": steps, "different": different, "ours_steps_per_s": round(steps / ours, 1),
+            answers = [peer.step(action) for action, _ in played]
+            theirs += (time.perf_counter() - start) * listing
+            for (text, _, _, info), (_, result) in zip(answers, played, strict=True):
+                different[listing] += text != result.observation or max(0, info["score"]) != round(100 * result.reward)
+            peer.close()
+        steps += len(played)
+    return {"peer": "scienceworld", "steps": steps, "different": different[False],
+            "different_with_listing": different[True], "ours_steps_per_s": round(steps / ours, 1),
             "peer_steps_per_s": round(steps / theirs, 1), "ratio": round(theirs / ours, 1)}  # fmt: skip
 
 
