@@ -48,8 +48,8 @@ from trajectory import Trajectory, actre_segments, react_segments
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    env: Literal["alfworld", "webshop"] = "alfworld"
-    """World."""
+    env: Literal["alfworld", "webshop", "neutral"] = "alfworld"
+    """World whose demonstrations are learnt (models/*_lessons.py); neutral: random walks, without solutions, in two."""
     out: Path = Path("models/tiny-alfworld")
     """Folder to write; an existing model there is refused."""
     data: str | None = None
