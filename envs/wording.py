@@ -138,6 +138,11 @@ class Wording:
 # ---- worlds ----------------------------------------------------------------------------------------------------------
 
 
+def told_commands(opening: str, commands: Iterable[str]) -> str:
+    """An opening that ends with the list of commands."""
+    return f"{opening}\n\nYou can: {', '.join(commands)}."
+
+
 class TellCommands:
     """A world whose opening ends with the list of its commands."""
 
@@ -150,7 +155,7 @@ class TellCommands:
 
     def reset(self, task_id: str) -> Observation:
         opening = self._world.reset(task_id)
-        return replace(opening, text=f"{opening.text}\n\nYou can: {', '.join(self._world.commands())}.")
+        return replace(opening, text=told_commands(opening.text, self._world.commands()))
 
     def step(self, action: str) -> Result:
         return self._world.step(action)

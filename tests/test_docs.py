@@ -56,7 +56,7 @@ def test_readme_commands_parse(words):
 def test_every_flag_has_a_sentence_and_is_read(path):
     text = path.read_text()
     body = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name in ("Args", "PlayArgs")).body
-    # What stages share is read there and in each of them, and what a script was cut from in the modules that it has now.
+    # What stages share is read in them too, and some of a script's flags in modules of its own.
     elsewhere = {"agent.py": ("rollout.py", "actre.py", "evaluate.py"), "train_pg.py": ("examples.py",),
                  "pretrain.py": ("models/alfworld_lessons.py",)}  # fmt: skip
     others = ("agent.py",) if "(PlayArgs)" in text else elsewhere.get(path.name, ())

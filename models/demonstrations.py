@@ -1,0 +1,56 @@
+"""Writes demonstrations of ALFWorld games, real ones where they are and generated ones, as a finished stage.
+
+    python models/demonstrations.py --out runs/refine/demo --count 600
+    python train_pg.py --run runs/refine --inputs runs/refine/demo
+
+By the scripted demonstrator; no panel's game is among them. Openings end with the list of commands, as with --tell-commands.
+Left out: ActRe, careless players (models/pretrain.py learns from those).
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import tyro
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules lie beside models/
+
+from envs.alfred import COMMANDS
+from envs.wording import told_commands
+from models import alfworld_lessons, pretrain
+from stage import Stage, run_main
+from trajectory import write_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    out: Path = Path("runs/refine/demo")
+    """Directory of the stage."""
+    count: int = 600
+    """How many games."""
+    seed: int = 0
+    """Seeds the games and their order."""
+
+
+def main(args: Args) -> None:
+    stage = Stage(args.out, args, {})
+    if stage.finished:
+        return
+    lessons = pretrain.Args(generated=args.count, displaced=(0.0,), careless=(0.0,), seed=args.seed)
+    games = itertools.islice(alfworld_lessons.demonstrations(lessons), args.count)
+    trajectories = []
+    for number, game in enumerate(tqdm(games, total=args.count, unit="game")):
+        opening = told_commands(game.first_observation, COMMANDS["0.4"])
+        trajectories.append(msgspec.structs.replace(game, first_observation=opening, trial=number))
+    write_file(args.out / "trajectories.jsonl", trajectories)
+    stage.finish({"trajectories": len(trajectories), "success": sum(t.success for t in trajectories)})
+    print(f"{len(trajectories)} demonstrations -> {args.out}")
+
+
+if __name__ == "__main__":
+    run_main(main, tyro.cli(Args, description=__doc__))
