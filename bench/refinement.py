@@ -1,0 +1,133 @@
+"""AgentRefine's experiment with a tiny base: what tuning on mistakes and their corrections is good for, by arm and seed.
+
+    python -m bench.refinement                    # all arms, seeds 0 1 2 of the main ones; hours on a CPU
+    python -m bench.refinement --seeds 0 --limit 20
+
+One neutral base (models/tiny-neutral: random walks, no solutions), tuned on ALFWorld demonstrations, on synthetic
+trajectories with mistakes (refine.py), on half of each, and on the synthetic ones under the paper's three controls. Each
+is measured on generated ALFWorld games in the world's wording and five perturbed ones, on synthetic worlds in words that
+it has seen and in words that it has not, on BabyAI and on PDDL; the commands are told, decoding is greedy. Runs the
+stages' own commands, each of which goes on where it was killed; prints the table and a last line of JSON.
+"""
+
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from scores import directory_name, read_scores, wilson
+
+MAIN = ("demo", "refine", "both")
+CONTROLS = ("mask-refined", "drop-errors", "no-mask")
+# What is played: world, panels, wordings, turns.
+MEASURED = (
+    ("alfworld", ("gen_valid-100",), "all", 20), ("synthetic", ("syn_valid-60", "syn_held-60"), "none", 20),
+    ("babyai", ("babyai_test-112",), "none", 30), ("pddl", ("pddl_test-60",), "none", 30),
+)  # fmt: skip
+WORDINGS = ("none", "P1", "P2", "P3", "P4", "P5")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    runs: Path = Path("runs/refinement")
+    """Where the runs go, one for each arm and seed."""
+    model: Path = Path("models/tiny-neutral")
+    """The neutral base."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the main arms; the controls have the first of them."""
+    arms: tuple[str, ...] = (*MAIN, *CONTROLS)
+    """Arms to run."""
+    count: int = 600
+    """Trajectories that an arm is tuned on."""
+    epochs: int = 3
+    """Passes over them."""
+    learning_rate: float = 2e-3
+    """Peak rate of Adam on the adapter."""
+    limit: int = 60
+    """Tasks of each panel."""
+
+
+def run(*words: object) -> None:
+    """A stage's own command; its error ends this one."""
+    print("$ python", *words, flush=True)
+    subprocess.run([sys.executable, *map(str, words)], check=True)
+
+
+def data_of(args: Args, arm: str, seed: int) -> list[Path]:
+    """The directories that an arm is tuned on, made now."""
+    found, count = [], args.count // 2 if arm == "both" else args.count
+    folder = args.runs / f"data_{count}_{seed}"
+    if arm in ("demo", "both"):
+        run("models/demonstrations.py", "--out", folder / "demo", "--count", count, "--seed", seed)
+        found.append(folder / "demo")
+    if arm != "demo":
+        run("refine.py", "--run", folder, "--count", count, "--seed", seed)
+        found.append(folder / "refine")
+    return found
+
+
+def evaluate(args: Args, name: Path, *who: str) -> None:
+    """Plays everything that is measured, unless it was."""
+    for env, panels, perturb, turns in MEASURED:
+        run("evaluate.py", "--run", name, *who, "--model", args.model, "--env", env, "--panels", *panels, "--limit",
+            args.limit, "--perturb", perturb, "--max-turns", turns, "--context", 1536, "--tell-commands")  # fmt: skip
+
+
+def arm(args: Args, which: str, seed: int) -> Path:
+    """Tunes and measures one arm with one seed; returns its run."""
+    name = args.runs / f"{which}_{seed}"
+    refinement = which if which in CONTROLS else "mask-errors"
+    run("train_pg.py", "--run", name, "--round", 0, "--inputs", *data_of(args, which, seed), "--refinement", refinement,
+        "--model", args.model, "--epochs", args.epochs, "--learning-rate", args.learning_rate, "--row-length", 1536,
+        "--world-weight", 0, "--seed", seed)  # fmt: skip
+    evaluate(args, name, "--round", "0")
+    return name
+
+
+def figures(name: Path, place: str) -> dict[str, dict[str, float]]:
+    """{panel, or panel and wording: {success, progress, n}} of one run."""
+    found = {}
+    for env, _, perturb, _ in MEASURED:
+        for wording in WORDINGS if perturb == "all" else ("none",):
+            for panel, s in read_scores(name, directory_name(env, wording, 1))[place].items():
+                label = panel.rpartition("-")[0] + (f" {wording}" if wording != "none" else "")
+                found[label] = {"success": s["rate"], "progress": s["progress"], "n": s["n"]}
+    perturbed = [found[f"gen_valid {wording}"] for wording in WORDINGS[1:]]
+    found["gen_valid P1..P5"] = {key: statistics.mean(p[key] for p in perturbed) for key in ("success", "progress")}
+    return found | {"gen_valid P1..P5": found["gen_valid P1..P5"] | {"n": sum(p["n"] for p in perturbed)}}
+
+
+def table(results: dict[str, list[dict]]) -> str:
+    """A line for each arm: success in % with its interval over all seeds' tasks, and progress, of each panel."""
+    labels = list(next(iter(results.values()))[0])
+    lines = ["| arm (seeds) | " + " | ".join(labels) + " |", "|---" * (len(labels) + 1) + "|"]
+    for name, runs in results.items():
+        cells = []
+        for label in labels:
+            n = sum(r[label]["n"] for r in runs)
+            rate, progress = (statistics.mean(r[label][key] for r in runs) for key in ("success", "progress"))
+            low, high = (100 * x for x in wilson(rate * n, n))
+            cells.append(f"{100 * rate:.1f} [{low:.1f}, {high:.1f}]; {100 * progress:.1f}")
+        lines.append(f"| {name} ({len(runs)}) | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(args: Args) -> None:
+    base = args.runs / "neutral"
+    evaluate(args, base, "--base")
+    results = {"neutral": [figures(base, "base")]}
+    for seed, which in itertools.product(args.seeds, args.arms):
+        if which in MAIN or seed == args.seeds[0]:
+            results.setdefault(which, []).append(figures(arm(args, which, seed), "0"))
+    print(table(results))
+    print("in each cell: success in %, its 95 % interval over the tasks of all seeds, and progress in %")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
