@@ -1,13 +1,13 @@
-"""AgentRefine's experiment with a tiny base: what tuning on mistakes and their corrections is good for, by arm and seed.
+"""AgentRefine's experiment with a tiny base: what tuning on mistakes and their corrections is good for.
 
     python -m bench.refinement                    # all arms, seeds 0 1 2 of the main ones; hours on a CPU
     python -m bench.refinement --seeds 0 --limit 20
 
 One neutral base (models/tiny-neutral: random walks, no solutions), tuned on ALFWorld demonstrations, on synthetic
-trajectories with mistakes (refine.py), on half of each, and on the synthetic ones under the paper's three controls. Each
-is measured on generated ALFWorld games in the world's wording and five perturbed ones, on synthetic worlds in words that
-it has seen and in words that it has not, on BabyAI and on PDDL; the commands are told, decoding is greedy. Runs the
-stages' own commands, each of which goes on where it was killed; prints the table and a last line of JSON.
+trajectories with mistakes (refine.py), on half of each, and on the synthetic ones under the paper's three controls.
+Each arm is measured on generated ALFWorld games in the world's wording and five others, on synthetic worlds in words
+that it has seen and in others, on BabyAI and on PDDL; the commands are told, decoding is greedy. Runs the stages' own
+commands, each of which goes on where it was killed; prints the table and a last line of JSON.
 """
 
 import itertools

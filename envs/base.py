@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-WORLDS = ("alfworld", "webshop", "pddl", "babyai", "scienceworld", "jericho")
+WORLDS = ("alfworld", "webshop", "synthetic", "pddl", "babyai", "scienceworld", "jericho")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +104,10 @@ def plain_world(
         from envs.webshop import WebShop
 
         return WebShop(data=data, mode=mode)
+    if env == "synthetic":
+        from envs.synthetic import Synthetic
+
+        return Synthetic()
     if env == "pddl":
         from envs.pddl import Pddl
 

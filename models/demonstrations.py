@@ -3,7 +3,8 @@
     python models/demonstrations.py --out runs/refine/demo --count 600
     python train_pg.py --run runs/refine --inputs runs/refine/demo
 
-By the scripted demonstrator; no panel's game is among them. Openings end with the list of commands, as with --tell-commands.
+By the scripted demonstrator; no panel's game is among them. Openings end with the list of commands, as with
+--tell-commands.
 Left out: ActRe, careless players (models/pretrain.py learns from those).
 """
 
