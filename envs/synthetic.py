@@ -2,9 +2,9 @@
 
 A task is `<split>/<number>`; its world is drawn from that name alone (`Spec`, envs/synthetic_words.py has the words):
 four to six places, some of them closed containers, one perhaps locked; things to find, carry and put somewhere; perhaps
-work that is done to them at one place, perhaps with a tool; perhaps something to repair; a limit to what can be carried;
-perhaps an order in which things must come. The opening states environment, goal and rules; where things lie has to be
-found out. Everything can be undone, so no world can be lost.
+work that is done to them at one place, perhaps with a tool; perhaps something to repair; a limit to what can be
+carried; perhaps an order in which things must come. The opening states environment, goal and rules; where things lie
+has to be found out. Everything can be undone, so no world can be lost.
 
 | split | what |
 |---|---|

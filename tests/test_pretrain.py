@@ -13,7 +13,8 @@ from envs.alfworld import TASK_TYPES, AlfWorld, task_type
 from envs.panel import excluded_ids
 from lora import nf4
 from lora.mistral import Config, Mistral, token_logprobs
-from models import webshop_lessons
+from models import demonstrations as demonstrations_stage
+from models import neutral_lessons, webshop_lessons
 from models.alfworld_lessons import SPLIT, demonstrations, sources
 from models.pretrain import (
     Args,
@@ -26,7 +27,7 @@ from models.pretrain import (
     weighted,
 )
 from tests.helpers import trajectory
-from trajectory import Turn, react_segments, text_of
+from trajectory import Turn, react_segments, read_trajectories, text_of
 
 
 @pytest.fixture
@@ -178,3 +179,20 @@ def test_what_a_thought_says_of_a_product_or_an_option_weighs_more(shopping):
     args = Args(env="webshop", reading_weight=7.0)
     heavy = {text for t in shopping for text, weight in weighted(t, False, args) if weight == 7.0}
     assert heavy == {"it is here", "it is not here", ", too much", ". I open it"}
+
+
+def test_the_neutral_base_sees_worlds_and_no_solutions():
+    walks = list(itertools.islice(neutral_lessons.demonstrations(Args(env="neutral", generated=40)), 80))
+    assert {walk.split for walk in walks} == {"gen_demo", "syn_train"}
+    assert not excluded_ids() & {walk.task_id for walk in walks}
+    assert not any(walk.success for walk in walks) and all("\n\nYou can: " in walk.first_observation for walk in walks)
+    valid = [turn.valid for walk in walks for turn in walk.turns]
+    assert 0.7 < np.mean(valid) < 0.98
+
+
+def test_demonstrations_are_a_finished_stage_of_successes_with_told_commands(tmp_path, generated_only):
+    demonstrations_stage.main(demonstrations_stage.Args(out=tmp_path / "demo", count=12))
+    rows = list(read_trajectories(tmp_path / "demo/trajectories.jsonl"))
+    assert len({row.key for row in rows}) == 12 and (tmp_path / "demo/done.json").exists()
+    for row in rows:
+        assert row.success and row.source == "demo" and row.first_observation.endswith("look, inventory, help.")
