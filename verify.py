@@ -1,4 +1,4 @@
-"""The verifier of synthetic worlds and trajectories (AgentRefine, section 3 and Algorithm 1).
+"""The verifier of synthetic worlds and trajectories (AgentRefine, Algorithm 1).
 
 A teacher, a language model or our procedural one, writes a script and then plays it as both DM and Player. Nothing it
 writes is believed. JSON objects, with the paper's keys:
