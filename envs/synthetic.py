@@ -433,6 +433,21 @@ class Synthetic:
         return Result(observation=observation, reward=float(self._done), progress=self._progress, success=self._done,
                       done=self._done, valid=self.error is None)  # fmt: skip
 
+    @property
+    def state(self) -> State:
+        """Where everything is now."""
+        return self._state
+
+    def refuses(self, action: str) -> Error | None:
+        """The kind of mistake that an action would be now; None for one that is accepted. Nothing changes."""
+        spec, rules = self._playing()
+        try:
+            role, values = self._parse(spec, action)
+            getattr(rules, role)(self._state, **values)
+        except Refusal as why:
+            return why.kind
+        return None
+
     def actions(self) -> list[str]:
         """Every command that is accepted now, sorted."""
         spec, rules = self._playing()
