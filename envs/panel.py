@@ -16,6 +16,7 @@ bytes, in sha256sum's format; a panel that does not match it is refused.
 | webshop_test-500 | the official test split, whole |
 | webshop_small_train-100, webshop_small_test-200 | drawn from the 1,000-product set, spread over its products |
 | webshop_gen_train-100, webshop_gen_test-200 | the same for the generated catalogue with its default seed |
+| syn_valid-60, syn_held-60 | the first of the synthetic worlds in known words and of those in other words |
 | pddl_test-60 | 20 barman, 10 blocksworld, 20 gripper and 10 tyreworld problems, AgentBoard's numbers |
 | babyai_test-112 | AgentBoard's 28 levels of BabyAI (one exchanged, see envs/babyai.py) with its four seeds |
 | scienceworld_test-90 | three test variations of each of the 30 tasks: the first, the middle, the last |
@@ -41,6 +42,7 @@ import tyro
 from envs.alfworld import TASK_TYPES, task_type
 from envs.generate import SEED, generate_games
 from envs.rooms import wheel_folder
+from envs.synthetic import Synthetic
 from envs.webshop_generate import ensure_catalogue
 from envs.webshop_goals import OFFICIAL
 
@@ -59,7 +61,8 @@ HELD_OUT = {  # worlds that are never trained on
     "pddl": "pddl_test-60", "babyai": "babyai_test-112", "scienceworld": "scienceworld_test-90",
     "jericho": "jericho_test-20",
 }  # fmt: skip
-NAMES = (*ALFWORLD, *WEBSHOP, *HELD_OUT.values())
+SYNTHETIC = {"syn_valid-60": "syn_valid", "syn_held-60": "syn_held"}
+NAMES = (*ALFWORLD, *WEBSHOP, *SYNTHETIC, *HELD_OUT.values())
 
 
 def panel_path(name: str, folder: Path = PANELS) -> Path:
@@ -118,6 +121,8 @@ def default_panels(purpose: str, env: str, data: str | None) -> tuple[str, ...]:
         if not found:
             raise ValueError(f"no panel belongs to a catalogue with the splits {', '.join(splits)}; give one")
         return tuple(found[0])[:1] if purpose == "train" else tuple(found[0])[-1:]
+    if env == "synthetic" and purpose == "evaluate":
+        return tuple(SYNTHETIC)
     if env in HELD_OUT and purpose == "evaluate":
         return (HELD_OUT[env],)
     if env != "alfworld":
@@ -240,9 +245,11 @@ def main(args: Args) -> None:
             if wheel_folder() or split.startswith("mini"):
                 write_panel(name, (task_id for task_id, _, _ in generate_games(args.seed, split, count)))
         make_shop_panels(args.seed)
+        for name, split in SYNTHETIC.items():
+            write_panel(name, Synthetic().tasks(split)[: int(name.rpartition("-")[2])])
         for env, name in HELD_OUT.items():
             write_panel(name, held_out_ids(env))
-    for name in (*WEBSHOP, *HELD_OUT.values()):
+    for name in (*WEBSHOP, *SYNTHETIC, *HELD_OUT.values()):
         print(f"{name}: {len(read_panel(name))} tasks, sha256 {panel_sha256(name)[:16]}")
     for name in ALFWORLD:
         task_ids = read_panel(name)
