@@ -143,7 +143,7 @@ def test_what_was_right_is_kept_and_gone_on_from(server, tmp_path, first):  # no
 
 def test_the_calls_are_capped_and_a_rejected_persona_is_counted(server, tmp_path):  # noqa: F811
     done = ask(server, tmp_path, [completion(json.dumps(SCRIPT)), *map(said, (TURNS[:3], TURNS[3:5], TURNS[5:7]))])
-    assert len(server.requests) == 4 and done["verdicts"] == {"incomplete": 1} and done["trajectories"] == 0
+    assert len(server.requests) == 4 and done["verdicts"] == {"refinements": 1} and done["trajectories"] == 0
 
 
 def test_a_killed_run_asks_nothing_twice(server, tmp_path):  # noqa: F811
