@@ -24,8 +24,8 @@ base: .venv/run.done
 	python models/pretrain.py $(ARGS)
 
 base-webshop: .venv/run.done
-	python models/pretrain.py --env webshop --out models/tiny-webshop --vocabulary 8192 \
-	  --heads 4 2 64 --rope-theta 1e8 --generated 3000 --generated-share 0.5 --world-weight 0.1 --tokens 6000000 $(ARGS)
+	python models/pretrain.py --env webshop --out models/tiny-webshop --vocabulary 6144 \
+	  --width 192 --heads 4 2 64 --rope-theta 1e8 --generated 3000 --generated-share 0.5 --world-weight 0.1 --tokens 4000000 $(ARGS)
 
 # A stamp is newer than what it was made from, so nothing is installed twice.
 .venv/run.done: requirements.txt install.sh

@@ -160,34 +160,46 @@ def match_like_with_like(model: Mistral, plain_D: np.ndarray, numbered_D: np.nda
 def copy_what_came_before(model: Mistral, table_VE: np.ndarray) -> None:
     """The model starts as one that goes on with what followed the last times that its token was there.
 
-    Embeddings fill the first half of the stream (the last place of it is the same for all). A head of the first layer
-    looks one token back, whatever is there, and writes what it finds into the other half; a head of the second looks
-    for the token's like there, that is for what came after it, and writes that in large into the first half. All else
-    starts small. Induction heads (arXiv 2209.11895) form by themselves, but a tiny model takes long to find them.
+    The stream has two or three parts, each as wide as a head. Embeddings fill the first (the last place of it is the
+    same for all). A head of the first layer looks one token back, whatever is there, and writes what it finds into the
+    second part; where there is a third, another looks two back. A head of the second layer looks for the token's like
+    in the second part, that is for what came after it, and writes that in large into the first; another does so where
+    the token before is alike too, which tells the commas of a list apart. All else starts small. Induction heads
+    (arXiv 2209.11895) form by themselves, but a tiny model takes long to find them.
     """
     config, (V, E) = model.config, table_VE.shape
-    D, C = config.hidden_size, config.head_dim
-    if not E + 1 == D // 2 == C:
-        raise ValueError(f"table of {E}, width {D}, heads of {C}: expected a width of two heads, and a table one less")
+    D, C, K = config.hidden_size, config.head_dim, config.num_key_value_heads
+    parts, share = D // C, config.num_attention_heads // K
+    if not (E + 1 == C and D == parts * C and parts in (2, 3) and K >= parts - 1):
+        raise ValueError(f"table of {E}, width {D}, {K} key-value heads of {C}: expected a width of two or three heads, a "
+                         "table one less than a head, and with three two key-value heads")  # fmt: skip
     model.embed[...] = jnp.zeros((V, D)).at[:, :E].set(0.75**0.5 * table_VE).at[:, E].set(0.5)
     model.head[...] = jnp.zeros((V, D)).at[:, :E].set(table_VE)
     q, k, v = (model.layers.qkv.weight[part] for part in "qkv")
     o, down = model.layers.o.weight["o"], model.layers.down.weight["down"]
     o[...], down[...] = 0.1 * o[...], 0.1 * down[...]
-    half, same = jnp.eye(C, D), jnp.eye(C, D, k=C)  # what reads the first half of the stream, and the other one
-    # Back by one: the quicker half of the angles, each turned by its own; 1.5 makes a neighbour's place e^-6 of that.
-    quick = np.arange(C // 2) < C // 4
+    read = [jnp.eye(C, D, k=part * C) for part in range(parts)]  # what reads each part of the stream
     angles_C2 = config.rope_theta ** (-np.arange(0, C, 2) / C)
-    place_C, back_C = (np.concatenate([quick * np.cos(a), quick * np.sin(a)]) for a in (0 * angles_C2, angles_C2))
-    q[...] = q[...].at[0, :C].set(1.5 * jnp.outer(place_C, half[E]))
-    k[...] = k[...].at[0, :C].set(1.5 * jnp.outer(back_C, half[E]))
-    v[...] = v[...].at[:2, :C].set(half.at[E].set(0))
-    o[...] = o[...].at[0, :, :C].set(D**-0.5 * same.T)
-    # Like with like: the slower half of the angles, which hardly turn over a text.
-    slow = jnp.asarray(np.tile(~quick, 2))[:, None]
-    q[...] = q[...].at[1, :C].set(2.5 * slow * half)
-    k[...] = k[...].at[1, :C].set(2.5 * slow * same)
-    o[...] = o[...].at[1, :, :C].set(3 * D**-0.5 * half.T)
+    # Places are told by the quicker half of the angles; 1.5 makes a neighbour e^-6 of the place that is meant. What
+    # stands there is matched by the slower ones, which hardly turn over a text.
+    quick = np.arange(C // 2) < C // 4
+    slow = np.flatnonzero(np.tile(np.arange(C // 2) >= 3 * C // 16, 2))
+    for back in range(1, parts):
+        kv, head = back - 1, (back - 1) * share
+        rows, kv_rows = slice(head * C, head * C + C), slice(kv * C, kv * C + C)
+        place_C, back_C = (np.concatenate([quick * np.cos(a), quick * np.sin(a)]) for a in (0, back * angles_C2))
+        q[...] = q[...].at[0, rows].set(1.5 * jnp.outer(place_C, read[0][E]))
+        k[...] = k[...].at[0, kv_rows].set(1.5 * jnp.outer(back_C, read[0][E]))
+        v[...] = v[...].at[:2, kv_rows].set(read[0].at[E].set(0))
+        o[...] = o[...].at[0, :, rows].set(D**-0.5 * read[back].T)
+        # The like of the last `back` tokens, an equal share of the angles for each.
+        asked, kept = jnp.zeros((C, D)), jnp.zeros((C, D))
+        for age, dims in enumerate(np.array_split(slow, back)):
+            asked = asked.at[dims].set(2.5 * read[age][: len(dims)])
+            kept = kept.at[dims].set(2.5 * read[age + 1][: len(dims)])
+        q[...] = q[...].at[1, rows].set(asked)
+        k[...] = k[...].at[1, kv_rows].set(kept)
+        o[...] = o[...].at[1, :, rows].set((3 if back == parts - 1 else 1) * D**-0.5 * read[0].T)
 
 
 def weighted(trajectory: Trajectory, actre: bool, args: Args) -> list[tuple[str, float]]:
@@ -290,7 +302,7 @@ def main(args: Args) -> None:
         model.embed[...] = model.head[...] = jnp.asarray(table_VD)
         match_like_with_like(model, plain_D, numbered_D)
     else:
-        copy_what_came_before(model, embeddings(tokenizer, args.width // 2 - 1, generator(args.seed, "embeddings"))[0])
+        copy_what_came_before(model, embeddings(tokenizer, args.heads[2] - 1, generator(args.seed, "embeddings"))[0])
     graph, params = nnx.split(model)
     steps = args.tokens // STEP_TOKENS
     optimizer = make_optimizer(args.learning_rate, steps)

@@ -107,19 +107,37 @@ def test_half_of_the_first_heads_find_the_numbered_thing_of_a_plain_name_at_the_
     assert not np.allclose(o[0][:, 64:] * 6**0.5, v[0, 64:].T)
 
 
-def test_a_copier_goes_on_with_what_followed_before_at_the_start():
-    config = Config(vocab_size=2000, hidden_size=128, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-                    num_key_value_heads=2, head_dim=64, rope_theta=1e8)  # fmt: skip
-    model, rng = Mistral(config, rngs=nnx.Rngs(0)), np.random.default_rng(0)
-    table = rng.normal(size=(2000, 63))
+def copier(width: int) -> Mistral:
+    config = Config(vocab_size=2000, hidden_size=width, intermediate_size=64, num_hidden_layers=4,
+                    num_attention_heads=4, num_key_value_heads=2, head_dim=64, rope_theta=1e8)  # fmt: skip
+    model, table = Mistral(config, rngs=nnx.Rngs(0)), np.random.default_rng(0).normal(size=(2000, 63))
     copy_what_came_before(model, table / np.linalg.norm(table, axis=1, keepdims=True))
+    return model
+
+
+def second_time(model: Mistral, once: np.ndarray) -> tuple[float, float]:
+    """Mean log-probability of a text and of its repetition after it."""
+    ids = jnp.asarray(np.tile(once, 2)[None])
+    logprobs = np.asarray(token_logprobs(model, ids, jnp.ones_like(ids)))[0]
+    return logprobs[1 : len(once)].mean(), logprobs[len(once) + 1 :].mean()
+
+
+@pytest.mark.parametrize("width", [128, 192])
+def test_a_copier_goes_on_with_what_followed_before_at_the_start(width):
+    model, rng = copier(width), np.random.default_rng(1)
     for length in (50, 700):
-        once = rng.choice(2000, length, replace=False)
-        ids = jnp.asarray(np.tile(once, 2)[None])
-        logprobs = np.asarray(token_logprobs(model, ids, jnp.ones_like(ids)))[0]
-        assert logprobs[1:length].mean() < -7 and logprobs[length + 1 :].mean() > -2.5
-    with pytest.raises(ValueError, match="table of 64, width 128, heads of 64: expected a width of two heads"):
-        copy_what_came_before(model, np.zeros((2000, 64)))
+        first, second = second_time(model, rng.choice(2000, length, replace=False))
+        assert first < -7 and second > -2.5
+
+
+def test_a_wider_copier_looks_at_two_tokens_where_one_was_followed_by_many():
+    few = np.random.default_rng(1).integers(0, 30, 150)
+    assert second_time(copier(192), few)[1] > second_time(copier(128), few)[1] + 2
+
+
+def test_a_copier_of_another_width_is_refused():
+    with pytest.raises(ValueError, match="table of 64, width 128, 2 key-value heads of 64: expected a width of two"):
+        copy_what_came_before(copier(128), np.zeros((2000, 64)))
 
 
 def test_the_words_that_read_a_list_weigh_more():
