@@ -30,8 +30,8 @@ from tqdm import tqdm
 from envs.synthetic import WORLDS
 from policy import Ask
 from server import Server, ServerPolicy
-from stage import Stage, draw_seed, run_main, sha256
-from teacher import play
+from stage import Stage, draw_seed, generator, run_main, sha256
+from teacher import script_of, teach, trajectory_of, turns_of
 from trajectory import Trajectory, Writer, sort_file
 from verify import main_over, to_trajectory, verified_prefix, verify
 
@@ -66,12 +66,13 @@ class Args:
 def taught(args: Args) -> Iterator[tuple[str, Trajectory | None]]:
     """(what the verifier says, the trajectory that it accepts) of one world after the other, without an end."""
     for number in itertools.count(args.seed * SEEDS_APART):
-        trajectory, script, turns = play(f"syn_train/{number:05d}", args.seed)
-        verdict = verify(script, turns)
-        yield verdict.rule or "accepted", trajectory if verdict.ok else None
+        task_id = f"syn_train/{number:05d}"
+        turns = teach(task_id, generator(args.seed, "refine", task_id))
+        verdict = verify(script_of(task_id), turns_of(task_id, turns))
+        yield verdict.rule or "accepted", trajectory_of(task_id, turns, args.seed) if verdict.ok else None
 
 
-def teach(args: Args, writer: Writer, bar: tqdm) -> Counter[str]:
+def keep_taught(args: Args, writer: Writer, bar: tqdm) -> Counter[str]:
     """Keeps trajectories of the procedural teacher up to the count. Returns what the verifier said, and how often."""
     verdicts: Counter[str] = Counter()
     for verdict, trajectory in taught(args):
@@ -192,7 +193,7 @@ def main(args: Args) -> None:
         if args.server.url:
             verdicts, asked = ask_server(args, writer, bar, directory)
         else:
-            verdicts = teach(args, writer, bar)
+            verdicts = keep_taught(args, writer, bar)
     kept = sort_file(path)
     mistakes = Counter(error for trajectory in kept for turn in trajectory.turns for error in turn.errors)
     made, per_hour = verdicts.total(), 3600 * verdicts.total() / max(1e-9, time.monotonic() - started)

@@ -1,9 +1,9 @@
 """Sampled text worlds, each with places, objects, verbs, wordings and rules of its own.
 
 A task is `<split>/<number>`; its world is drawn from that name alone (`Spec`, envs/synthetic_words.py has the words):
-four to six places, some of them closed containers, one perhaps locked; things to find, carry and put somewhere; perhaps
-work that is done to them at one place, perhaps with a tool; perhaps something to repair; a limit to what can be
-carried; perhaps an order in which things must come. The opening states environment, goal and rules; where things lie
+four to six places, some of them closed containers, one perhaps locked; things to find, carry and put somewhere;
+perhaps work that is done to them at one place, perhaps with a tool; perhaps something to repair; a limit to what can
+be carried; perhaps an order in which things must come. The opening states environment, goal and rules; where things lie
 has to be found out. Everything can be undone, so no world can be lost.
 
 | split | what |
@@ -13,8 +13,8 @@ has to be found out. Everything can be undone, so no world can be lost.
 | syn_held | drawn from the other vocabulary, which has no content word in common with it |
 | syn_easy, syn_held_easy | small ones, for tests |
 
-An action that is not accepted is a mistake of one of three kinds, `Synthetic.error`: parameter (no command, or a value
-that it does not take), place (what is acted on is elsewhere), logic (a condition is not met).
+An action that is not accepted is a mistake of one of three kinds (`Synthetic.refusal`): parameter (no command, or a
+value that it does not take), place (what is acted on is elsewhere), logic (a condition is not met).
 
 Play one: python -m envs.play --env synthetic --task syn_valid/00000
 """
@@ -37,6 +37,7 @@ from envs.synthetic_words import HELD, TRAIN, Theme, Words
 WORLDS = 1  # goes up when a name comes to stand for another world
 SPLITS = {"syn_train": 10_000, "syn_valid": 500, "syn_held": 500, "syn_easy": 5, "syn_held_easy": 5}
 Error = Literal["parameter", "place", "logic"]
+PLAIN = {called: name for words in (TRAIN, HELD) for name, called in words.names.items()}  # of placeholders
 
 
 # ---- what a world is -------------------------------------------------------------------------------------------------
@@ -81,12 +82,11 @@ class Spec:
         return self.repair if name in self.fixtures else self.work
 
     def values(self, role: str) -> dict[str, list[str]]:
-        """For each placeholder of a role's command, what it takes; in the command's order."""
+        """For each placeholder of a role's command, what it takes, in the command's order."""
         objects = sorted(set(self.lies) - self.fixtures) if role != "repair" else sorted(self.fixtures)
         places = {"open": sorted(self.boxes), "work": [self.station]}.get(role, sorted(self.places))
-        takes = {**dict.fromkeys(("place", "spot"), places), **dict.fromkeys(("object", "item"), objects),
-                 **dict.fromkeys(("tool", "aid"), [self.repair_tool])}  # fmt: skip
-        return {name: takes[name] for name in re.findall(r"\{(\w+)\}", self.commands[role])}
+        takes = {"place": places, "object": objects, "tool": [self.repair_tool]}
+        return {name: takes[PLAIN[name]] for name in re.findall(r"\{(\w+)\}", self.commands[role])}
 
     def command(self, role: str, **values: str) -> str:
         """The command's text; values that its template has no place for are left out."""
@@ -97,8 +97,7 @@ class Spec:
 
 
 def fill(template: str, values: dict[str, str]) -> str:
-    same = {"spot": "place", "item": "object", "aid": "tool"}
-    return re.sub(r"\{(\w+)\}", lambda name: values.get(same.get(name[1], name[1]), name[0]), template)
+    return re.sub(r"\{(\w+)\}", lambda name: values.get(PLAIN.get(name[1], name[1]), name[0]), template)
 
 
 def listed(names: Iterable[str]) -> str:
@@ -258,7 +257,7 @@ def state_task(drawn: dict) -> tuple[str, str]:
     if spec.raw:
         rules.append(spec.say("raw", place=spec.goals[0].place, object=spec.goals[0].kind, done=spec.work[1]))
     around = spec.say("around", things=listed(spec.places))
-    opening = f"{spec.say('setting', setting=spec.setting)} {around} {' '.join(rules)}"
+    opening = f"{spec.say('setting', setting=listed([spec.setting]))} {around} {' '.join(rules)}"
     return task, f"{opening}\n\n{spec.say('task', task=task)}"
 
 
@@ -389,13 +388,12 @@ def verification_code(template: str) -> str:
 
 class Synthetic:
     """The sampled worlds as a `World`. Reward is 1.0 when the goal holds, else 0.0; progress the largest share of its
-    conditions that held at once so far. `error` is the kind of the last action's mistake, or None."""
+    conditions that held at once so far."""
 
     isolated = False
 
     def __init__(self):
         self.facts = {"worlds": WORLDS}
-        self.error: Error | None = None
         self._task_id, self._state, self._progress, self._done = "", State("", {}), 0.0, False
 
     def tasks(self, split: str) -> Sequence[str]:
@@ -413,7 +411,7 @@ class Synthetic:
                              "of the split with five digits")  # fmt: skip
         spec = spec_of(task_id)
         self._task_id, self._state = task_id, State("", spec.lies)
-        self._progress, self._done, self.error = 0.0, False, None
+        self._progress, self._done = 0.0, False
         return Observation(text=spec.opening, task=spec.task)
 
     def step(self, action: str) -> Result:
@@ -421,52 +419,46 @@ class Synthetic:
         if self._done:
             raise RuntimeError("the task is over: call reset(task_id)")
         try:
-            role, values = self._parse(spec, action)
-            self._state, event, values = getattr(rules, role)(self._state, **values)
-            self.error = None
+            self._state, event, values = self._outcome(action)
+            valid = True
         except Refusal as why:
-            self.error, event, values = why.kind, why.event, why.values
+            event, values, valid = why.event, why.values, False
         met, total = rules.met(self._state)
         self._progress = max(self._progress, met / total)
         self._done = met == total
         observation = spec.say(event, **values, things=self._things(event), view=self._view(rules))
         return Result(observation=observation, reward=float(self._done), progress=self._progress, success=self._done,
-                      done=self._done, valid=self.error is None)  # fmt: skip
-
-    @property
-    def state(self) -> State:
-        """Where everything is now."""
-        return self._state
-
-    def refuses(self, action: str) -> Error | None:
-        """The kind of mistake that an action would be now; None for one that is accepted. Nothing changes."""
-        spec, rules = self._playing()
-        try:
-            role, values = self._parse(spec, action)
-            getattr(rules, role)(self._state, **values)
-        except Refusal as why:
-            return why.kind
-        return None
+                      done=self._done, valid=valid)  # fmt: skip
 
     def actions(self) -> list[str]:
         """Every command that is accepted now, sorted."""
-        spec, rules = self._playing()
+        spec, _ = self._playing()
         found = []
         for role in spec.commands:
             takes = spec.values(role)
             for chosen in itertools.product(*takes.values()):
-                text = fill(spec.commands[role], dict(zip(map(plain, takes), chosen, strict=True)))
-                try:
-                    parsed, values = self._parse(spec, text)
-                    getattr(rules, parsed)(self._state, **values)
+                text = fill(spec.commands[role], dict(zip(map(PLAIN.get, takes), chosen, strict=True)))
+                if not self.refusal(text):
                     found.append(text)
-                except Refusal:
-                    continue
         return sorted(set(found))
 
     def commands(self) -> list[str]:
         """The templates of this task's commands."""
         return list(self._playing()[0].commands.values())
+
+    def refusal(self, action: str) -> Refusal | None:
+        """Why an action would not be accepted now; None for one that would."""
+        try:
+            self._outcome(action)
+        except Refusal as why:
+            return why
+        return None
+
+    def _outcome(self, action: str) -> tuple[State, str, dict[str, str]]:
+        """The state after an action, and the event that it is with its values. Raises Refusal."""
+        spec, rules = self._playing()
+        role, values = self._parse(spec, action)
+        return getattr(rules, role)(self._state, **values)
 
     def _playing(self) -> tuple[Spec, Rules]:
         if not self._task_id:
@@ -483,7 +475,7 @@ class Synthetic:
             values = dict(zip(takes, match.groups(), strict=True))
             wrong = [value for name, value in values.items() if value not in takes[name]]
             if not wrong:
-                return role, {plain(name): value for name, value in values.items()}
+                return role, {PLAIN[name]: value for name, value in values.items()}
             unknown = unknown or wrong[0]
         if unknown and re.fullmatch(r"[\w -]{1,40}", unknown, re.ASCII):
             raise Refusal("parameter", "no_such", name=unknown)
@@ -498,8 +490,3 @@ class Synthetic:
 
     def _things(self, event: str) -> str:
         return listed(self._state.hands) if event == "carry" else ""
-
-
-def plain(placeholder: str) -> str:
-    """A placeholder's name in the code: the held-out vocabulary has other ones."""
-    return {"spot": "place", "item": "object", "aid": "tool"}.get(placeholder, placeholder)

@@ -171,8 +171,8 @@ def copy_what_came_before(model: Mistral, table_VE: np.ndarray) -> None:
     D, C, K = config.hidden_size, config.head_dim, config.num_key_value_heads
     parts, share = D // C, config.num_attention_heads // K
     if not (E + 1 == C and D == parts * C and parts in (2, 3) and K >= parts - 1):
-        raise ValueError(f"table of {E}, width {D}, {K} key-value heads of {C}: expected a width of two or three heads, "
-                         "a table one less than a head, and with three two key-value heads")  # fmt: skip
+        raise ValueError(f"table of {E}, width {D}, {K} key-value heads of {C}: expected a width of two or three heads "
+                         "(with three, two key-value heads), and a table one less than a head")  # fmt: skip
     model.embed[...] = jnp.zeros((V, D)).at[:, :E].set(0.75**0.5 * table_VE).at[:, E].set(0.5)
     model.head[...] = jnp.zeros((V, D)).at[:, :E].set(table_VE)
     q, k, v = (model.layers.qkv.weight[part] for part in "qkv")

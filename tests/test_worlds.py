@@ -44,6 +44,7 @@ def needs(package: str):
 
 
 CASES = {
+    "synthetic": (lambda folder: {}, "syn_easy"),
     "alfworld": (hand_written_house, "hand"),
     "webshop": (write_shop, "small_test"),
     "pddl": (nothing, "pddl_easy"),
