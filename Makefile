@@ -1,17 +1,21 @@
 # make run      the closed loop on the embedded default (ARGS=... is handed to run.sh)
 # make test     the test suite, on the CPU
 # make bench    every claim against its peer, measured now
-# make base     train the tiny base model of ALFWorld again; make base-webshop that of WebShop
+# make refine   AgentRefine on its neutral base: synthesis, tuning, evaluation
+# make base     train the tiny base model of ALFWorld again; base-webshop, base-neutral: those of WebShop and of refine
 # PYTHON=python3.12 chooses the interpreter for the virtual environment in .venv.
 
 PYTHON ?= python3
 ARGS ?=
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: run test bench base base-webshop
+.PHONY: run refine test bench base base-webshop base-neutral
 
 run: .venv/run.done
 	./run.sh $(ARGS)
+
+refine: .venv/run.done
+	./run.sh refine
 
 test: .venv/test.done
 	ruff check .
@@ -26,6 +30,10 @@ base: .venv/run.done
 base-webshop: .venv/run.done
 	python models/pretrain.py --env webshop --out models/tiny-webshop --vocabulary 6144 \
 	  --width 192 --heads 4 2 64 --rope-theta 1e8 --generated 3000 --generated-share 0.5 --world-weight 0.1 --tokens 4000000 $(ARGS)
+
+base-neutral: .venv/run.done
+	python models/pretrain.py --env neutral --out models/tiny-neutral --vocabulary 2048 \
+	  --heads 4 2 64 --rope-theta 1e8 --actre-share 0 --world-weight 0.1 --tokens 4000000 $(ARGS)
 
 # A stamp is newer than what it was made from, so nothing is installed twice.
 .venv/run.done: requirements.txt install.sh

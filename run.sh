@@ -4,20 +4,30 @@
 #
 #   ./run.sh            the embedded default: the tiny base on real games ($ALFWORLD_DATA) or generated ones
 #   ./run.sh webshop    WebShop: its tiny base on real data ($WEBSHOP_DATA) or the generated catalogue
+#   ./run.sh refine     AgentRefine: synthesis, refinement tuning and evaluation on its neutral base
 #   ./run.sh paper      A3T's configuration on Mistral-7B-Instruct-v0.2 (real games; MODEL=folder of the weights)
 #
 # Environment: RUN (directory of the run), ROUNDS (4), SEED (0), MODEL, BUDGET (compositions per failed task: 3; webshop: 20;
-# paper: 40).
+# paper: 40), COUNT (synthetic trajectories: 600).
 set -euo pipefail
 cd "$(dirname "$0")"
 # Large buffers in huge pages, where Linux gives them: a CPU trains a tenth faster.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 what=${1:-tiny}
-[ "$what" = webshop ] && RUN=${RUN:-runs/webshop}
+case "$what" in webshop | refine) RUN=${RUN:-runs/$what} ;; esac
 RUN=${RUN:-runs/a3t} ROUNDS=${ROUNDS:-4} SEED=${SEED:-0}
 common=(--run "$RUN" --seed "$SEED") first=() play=() compose=() train=()
 case "$what" in
+  refine)
+    common+=(--model "${MODEL:-models/tiny-neutral}")
+    told=(--round 0 --tell-commands --context 1536) # worlds that it does not know
+    python refine.py --run "$RUN" --seed "$SEED" --count "${COUNT:-600}"
+    python train_pg.py "${common[@]}" --round 0 --inputs "$RUN/refine" --epochs 3 --learning-rate 2e-3 --row-length 1536
+    python evaluate.py "${common[@]}" "${told[@]}" --env synthetic
+    python evaluate.py "${common[@]}" "${told[@]}" --perturb all --panels gen_valid-100 --limit 60
+    python evaluate.py "${common[@]}" "${told[@]}" --env pddl --max-turns 30
+    exit ;;
   tiny)
     common+=(--model "${MODEL:-models/tiny-alfworld}")
     compose+=(--budget "${BUDGET:-3}") ;;
@@ -38,7 +48,7 @@ case "$what" in
               --actre-prompt prompts/alfworld_actre.txt)
     train+=(--targets q v --rank 16 --alpha 32 --learning-rate 1e-4 --epochs 10 6 --failure-reward -1 --world-weight 1
             --weights nf4 --dtype bfloat16 --remat full --row-length 2048 --batch-rows 16) ;;
-  *) echo "run.sh: got '$1', expected nothing, 'tiny', 'webshop' or 'paper'" >&2; exit 2 ;;
+  *) echo "run.sh: got '$1', expected nothing, 'tiny', 'webshop', 'refine' or 'paper'" >&2; exit 2 ;;
 esac
 
 for ((round = 0; round < ROUNDS; round++)); do
