@@ -41,7 +41,7 @@ class PlayArgs:
     run: Path = Path("runs/a3t")
     """The run's directory."""
     env: str = "alfworld"
-    """World."""
+    """World: alfworld, webshop, synthetic, pddl, babyai, scienceworld, jericho."""
     data: str | None = None
     """The world's data (default: $ALFWORLD_DATA, $WEBSHOP_DATA or $JERICHO_GAMES; what is generated where it is not
     set)."""
