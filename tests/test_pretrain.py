@@ -196,7 +196,7 @@ def test_a_product_and_an_option_have_the_same_ids_on_a_page_and_in_an_action(sh
 def test_what_a_thought_says_of_a_product_or_an_option_weighs_more(shopping):
     args = Args(env="webshop", reading_weight=7.0)
     heavy = {text for t in shopping for text, weight in weighted(t, False, args) if weight == 7.0}
-    assert heavy == {"it is here", "it is not here", ", too much", ". I open it"}
+    assert heavy == {" it is here", " it is not here", ", too much", ". I open it"}
 
 
 def test_the_neutral_base_sees_worlds_and_no_solutions():
