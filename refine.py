@@ -88,20 +88,6 @@ def keep_taught(args: Args, writer: Writer, bar: tqdm) -> Counter[str]:
 # ---- a language model as the teacher ---------------------------------------------------------------------------------
 
 
-class Author(ServerPolicy):
-    """A server whose replies are texts of many lines, not lines of a game."""
-
-    def _request(self, text: str, temperature: float, seed: int) -> dict:
-        request = super()._request(text, temperature, seed)
-        request.pop("stop", None)
-        if "messages" in request:
-            request["messages"] = request["messages"][1:]  # the text says itself what is wanted
-        return request
-
-    def _finish(self, session: int, reply: dict) -> None:
-        self._ready.append((session, reply["text"].rpartition("</think>")[2]))
-
-
 def objects_in(text: str) -> list[dict[str, Any]]:
     """The JSON objects that stand one after the other in a text, whatever is between them, up to one that is cut."""
     decoder, found, place = json.JSONDecoder(), [], text.find("{")
@@ -141,7 +127,7 @@ def write_one(args: Args, persona: str) -> Generator[str, str | None, tuple[str,
 
 def ask_server(args: Args, writer: Writer, bar: tqdm, directory: Path) -> tuple[Counter[str], dict[str, int]]:
     """Asks for the count of personas, several at once. Returns the verdicts and what was asked."""
-    author = Author(args.server, directory / "replies.sqlite")
+    author = ServerPolicy(args.server, directory / "replies.sqlite", whole=True)
     personas = [line.strip() for line in args.personas.read_text().splitlines() if line.strip()]
     if not personas:
         raise ValueError(f"{args.personas} has no persona: expected one a line")

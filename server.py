@@ -68,9 +68,12 @@ class ServerPolicy:
     asks only what was not answered. The `openai` client repeats 429 (after Retry-After), 5xx, timeouts and dropped
     connections. When that is of no use, a short question tells the session from the server: if it is answered, the line
     is NoReply; if not, as with a wrong key, address or model, nothing could be played on and `lines` raises ValueError.
+    `whole`: a session is no transcript but says itself what is wanted, and a reply is a text of many lines, as it came.
     """
 
-    def __init__(self, server: Server, cache: str | Path, *, prompt: str = "", top_p: float = 1.0):
+    def __init__(
+        self, server: Server, cache: str | Path, *, prompt: str = "", top_p: float = 1.0, whole: bool = False
+    ):  # fmt: skip
         import openai
 
         if not server.model:
@@ -82,7 +85,7 @@ class ServerPolicy:
         except (TypeError, ValueError) as error:
             raise ValueError(f"--server.extra is {server.extra!r} ({error}); expected a JSON object") from error
         self.slots = server.concurrency
-        self._server, self._openai, self._prompt, self._top_p = server, openai, prompt, top_p
+        self._server, self._openai, self._prompt, self._top_p, self._whole = server, openai, prompt, top_p, whole
         self._client = openai.OpenAI(
             base_url=server.url, api_key=os.environ.get(server.key) or "none", timeout=server.timeout
         )
@@ -138,9 +141,10 @@ class ServerPolicy:
         if self._top_p < 1:
             what["top_p"] = self._top_p
         if self._server.api == "completions":
-            what |= {"prompt": text, "stop": "\n"}
+            what |= {"prompt": text, "stop": None if self._whole else "\n"}
         else:
-            what["messages"] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+            system = [] if self._whole else [{"role": "system", "content": SYSTEM}]
+            what["messages"] = [*system, {"role": "user", "content": text}]
         return {name: value for name, value in (what | self._extra).items() if value is not None}
 
     def _send(self, session: int, key: str, request: dict) -> None:
@@ -212,6 +216,9 @@ class ServerPolicy:
         """The reply's first line of text after what it thought, if it says that, without the words that it was to
         follow and no longer than its tokens allow."""
         text = reply["text"].rpartition("</think>")[2]
+        if self._whole:
+            self._ready.append((session, text))
+            return
         said = next((line for line in text.splitlines() if line.strip()), "").strip()
         for words in (REASON, ACTION):
             said = said.removeprefix(words).strip()

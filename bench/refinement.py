@@ -20,7 +20,7 @@ from pathlib import Path
 
 import tyro
 
-from scores import directory_name, read_scores, wilson
+from scores import WORDINGS, directory_name, read_scores, wilson
 
 MAIN = ("demo", "refine", "both")
 CONTROLS = ("mask-refined", "drop-errors", "no-mask")
@@ -29,7 +29,6 @@ MEASURED = (
     ("alfworld", ("gen_valid-100",), "all", 20), ("synthetic", ("syn_valid-60", "syn_held-60"), "none", 20),
     ("babyai", ("babyai_test-112",), "none", 30), ("pddl", ("pddl_test-60",), "none", 30),
 )  # fmt: skip
-WORDINGS = ("none", "P1", "P2", "P3", "P4", "P5")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +97,8 @@ def figures(name: Path, place: str) -> dict[str, dict[str, float]]:
                 label = panel.rpartition("-")[0] + (f" {wording}" if wording != "none" else "")
                 found[label] = {"success": s["rate"], "progress": s["progress"], "n": s["n"]}
     perturbed = [found[f"gen_valid {wording}"] for wording in WORDINGS[1:]]
-    found["gen_valid P1..P5"] = {key: statistics.mean(p[key] for p in perturbed) for key in ("success", "progress")}
-    return found | {"gen_valid P1..P5": found["gen_valid P1..P5"] | {"n": sum(p["n"] for p in perturbed)}}
+    means = {key: statistics.mean(p[key] for p in perturbed) for key in ("success", "progress")}
+    return found | {"gen_valid P1..P5": means | {"n": sum(p["n"] for p in perturbed)}}
 
 
 def table(results: dict[str, list[dict]]) -> str:

@@ -20,7 +20,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from envs.base import Observation, Result
+from envs.base import Observation, Result, check_split, check_task
 
 LEVELS = (
     "GoToRedBallGrey", "GoToRedBall", "GoToRedBallNoDists", "GoToObjS6", "GoToLocalS8N7", "GoToObjMazeS7",
@@ -76,17 +76,13 @@ class BabyAI:
 
     def tasks(self, split: str) -> Sequence[str]:
         """Sorted ids: babyai_test has AgentBoard's 28 levels with 4 seeds each, babyai_easy four small ones."""
-        if split not in SPLITS:
-            raise ValueError(f"no split {split!r}: expected one of {', '.join(SPLITS)}")
+        check_split(split, SPLITS)
         return ids_of(split)
 
     def reset(self, task_id: str) -> Observation:
         """Start a task. ValueError for an unknown id."""
-        split, _, name = task_id.partition("/")
-        if split not in SPLITS or task_id not in ids_of(split):
-            raise ValueError(f"unknown task {task_id!r}: expected <split>/<level>-<seed> with the splits "
-                             f"{', '.join(SPLITS)}; `python -m envs.play --env babyai --tasks --split SPLIT` lists ids")
-        level, _, seed = name.rpartition("-")
+        check_task(task_id, "babyai", "<level>-<seed>", SPLITS, ids_of)
+        level, _, seed = task_id.partition("/")[2].rpartition("-")
         with contextlib.redirect_stdout(io.StringIO()):  # it prints which layouts it rejects
             self._env = self._make(f"BabyAI-{level}-v{1 if level == 'GoToObjS6' else 0}").unwrapped
             self._env.reset(seed=int(seed))

@@ -8,7 +8,7 @@ Try one: python -m envs.play --env alfworld --tasks --split valid_seen
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,6 +78,22 @@ def check_stamp(folder: Path, name: str, wanted: Any) -> None:
     found = json.loads(stamp.read_text()) if stamp.is_file() else "no record of how it was made"
     if found != wanted:
         raise ValueError(f"{folder} holds {found}, expected {wanted}: delete it or choose another folder")
+
+
+def check_split(split: str, splits: Iterable[str]) -> None:
+    """Raises ValueError, naming those that there are, unless the split is one of them."""
+    if split not in splits:
+        raise ValueError(f"no split {split!r}: expected one of {', '.join(splits)}")
+
+
+def check_task(
+    task_id: str, env: str, form: str, splits: Iterable[str], ids_of: Callable[[str], Sequence[str]]
+) -> None:
+    """Raises ValueError, naming the `form` of an id after its split, unless the id is one of its split's."""
+    split = task_id.partition("/")[0]
+    if split not in splits or task_id not in ids_of(split):
+        raise ValueError(f"unknown task {task_id!r}: expected <split>/{form} with the splits {', '.join(splits)}; "
+                         f"`python -m envs.play --env {env} --tasks --split SPLIT` lists ids")  # fmt: skip
 
 
 def make_world(env: str, *, perturb: str = "none", tell_commands: bool = False, **how: str | None) -> World:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from envs.base import Observation, Result
+from envs.base import Observation, Result, check_split
 
 GAMES = (
     "905", "acorncourt", "afflicted", "balances", "detective", "dragon", "huntdark", "jewel", "library", "loose",
@@ -72,8 +72,7 @@ class Jericho:
 
     def tasks(self, split: str) -> Sequence[str]:
         """Sorted ids: jericho_test, those of AgentBoard's 20 games that are there; jericho_all, all that are."""
-        if split not in SPLITS:
-            raise ValueError(f"no split {split!r}: expected one of {', '.join(SPLITS)}")
+        check_split(split, SPLITS)
         return [f"{split}/{name}" for name in sorted(self._files) if split == "jericho_all" or name in GAMES]
 
     def reset(self, task_id: str) -> Observation:

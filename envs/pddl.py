@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from envs.base import Observation, Result
+from envs.base import Observation, Result, check_split, check_task
 from envs.pddl_domains import DOMAINS, Domain, Drawn
 from envs.strips import Action, Fact, Operator, Problem, find_plan
 
@@ -112,16 +112,12 @@ class Pddl:
 
     def tasks(self, split: str) -> Sequence[str]:
         """Sorted ids: pddl_test is what AgentBoard has (10/20/20/10 problems), pddl_easy is small."""
-        if split not in SPLITS:
-            raise ValueError(f"no split {split!r}: expected one of {', '.join(SPLITS)}")
+        check_split(split, SPLITS)
         return ids_of(split)
 
     def reset(self, task_id: str) -> Observation:
         """Start a task. ValueError for an unknown id."""
-        split = task_id.partition("/")[0]
-        if split not in SPLITS or task_id not in ids_of(split):
-            raise ValueError(f"unknown task {task_id!r}: expected <split>/<domain>-<number> with the splits "
-                             f"{', '.join(SPLITS)}; `python -m envs.play --env pddl --tasks --split SPLIT` lists ids")
+        check_task(task_id, "pddl", "<domain>-<number>", SPLITS, ids_of)
         self._task_id, task = task_id, load_task(task_id)
         self._state, self._progress, self._done = task.problem.start, 0.0, False
         self._look()

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
 
-from envs.base import Observation, Result
+from envs.base import Observation, Result, check_split, check_task
 
 # Variations of each task in train, dev and test, which follow one another in this order.
 TASKS = {
@@ -89,17 +89,12 @@ class ScienceWorld:
 
     def tasks(self, split: str) -> Sequence[str]:
         """Sorted ids: the simulator's splits, 3,592, 1,796 and 1,819 variations of 30 tasks."""
-        if split not in SPLITS:
-            raise ValueError(f"no split {split!r}: expected one of {', '.join(SPLITS)}")
+        check_split(split, SPLITS)
         return ids_of(split)
 
     def reset(self, task_id: str) -> Observation:
         """Start a task in a virtual machine of its own. ValueError for an unknown id."""
-        split = task_id.partition("/")[0]
-        if split not in SPLITS or task_id not in ids_of(split):
-            raise ValueError(f"unknown task {task_id!r}: expected <split>/<task>-<variation> with the splits "
-                             f"{', '.join(SPLITS)}; `python -m envs.play --env scienceworld --tasks --split SPLIT` "
-                             "lists ids")
+        check_task(task_id, "scienceworld", "<task>-<variation>", SPLITS, ids_of)
         self._task_id, self._done, self._actions = task_id, False, []
         self._load()
         task = self._env.get_task_description()

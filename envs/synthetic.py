@@ -31,7 +31,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from envs.base import Observation, Result
+from envs.base import Observation, Result, check_split
 from envs.synthetic_words import HELD, TRAIN, Theme, Words
 
 WORLDS = 1  # goes up when a name comes to stand for another world
@@ -398,8 +398,7 @@ class Synthetic:
 
     def tasks(self, split: str) -> Sequence[str]:
         """Sorted ids. Raises ValueError for an unknown split."""
-        if split not in SPLITS:
-            raise ValueError(f"no split {split!r}: expected one of {', '.join(SPLITS)}")
+        check_split(split, SPLITS)
         return [f"{split}/{number:05d}" for number in range(SPLITS[split])]
 
     def reset(self, task_id: str) -> Observation:

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from attempt import template_reason
-from envs.alfred import COMMANDS, NOTHING, Game
-from envs.base import Observation, Result
-from envs.generate import generate_games
+from envs.alfworld import AlfWorld
+from envs.generate import family
 from envs.panel import excluded_ids
 from envs.synthetic import Synthetic
 from envs.wording import TellCommands
@@ -41,41 +40,13 @@ def spellings(trajectory: Trajectory) -> list[str]:
     return [text_of(react_segments(trajectory))]
 
 
-class Rooms:
-    """The part of a `World` that a walk needs, over one ALFWorld game that lies in no folder."""
-
-    def __init__(self, games: dict[str, dict]):
-        self._games, self.isolated, self.facts = games, False, {}
-
-    def tasks(self, split: str) -> list[str]:
-        return sorted(self._games)
-
-    def reset(self, task_id: str) -> Observation:
-        self._game = Game(self._games[task_id])
-        return Observation(text=self._game.text, task=self._game.task)
-
-    def step(self, action: str) -> Result:
-        answer = self._game.act(action)
-        met, total = self._game.conditions()
-        observation, won = NOTHING if answer is None else answer, met == total
-        return Result(observation=observation, reward=float(won), progress=met / total, success=won, done=won,
-                      valid=answer is not None)  # fmt: skip
-
-    def actions(self) -> list[str]:
-        return self._game.actions()
-
-    def commands(self) -> list[str]:
-        return list(COMMANDS["0.4"])
-
-
 @functools.lru_cache(maxsize=1)
-def sources(args: Args) -> list[tuple[TellCommands, list[str]]]:
+def sources() -> list[tuple[TellCommands, list[str]]]:
     """(world, task ids) of generated games and of synthetic worlds."""
-    games = {task_id: {key: game[key] for key in ("pddl_problem", "grammar")}
-             for task_id, game, _ in generate_games(args.seed, "gen_demo", args.generated)}  # fmt: skip
-    excluded, rooms = excluded_ids(), Rooms(games)
-    worlds = [(rooms, rooms.tasks("gen_demo")), (Synthetic(), Synthetic().tasks("syn_train"))]
-    return [(TellCommands(world), [task for task in tasks if task not in excluded]) for world, tasks in worlds]
+    excluded = excluded_ids()
+    worlds = ((AlfWorld(), f"{family()}_demo"), (Synthetic(), "syn_train"))
+    return [(TellCommands(world), [task for task in world.tasks(split) if task not in excluded])
+            for world, split in worlds]  # fmt: skip
 
 
 def walk(world: TellCommands, task_id: str, strange: str, rng: np.random.Generator) -> Trajectory | None:
@@ -97,7 +68,7 @@ def walk(world: TellCommands, task_id: str, strange: str, rng: np.random.Generat
 
 def demonstrations(args: Args) -> Iterator[Trajectory]:
     """An endless stream of walks, the same for the same seed; half of them in each source."""
-    worlds, strange = sources(args), "look"
+    worlds, strange = sources(), "look"
     for number in itertools.count():
         rng = generator(args.seed, "walk", number)
         world, task_ids = worlds[rng.integers(len(worlds))]
