@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora.linear import FUSED
+from lora.linear import FUSED, multiply
 from lora.mistral import Layer, rms_norm, rotation
 
 # How the base lies while it samples: dense in float32 with the adapter added, dense in bfloat16 with the adapter beside
@@ -32,7 +32,7 @@ class View(NamedTuple):
 
     embed: jax.Array
     norm: jax.Array
-    head_DV: jax.Array
+    head: jax.Array  # as `multiply` reads it
     stops_V: jax.Array  # which ids end a reply
     layers: list
     prefix: list  # of each layer, keys [K, C, S] and values [K, S, C] of what all sessions begin with; S may be 0
@@ -260,7 +260,7 @@ def decode(graph, config, view: View, past, lengths_R, asked: Asked, *, places: 
             x_RTD, fresh = run_layer(graph.merge(weights), config, x_RTD, turn, prefix, blocks, lengths_R, fresh, t)
             filled.append(fresh)
         hidden_RD = rms_norm(x_RTD[:, 0], view.norm, config.rms_norm_eps)
-        logits_RV = jnp.dot(hidden_RD, view.head_DV, preferred_element_type=jnp.float32)
+        logits_RV = multiply(hidden_RD, view.head, jnp.float32)
         ids_R = sample(logits_RV, asked.temperature, asked.top_p, asked.seed, asked.drawn + t)
         chosen_R = jnp.take_along_axis(logits_RV, ids_R[:, None], axis=1)[:, 0]
         logprobs_R = chosen_R - jax.nn.logsumexp(logits_RV, axis=1)

@@ -51,6 +51,7 @@ from lora.decoding import (
     look_up,
     prefill_layer,
 )
+from lora.linear import lay_out
 from lora.mistral import Mistral
 
 # Places of the first block of the cache; later ones end at 1.5, 2, 3, 4, 6, ... times as many, so that attention reads
@@ -61,8 +62,8 @@ TILE, ACCELERATOR_TILE = 64, 128
 # Ids of a row that are prefilled at once, at most: a width is used while more than the next narrower one is left.
 WIDTHS = (128, 32, 8)
 # Ids of all rows that are prefilled at once: the least that hold them, or the most that they fill. From 64 on a row of
-# a product has the same bits however many there are.
-SIZES = (64, 96, 128, 192, 256, 1024)
+# a product has the same bits however many there are; with weights in tiles (lora/linear.py) up to 128.
+SIZES, TILED_SIZES = (64, 96, 128, 192, 256, 1024), (16, 32, 64, 96, 128)
 
 
 class Reply(NamedTuple):
@@ -93,18 +94,20 @@ def cache_sizes(context: int, tile: int) -> tuple[int, ...]:
     return tuple(np.diff([0, *ends]).tolist())
 
 
-def prefill_size(ids: int) -> int:
-    """How many ids to prefill at once where so many wait."""
-    return min(size for size in SIZES if size >= ids) if ids <= SIZES[-2] else max(s for s in SIZES if s <= ids)
+def prefill_size(ids: int, sizes: Sequence[int]) -> int:
+    """How many ids to prefill at once where so many wait: the least of `sizes` that holds them all, unless that is more
+    than twice as many as they can fill; then the most that they fill."""
+    filled = max((size for size in sizes if size <= ids), default=sizes[0])
+    return next((size for size in sizes if ids <= size <= 2 * filled), filled)
 
 
 class Engine:
     """Sessions over one model, whose base lies as `weights` says; both dense forms are copies, made once here.
 
     `rows` is how many slots make a group: all of a group's rows decode even if one is asked, and groups run beside each
-    other. `chunk` is after how many ids a group's rows that have not ended let others in. By default 8 and never on a
-    CPU, all slots and 32 on accelerators. Sessions begin with the ids of `prefix`, which count neither as theirs nor
-    into `context`.
+    other. `chunk` is after how many ids a group's rows that have not ended let others in. By default 8 (half of fewer
+    than 16 slots) and never on a CPU, all slots and 32 on accelerators. Sessions begin with the ids of `prefix`, which
+    count neither as theirs nor into `context`.
     """
 
     def __init__(
@@ -114,7 +117,7 @@ class Engine:
     ):  # fmt: skip
         config, on_cpu = model.config, jax.default_backend() == "cpu"
         longest = config.max_position_embeddings - len(prefix)
-        rows = (8 if on_cpu else slots) if rows is None else rows
+        rows = (min(8, -(-slots // 2)) if on_cpu else slots) if rows is None else rows
         chunk = min((max_new_tokens if on_cpu else 32) if chunk is None else chunk, max_new_tokens)
         if not 1 <= context <= longest or min(slots, max_new_tokens, rows, chunk) < 1:
             raise ValueError(
@@ -130,10 +133,12 @@ class Engine:
         stops_V = np.isin(np.arange(config.vocab_size), list(self._stops))
         dtype = DTYPES.get(weights, model.embed.dtype)
         embed, norm, head = (x.astype(dtype) for x in (model.embed[...], model.norm[...], model.unembed()))
-        self._view = View(embed, norm, head.T, stops_V, layers, [])
+        self._view = View(embed, norm, lay_out(head), stops_V, layers, [])
         self._view = self._view._replace(prefix=self._prefix(prefix))
 
         self._tile = TILE if on_cpu else ACCELERATOR_TILE
+        tiled = all(array.ndim != 2 for array in jax.tree.leaves(layers[0]))  # W^T, codes and adapters have two
+        self._sizes = TILED_SIZES if tiled else SIZES
         self._rows = min(rows, slots)
         sizes = cache_sizes(context, self._tile)
         self._ends = np.cumsum(sizes).tolist()  # where each block of the cache ends, in tiles
@@ -297,7 +302,7 @@ class Engine:
 
         for width, narrower in zip(WIDTHS, (*WIDTHS[1:], 0), strict=True):
             while counts := {session: min(width, left(session)) for session in sessions if left(session) > narrower}:
-                size = prefill_size(sum(counts.values()))
+                size = prefill_size(sum(counts.values()), self._sizes)
                 totals = itertools.accumulate(counts.values())
                 taken = [each for each, total in zip(counts.items(), totals, strict=True) if total <= size]
                 rows = min(self._rows, max(1, 2 * size // width))  # so attention sees no more than twice what is filled

@@ -11,6 +11,7 @@ from flax import nnx
 from peft import PeftModel
 
 from lora import engine as engine_module
+from lora import linear
 from lora.convert import load_model, save_adapter, save_model
 from lora.decoding import Asked, Graph, View, append, decode, empty_buffer, sample
 from lora.engine import Engine
@@ -35,9 +36,13 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(engine_module, "WIDTHS", (8, 3))
 
 
+# Wide enough for weights in tiles; no other test has its shapes, so none is compiled yet when `LARGE` is changed.
+WIDE = {"hidden_size": 160, "intermediate_size": 192, "head_dim": 32}
+
+
 @functools.cache
-def model(window: int | None = None) -> Mistral:
-    return Mistral(Config(**{**vars(TINY), "sliding_window": window}), rngs=nnx.Rngs(0))
+def model(window: int | None = None, wide: bool = False) -> Mistral:
+    return Mistral(Config(**{**vars(TINY), "sliding_window": window, **(WIDE if wide else {})}), rngs=nnx.Rngs(0))
 
 
 def engine(**changes) -> Engine:
@@ -64,10 +69,13 @@ def full_logprobs(of: Mistral, ids: list[int]) -> np.ndarray:
 # ---- the cache -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("window", [None, 7])
-def test_cached_decoding_equals_the_full_forward_over_turns(window):
+@pytest.mark.parametrize(("window", "tiled"), [(None, False), (7, False), (None, True)])
+def test_cached_decoding_equals_the_full_forward_over_turns(monkeypatch, window, tiled):
     """Sessions of different lengths, asked in changing company, reopened in used slots, up to a full context."""
-    random, one = np.random.default_rng(1), engine(model=model(window))
+    if tiled:
+        monkeypatch.setattr(linear, "LARGE", 0)
+    random, one = np.random.default_rng(1), engine(model=model(window, tiled))
+    assert (one._sizes == engine_module.TILED_SIZES) == tiled
     history = {one.open(): [] for _ in range(4)}
     full, worst = 0, 0.0
     for turn in range(9):
@@ -89,7 +97,7 @@ def test_cached_decoding_equals_the_full_forward_over_turns(window):
             before = len(history[session])
             history[session] += reply.ids
             assert one.length(session) == len(history[session]) <= CONTEXT
-            expected = full_logprobs(model(window), history[session])[before:]
+            expected = full_logprobs(model(window, tiled), history[session])[before:]
             worst = max(worst, np.abs(expected - reply.logprobs).max())
     assert worst < 1e-4
     assert full > 0  # else the sessions were too short to say anything about the end of the context
@@ -211,17 +219,24 @@ def test_greedy_ids_are_those_of_transformers_generate(tmp_path, with_adapter):
 # ---- draws -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rows", "widths", "lengths"), [(2, (8, 3), (3, 21, 8, 13)), (4, (128, 8), (97, 128, 21, 90))])
-def test_draws_do_not_depend_on_slot_order_or_company(monkeypatch, rows, widths, lengths):
+@pytest.mark.parametrize(
+    ("rows", "widths", "lengths", "tiled"),
+    [(2, (8, 3), (3, 21, 8, 13), False), (4, (128, 8), (97, 128, 21, 90), False), (1, (128, 8), (97, 128, 21, 3), True),
+     (4, (128, 8), (97, 128, 21, 3), True)],
+)  # fmt: skip
+def test_draws_do_not_depend_on_slot_order_or_company(monkeypatch, rows, widths, lengths, tiled):
     """Bit for bit: a resumed rollout plays its games in other company and must sample the same text.
 
-    In the second case what is prefilled together is one size in company and another alone.
+    From the second case on what is prefilled together is one size in company and another alone.
     """
     monkeypatch.setattr(engine_module, "WIDTHS", widths)
+    if tiled:
+        monkeypatch.setattr(linear, "LARGE", 0)
     asks = {name: (prompt(length, seed=9), 40 + length) for name, length in zip("abcd", lengths, strict=True)}
 
     def play(order: str, wasted_slots: int = 0) -> dict:
-        one = engine(stop_ids=(), rows=rows, context=256)
+        one = engine(model=model(wide=tiled), stop_ids=(), rows=rows, context=256)
+        assert (one._sizes == engine_module.TILED_SIZES) == tiled
         for _ in range(wasted_slots):
             one.open()
         sessions = {name: one.open() for name in order}
