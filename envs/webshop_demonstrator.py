@@ -6,8 +6,8 @@ where too many are, settles after some turns for the best that it has seen, choo
 briefly on every turn, in steps that each look at one thing: a product and its price, an option and whether it is there.
 What is done is named last, so that the action can be copied from it. It can be displaced: told that another action was
 taken, it goes on from there, and `explain` writes the reason for such an action after the fact, which is the text that
-ActRe learns from. It can be hasty, and read no features (`reads`); or careless: then it opens the first product,
-chooses one option at most and buys.
+ActRe learns from. It can be hasty: search for the first words and the options alone (`brief`), read no features
+(`reads`); or careless: then it opens the first product, chooses one option at most and buys.
 
 Left out: the reward's view of attributes, which no page shows. Reads both observation modes.
 
@@ -30,6 +30,7 @@ FIRST_OPTION = re.compile(r"(.*) with ((?:(?! with )[^:])+): (.*)", re.DOTALL)
 OPENING = re.compile(
     r"(?:hello, )?(?:find me|show me|i(?:'m| am) looking for|i (?:need|want)|i would like to buy)(?: an?)? ", re.I
 )
+ATTRIBUTES = re.compile(r" with | for |, ")  # where they begin
 COMMON = frozenset(
     "find me i am looking for need want show would like to buy a an the with and that is of in it some".split()
 )
@@ -110,6 +111,7 @@ class Demonstrator:
         self.at: str | None = None  # the product on view
         self.settled: str | None = None  # the product to buy
         self.careless = False  # set it to have the shortcut taken
+        self.brief = False  # set it to have the attributes left out of the search
         self.reads = True  # unset it to have no features read, nor descriptions
         self.turns = 0
         self._read(nodes)
@@ -179,7 +181,8 @@ class Demonstrator:
     def decide(self) -> tuple[str, str]:
         """The next (thought, action)."""
         if self.page == "search":
-            sought = " ".join([self.wish, *self.options.values()])
+            wish = ATTRIBUTES.split(self.wish)[0] if self.brief else self.wish
+            sought = " ".join([wish, *self.options.values()])
             return f"I look for {sought}.", f"{OPEN}{sought}]"
         if self.page == "results":
             return self._pick()

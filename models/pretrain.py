@@ -124,14 +124,16 @@ def embeddings(tokenizer: Tokenizer, width: int, rng: np.random.Generator) -> tu
     """Where embedding and head start, [V, D], and two directions in it, [D] each: of plain words, of numbered things.
 
     A token is the sum of its words' random vectors, at unit length. So " mug", " mug 1" and " mug 2" are alike from the
-    first step, and plain words (" mug") have a direction in common, numbered things (" mug 2") another.
+    first step, and plain words (" mug") have a direction in common, numbered things (" mug 2") another. Pieces of a
+    product's id are words of their own.
     """
     directions = rng.normal(size=(2, width))
     words: defaultdict[str, np.ndarray] = defaultdict(lambda: rng.normal(size=width))
     table = np.zeros((tokenizer.get_vocab_size(), width), np.float32)
     for token in range(len(table)):
         text = tokenizer.id_to_token(token).replace("Ġ", " ")  # how a byte-level BPE spells a space
-        table[token] = sum(words[word] for word in re.findall(r"[A-Za-z]+|\d+|[^A-Za-z\d\s]+", text) or [text])
+        parts = [text] if re.fullmatch(r"[A-Z\d]+", text) else re.findall(r"[A-Za-z]+|\d+|[^A-Za-z\d\s]+", text)
+        table[token] = sum(words[word] for word in parts or [text])
         for pattern, direction in zip((r" [a-z]+", r".* \d+"), directions, strict=True):
             if re.fullmatch(pattern, text):
                 table[token] += 0.85 * direction  # 0.6 of the length of a name of two words

@@ -71,7 +71,8 @@ def demonstrate(world: WebShop, task_id: str, rng: np.random.Generator, args: Ar
     displaced = rng.choice(args.displaced)
     opening = world.reset(task_id)
     player = Demonstrator(opening.text)
-    player.reads, player.careless = False, bool(rng.random() < careless_share(args, player))
+    player.brief, player.reads = True, False
+    player.careless = bool(rng.random() < careless_share(args, player))
     turns: list[Turn] = []
     result = None
     while len(turns) < args.max_turns and not (result and result.done):

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from attempt import template_reason
 from envs.alfworld import TASK_TYPES, AlfWorld, task_type
 from envs.panel import excluded_ids
 from lora import nf4
@@ -26,6 +28,7 @@ from models.pretrain import (
     train_tokenizer,
     weighted,
 )
+from teacher import told
 from tests.helpers import trajectory
 from trajectory import Turn, react_segments, read_trajectories, text_of
 
@@ -206,6 +209,18 @@ def test_the_neutral_base_sees_worlds_and_no_solutions():
     assert not any(walk.success for walk in walks) and all("\n\nYou can: " in walk.first_observation for walk in walks)
     valid = [turn.valid for walk in walks for turn in walk.turns]
     assert 0.7 < np.mean(valid) < 0.98
+
+
+def test_the_words_of_an_accepted_action_were_read_before_even_if_they_are_made_up():
+    walks = list(itertools.islice(neutral_lessons.demonstrations(Args(env="neutral", generated=40)), 100))
+    for walk in walks:
+        read = walk.first_observation
+        for turn in walk.turns:
+            if turn.thought != template_reason(turn.action):  # which tries what another world accepts
+                assert set(re.findall("[a-z0-9]+", turn.action)) <= set(re.findall("[a-z0-9]+", read))
+            read += turn.observation
+    synthetic = [walk for walk in walks if walk.split == "syn_train"]
+    assert 0.2 < np.mean([walk.first_observation != told(walk.task_id) for walk in synthetic]) < 0.6
 
 
 def test_demonstrations_are_a_finished_stage_of_successes_with_told_commands(tmp_path, generated_only):
