@@ -8,7 +8,7 @@
 #   ./run.sh paper      A3T's configuration on Mistral-7B-Instruct-v0.2 (real games; MODEL=folder of the weights)
 #
 # Environment: RUN (directory of the run), ROUNDS (4), SEED (0), MODEL, BUDGET (compositions per failed task: 3; webshop: 20;
-# paper: 40), COUNT (synthetic trajectories: 600).
+# paper: 40), COUNT (synthetic trajectories: 2000).
 set -euo pipefail
 cd "$(dirname "$0")"
 # Large buffers in huge pages, where Linux gives them: a CPU trains a tenth faster.
@@ -22,8 +22,9 @@ case "$what" in
   refine)
     common+=(--model "${MODEL:-models/tiny-neutral}")
     told=(--round 0 --tell-commands --context 1536) # worlds that it does not know
-    python refine.py --run "$RUN" --seed "$SEED" --count "${COUNT:-600}"
-    python train_pg.py "${common[@]}" --round 0 --inputs "$RUN/refine" --epochs 3 --learning-rate 2e-3 --row-length 1536
+    python refine.py --run "$RUN" --seed "$SEED" --count "${COUNT:-2000}"
+    python train_pg.py "${common[@]}" --round 0 --inputs "$RUN/refine" --epochs 1 --rank 32 --alpha 64 \
+      --learning-rate 8e-3 --row-length 1536 --world-weight 0
     python evaluate.py "${common[@]}" "${told[@]}" --env synthetic
     python evaluate.py "${common[@]}" "${told[@]}" --perturb all --panels gen_valid-100 --limit 60
     python evaluate.py "${common[@]}" "${told[@]}" --env pddl --max-turns 30

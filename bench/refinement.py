@@ -41,11 +41,11 @@ class Args:
     """Seeds of the main arms; the controls have the first of them."""
     arms: tuple[str, ...] = (*MAIN, *CONTROLS)
     """Arms to run."""
-    count: int = 600
-    """Trajectories that an arm is tuned on."""
-    epochs: int = 3
-    """Passes over them."""
-    learning_rate: float = 2e-3
+    count: int = 2000
+    """Trajectories that an arm is tuned on, once."""
+    rank: int = 32
+    """LoRA rank, on all linear layers; alpha is twice as much."""
+    learning_rate: float = 8e-3
     """Peak rate of Adam on the adapter."""
     limit: int = 60
     """Tasks of each panel."""
@@ -82,8 +82,8 @@ def arm(args: Args, which: str, seed: int) -> Path:
     name = args.runs / f"{which}_{seed}"
     refinement = which if which in CONTROLS else "mask-errors"
     run("train_pg.py", "--run", name, "--round", 0, "--inputs", *data_of(args, which, seed), "--refinement", refinement,
-        "--model", args.model, "--epochs", args.epochs, "--learning-rate", args.learning_rate, "--row-length", 1536,
-        "--world-weight", 0, "--seed", seed)  # fmt: skip
+        "--model", args.model, "--epochs", 1, "--rank", args.rank, "--alpha", 2 * args.rank, "--learning-rate",
+        args.learning_rate, "--row-length", 1792, "--world-weight", 0, "--seed", seed)  # fmt: skip
     evaluate(args, name, "--round", "0")
     return name
 

@@ -41,6 +41,8 @@ class Args:
     """Turns of a game that are replayed; a thought and its action are two replies."""
     new: int = 16
     """Ids of a reply."""
+    replays: int = 3
+    """Times that the games are replayed and counted."""
     context: int = 1024
     """Tokens that a session can hold."""
     tiny_slots: int = 64
@@ -119,28 +121,29 @@ class Transformers:
 
 
 def compare(name: str, model: Mistral, slots: int, games: list[list[list[int]]], args: Args) -> float:
-    """Replays the games with both, twice; prints a line of the second time each and returns the ratio."""
+    """Replays the games with both, once uncounted; prints a line of all counted times each and returns the ratio."""
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, folder)
         players = {"ours": Ours(model, slots, args), "transformers": Transformers(folder, args.new)}
-    rounds = len(games[0])
-    for counted in (False, True):
-        seconds, replies = dict.fromkeys(players, 0.0), {player: [] for player in players}
+    rounds, seconds = len(games[0]), dict.fromkeys(players, 0.0)
+    for replay in range(args.replays + 1):
+        replies = {player: [] for player in players}
         for player in players.values():
             player.start(slots)
-        for turn in tqdm(range(rounds), desc=f"{name}, {'measured' if counted else 'warm-up'}", unit="reply"):
+        for turn in tqdm(range(rounds), desc=f"{name}, {'measured' if replay else 'warm-up'}", unit="reply"):
             for who, player in players.items():
                 time.sleep(0.2)  # until the other's threads no longer wait for work
                 start = time.perf_counter()
                 replies[who] += player.reply([game[turn] for game in games])
-                seconds[who] += time.perf_counter() - start
+                if replay:
+                    seconds[who] += time.perf_counter() - start
         for player in players.values():
             player.end()
-    made = slots * rounds * args.new
+    made = args.replays * slots * rounds * args.new
     same = np.mean(np.array(replies["ours"]) == np.array(replies["transformers"]))
     for who, player in players.items():
-        print(f"{name}, {slots} games x {rounds} replies of {args.new} ids, {who}: {made / seconds[who]:,.0f} ids/s, "
-              f"{player.computed:,} ids of histories computed")  # fmt: skip
+        print(f"{name}, {args.replays} x {slots} games x {rounds} replies of {args.new} ids, {who}: "
+              f"{made / seconds[who]:,.0f} ids/s, {player.computed:,} ids computed in a replay")  # fmt: skip
     ratio = seconds["transformers"] / seconds["ours"]
     print(f"{name}: ours / transformers {ratio:.1f}, {same:.2%} of the ids alike\n")
     return ratio
