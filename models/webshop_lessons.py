@@ -2,8 +2,10 @@
 
 Goals of the real catalogue ($WEBSHOP_DATA or --data, where it is there) but for its test split, of the demo split of
 the generated one, and all goals of generated ones with other seeds, bought by the scripted demonstrator, hasty or
-careless. Many results pages are short: what to look for is found more easily among less. Read by models/pretrain.py,
-whose Args say what can be chosen.
+careless. Many results pages are short: what to look for is found more easily among less. In half of the
+demonstrations products have other ids and words stand for each other, so that a page's words have to be read off the
+page: the few hundred products of the real catalogue would be learnt by heart. Read by models/pretrain.py, whose Args
+say what can be chosen.
 """
 
 from __future__ import annotations
@@ -11,10 +13,12 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec.structs import replace
 
 from attempt import sample_action
 from envs.panel import excluded_ids
@@ -34,6 +38,16 @@ READING = r"( it is (?:not )?here|, too much|\. I open it)"  # what a thought sa
 # signs.
 SPLIT = (r" \[SEP\]|\s(?=[A-Z\d]{10}\b)|[A-Z\d]{10}\b| OK\.| ?[A-Za-z]+(?:'[a-z]+)?[:\[]?| ?\d+|\n|\]+"
          r"| ?[^\sA-Za-z\d\]]|\s")  # fmt: skip
+REWORDED = 0.5  # share of demonstrations with other ids and words
+# Words of pages, instructions and thoughts that stay as they are.
+ASIN, LETTERS = r"\b[A-Z\d]{10}\b", "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+KEPT = frozenset(
+    "instruction find show need want looking would like buy with and for the that price lower than dollars back search "
+    "page total results next prev rating description features reviews now thank you shopping with code none paste "
+    "your mturk interface purchased asin options attrs category query product target goal reward score min max details "
+    "upper instuction text webshop look below costs too much open looked here not choose have chosen there more best "
+    "them turn read this nothing found less want something else what pack".split()
+)
 PAGES = (1, 2, 4, PAGE, PAGE)  # products on a results page; a demonstration draws one of them
 
 
@@ -45,19 +59,22 @@ def spellings(trajectory: Trajectory) -> list[str]:
 
 
 @functools.lru_cache(maxsize=1)
-def sources(args: Args) -> list[tuple[WebShop, list[str]]]:
-    """(world, task ids) of the real catalogue, where there is one, and of the generated ones."""
+def sources(args: Args) -> list[tuple[WebShop, list[str], list[str]]]:
+    """(world, task ids, words of their instructions) of the real catalogue, if there is one, and of generated ones."""
     excluded, found = excluded_ids(), []
+
+    def add(world: WebShop, splits: tuple[str, ...]) -> None:
+        task_ids = [task for split in splits for task in world.tasks(split) if task not in excluded]
+        texts = (world.reset(task).task.lower() for task in task_ids)
+        words = {word for text in texts for word in re.findall("[a-z]{3,}", text)}
+        found.append((world, task_ids, sorted(words - KEPT)))
+
     folder = args.data or os.environ.get("WEBSHOP_DATA")
     if folder:
-        world = WebShop(folder)
-        splits = ("small_train", "small_demo", "small_valid")
-        found.append((world, [task for split in splits for task in world.tasks(split) if task not in excluded]))
+        add(WebShop(folder), ("small_train", "small_demo", "small_valid"))
     for number in range(-(-args.generated // PRODUCTS)):
         folder = ensure_catalogue(FOLDER.with_name(f"{FOLDER.name}_{number}") if number else FOLDER, SEED + number)
-        world = WebShop(str(folder))
-        splits = ("gen_train", "gen_demo", "gen_valid", "gen_test") if number else ("gen_demo",)
-        found.append((world, [task for split in splits for task in world.tasks(split) if task not in excluded]))
+        add(WebShop(str(folder)), ("gen_train", "gen_demo", "gen_valid", "gen_test") if number else ("gen_demo",))
     return found
 
 
@@ -94,6 +111,34 @@ def demonstrate(world: WebShop, task_id: str, rng: np.random.Generator, args: Ar
     )  # fmt: skip
 
 
+def reworded(trajectory: Trajectory, others: list[str], rng: np.random.Generator) -> Trajectory:
+    """The same purchase with other ids, and each word that is not kept always another one of `others`."""
+    ids: dict[str, str] = {}
+    words: dict[str, str] = {}
+
+    def other_id(found: re.Match) -> str:
+        if found[0] not in ids:
+            ids[found[0]] = "B0" + "".join(rng.choice(list(LETTERS), 8))
+        return ids[found[0]]
+
+    def other_word(found: re.Match) -> str:
+        word = found[0].lower()
+        if word in KEPT:
+            return found[0]
+        if word not in words:
+            words[word] = others[rng.integers(len(others))]
+        return words[word].capitalize() if found[0][0].isupper() else words[word]
+
+    def change(text: str) -> str:
+        return re.sub("(?<![A-Za-z])[A-Za-z][a-z]{2,}(?![A-Za-z])", other_word, re.sub(ASIN, other_id, text))
+
+    turns = [replace(turn, thought=change(turn.thought), action=f"{verb}[{change(rest)}" if rest else turn.action,
+                     observation=change(turn.observation))
+             for turn in trajectory.turns for verb, _, rest in [turn.action.partition("[")]]  # fmt: skip
+    return replace(trajectory, first_observation=change(trajectory.first_observation), task=change(trajectory.task),
+                   turns=turns)  # fmt: skip
+
+
 def demonstrations(args: Args) -> Iterator[Trajectory]:
     """An endless stream of demonstrations, the same for the same seed; no panel's task among them."""
     worlds = sources(args)
@@ -101,8 +146,8 @@ def demonstrations(args: Args) -> Iterator[Trajectory]:
     for number in itertools.count():
         rng = generator(args.seed, "pretrain", number)
         first = real and rng.random() >= args.generated_share
-        world, task_ids = worlds[0] if first else worlds[int(rng.integers(real, len(worlds)))]
+        world, task_ids, words = worlds[0] if first else worlds[int(rng.integers(real, len(worlds)))]
         world.page = int(rng.choice(PAGES))
         trajectory = demonstrate(world, task_ids[rng.integers(len(task_ids))], rng, args)
         if trajectory is not None:
-            yield trajectory
+            yield reworded(trajectory, words, rng) if rng.random() < REWORDED else trajectory

@@ -185,6 +185,25 @@ def test_no_goal_of_a_panel_is_bought_and_players_are_of_uneven_skill(shopping):
     assert {trajectory.turns[-1].action for trajectory in shopping} == {"click[buy now]"}
 
 
+def test_a_reworded_purchase_can_be_read_as_the_first_one_could(shopping):
+    others = "alpha beta gamma delta epsilon zeta".split()
+    for bought in [t for t in shopping if len(t.turns) > 3][:20]:
+        changed = webshop_lessons.reworded(bought, others, np.random.default_rng(0))
+        page = changed.first_observation
+        for old, new in zip(bought.turns, changed.turns, strict=True):
+            kind, _, argument = new.action.partition("[")
+            assert kind == old.action.partition("[")[0]
+            if kind == "click" and old.action_by == "demo":
+                assert argument[:-1].lower() in page.lower()
+            page = new.observation
+            assert page.count(" [SEP] ") == old.observation.count(" [SEP] ")
+            ids = [set(re.findall(webshop_lessons.ASIN, text)) for text in (old.observation, page)]
+            assert len(ids[0]) == len(ids[1]) and not ids[0] & ids[1]
+            words = re.findall("(?<![A-Za-z])[A-Za-z][a-z]{2,}(?![A-Za-z])", page)
+            assert {word.lower() for word in words} <= {*others, *webshop_lessons.KEPT}
+        assert "Back to Search [SEP] Page 1 (Total results: " in changed.turns[0].observation
+
+
 def test_a_product_and_an_option_have_the_same_ids_on_a_page_and_in_an_action(shopping):
     tokenizer = train_tokenizer([text_of(react_segments(t)) for t in shopping], 3000, webshop_lessons.SPLIT)
     said = {"G872A6BC19": (" [SEP] G872A6BC19 [SEP] A", " act[click[G872A6BC19]]\n"),
