@@ -35,7 +35,7 @@ def wilson(won: float, n: int, z: float = 1.96) -> tuple[float, float]:
     share, width = won / n, z * z / n
     middle = (share + width / 2) / (1 + width)
     half = z * math.sqrt(share * (1 - share) / n + width / (4 * n)) / (1 + width)
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def success_by_type(trajectories: Sequence[Trajectory]) -> dict[str, dict[str, int]]:

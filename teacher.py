@@ -11,6 +11,7 @@ Left out: records and files (refine.py), whether a trajectory is good enough (ve
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -179,9 +180,11 @@ class Player:
         left = [place for place in self.spec.places if place not in self.seen]
         locked = [p for p in left if lock and lock[0] == p and lock[1] not in self.hands]
         places = sorted(left, key=lambda p: (p != self.at, p in locked))
+        pairs = itertools.pairwise(self.spec.places)
         if not places:
             raise RuntimeError("everything has been seen")
-        return self.reach(places[0], f"{need} I check the {places[0]}.")
+        after = f"After the {self.at} comes the {places[0]}. " if (self.at, places[0]) in pairs else ""
+        return self.reach(places[0], f"{need} {after}I check the {places[0]}.")
 
 
 def play(spec: Spec, world: Synthetic, task_id: str) -> list[tuple[Step, Result]]:
