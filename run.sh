@@ -24,7 +24,7 @@ case "$what" in
     told=(--round 0 --tell-commands --context 1536) # worlds that it does not know
     python refine.py --run "$RUN" --seed "$SEED" --count "${COUNT:-2000}"
     python train_pg.py "${common[@]}" --round 0 --inputs "$RUN/refine" --epochs 1 --rank 32 --alpha 64 \
-      --learning-rate 8e-3 --row-length 1536 --world-weight 0
+      --learning-rate 8e-3 --row-length 1792 --world-weight 0
     python evaluate.py "${common[@]}" "${told[@]}" --env synthetic
     python evaluate.py "${common[@]}" "${told[@]}" --perturb all --panels gen_valid-100 --limit 60
     python evaluate.py "${common[@]}" "${told[@]}" --env pddl --max-turns 30

@@ -180,10 +180,10 @@ class Player:
         left = [place for place in self.spec.places if place not in self.seen]
         locked = [p for p in left if lock and lock[0] == p and lock[1] not in self.hands]
         places = sorted(left, key=lambda p: (p != self.at, p in locked))
-        pairs = itertools.pairwise(self.spec.places)
         if not places:
             raise RuntimeError("everything has been seen")
-        after = f"After the {self.at} comes the {places[0]}. " if (self.at, places[0]) in pairs else ""
+        follows = (self.at, places[0]) in itertools.pairwise(self.spec.places)
+        after = f"After the {self.at} comes the {places[0]}. " if follows else ""
         return self.reach(places[0], f"{need} {after}I check the {places[0]}.")
 
 

@@ -386,6 +386,22 @@ def verification_code(template: str) -> str:
     return rf"^\s*{'(.+?)'.join(map(re.escape, pieces))}\s*$".replace(r"\ ", " ")
 
 
+def parse(task_id: str, action: str) -> tuple[str, dict[str, str]]:
+    """The role and the values of a command. Raises Refusal for a text that is none."""
+    unknown: str | None = None
+    for role, form, takes in forms_of(task_id):
+        if not (match := form.match(action)):
+            continue
+        values = dict(zip(takes, match.groups(), strict=True))
+        wrong = [value for name, value in values.items() if value not in takes[name]]
+        if not wrong:
+            return role, {PLAIN[name]: value for name, value in values.items()}
+        unknown = unknown or wrong[0]
+    if unknown and re.fullmatch(r"[\w -]{1,40}", unknown, re.ASCII):
+        raise Refusal("parameter", "no_such", name=unknown)
+    raise Refusal("parameter", "unknown")
+
+
 class Synthetic:
     """The sampled worlds as a `World`. Reward is 1.0 when the goal holds, else 0.0; progress the largest share of its
     conditions that held at once so far."""
@@ -456,7 +472,7 @@ class Synthetic:
     def _outcome(self, action: str) -> tuple[State, str, dict[str, str]]:
         """The state after an action, and the event that it is with its values. Raises Refusal."""
         spec, rules = self._playing()
-        role, values = self._parse(spec, action)
+        role, values = parse(self._task_id, action)
         return getattr(rules, role)(self._state, **values)
 
     def _playing(self) -> tuple[Spec, Rules]:
@@ -464,21 +480,6 @@ class Synthetic:
             raise RuntimeError("no task yet: call reset(task_id)")
         spec = spec_of(self._task_id)
         return spec, Rules(spec)
-
-    def _parse(self, spec: Spec, action: str) -> tuple[str, dict[str, str]]:
-        """The role and the values of a command. Raises Refusal for a text that is none."""
-        unknown: str | None = None
-        for role, form, takes in forms_of(self._task_id):
-            if not (match := form.match(action)):
-                continue
-            values = dict(zip(takes, match.groups(), strict=True))
-            wrong = [value for name, value in values.items() if value not in takes[name]]
-            if not wrong:
-                return role, {PLAIN[name]: value for name, value in values.items()}
-            unknown = unknown or wrong[0]
-        if unknown and re.fullmatch(r"[\w -]{1,40}", unknown, re.ASCII):
-            raise Refusal("parameter", "no_such", name=unknown)
-        raise Refusal("parameter", "unknown")
 
     def _view(self, rules: Rules) -> str:
         state, spec = self._state, rules.spec

@@ -23,7 +23,7 @@ from attempt import sample_action, template_reason
 from envs.alfworld import AlfWorld
 from envs.generate import family
 from envs.panel import excluded_ids
-from envs.synthetic import PLAIN, Synthetic, forms_of, spec_of
+from envs.synthetic import Synthetic, parse, spec_of
 from envs.wording import TellCommands
 from stage import generator
 from trajectory import Trajectory, Turn, react_segments, text_of
@@ -74,14 +74,9 @@ def meant(task_id: str, action: str) -> tuple[str, dict[str, str]]:
     """The role of an action that the world accepts, and its values by the names of `SAID`."""
     if not task_id.startswith("syn_"):
         return next((role, found.groupdict()) for role, form in ALFWORLD if (found := re.fullmatch(form, action)))
-    spec = spec_of(task_id)
-    for role, form, takes in forms_of(task_id):
-        if found := form.match(action):
-            values = {PLAIN[name]: value for name, value in zip(takes, found.groups(), strict=True)}
-            if all(value in takes[name] for name, value in zip(takes, found.groups(), strict=True)):
-                verb = spec.repair[0] if role == "repair" else spec.work[0]
-                return role, {"verb": verb, "tool": spec.repair_tool or "", **values}
-    raise ValueError(f"{action!r} is no command of {task_id}")
+    spec, (role, values) = spec_of(task_id), parse(task_id, action)
+    verb = spec.repair[0] if role == "repair" else spec.work[0]
+    return role, {"verb": verb, "tool": spec.repair_tool or "", **values}
 
 
 def made_up(trajectory: Trajectory, rng: np.random.Generator) -> Trajectory:
