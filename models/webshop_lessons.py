@@ -39,8 +39,8 @@ READING = r"( it is (?:not )?here|, too much|\. I open it)"  # what a thought sa
 SPLIT = (r" \[SEP\]|\s(?=[A-Z\d]{10}\b)|[A-Z\d]{10}\b| OK\.| ?[A-Za-z]+(?:'[a-z]+)?[:\[]?| ?\d+|\n|\]+"
          r"| ?[^\sA-Za-z\d\]]|\s")  # fmt: skip
 REWORDED = 0.5  # share of demonstrations with other ids and words
+ASIN, LETTERS = r"\b[A-Z\d]{10}\b", "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"  # a product's id, and what it is made of
 # Words of pages, instructions and thoughts that stay as they are.
-ASIN, LETTERS = r"\b[A-Z\d]{10}\b", "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 KEPT = frozenset(
     "instruction find show need want looking would like buy with and for the that price lower than dollars back search "
     "page total results next prev rating description features reviews now thank you shopping with code none paste "
