@@ -1,4 +1,5 @@
-"""Jericho on a stand-in for the package: a game of one room, since no real one may be in the project."""
+"""Jericho on a stand-in for the package, a game of one room, and on a Z-machine game that TextWorld compiles; the
+classics may not be in the project."""
 
 import sys
 from functools import partial
@@ -150,6 +151,31 @@ def test_one_is_told_what_is_missing(games, tmp_path, monkeypatch):
     (Path(games) / "bad.z5").write_bytes(b"?")
     with pytest.raises(ValueError, match="does not know .*bad.z5"):
         Jericho(games).reset("jericho_all/bad")
-    monkeypatch.setitem(sys.modules, "jericho", None)
-    with pytest.raises(ImportError, match="needs jericho .*requirements-worlds.txt"):
+    with monkeypatch.context() as hidden, pytest.raises(ImportError, match="needs jericho .*requirements-worlds.txt"):
+        hidden.setitem(sys.modules, "jericho", None)
         Jericho(games)
+
+
+def test_a_compiled_game(tmp_path):
+    """The real package on a real story file. It knows TextWorld's games by their names, and not their grammar."""
+    pytest.importorskip("jericho")
+    textworld = pytest.importorskip("textworld")
+    options = textworld.GameOptions()
+    options.seeds, options.nb_rooms, options.nb_objects, options.quest_length = 1234, 2, 4, 2
+    options.path = str(tmp_path / "tw-home.z8")
+    _, game = textworld.make(options)
+
+    def played() -> list:
+        world = Jericho(str(tmp_path))
+        opening = world.reset("jericho_all/tw-home")
+        assert set(world.actions()) >= {"inventory", "look"}
+        return [opening, *map(world.step, ("xyzzy", "quit", *game.metadata["walkthrough"]))]
+
+    opening, unknown, refused, *results = first = played()
+    assert "Attic" in opening.text and opening.task == "score as many of the 1 points of tw-home as you can"
+    assert (unknown.valid, refused.valid) == (False, False) and len(results) == 2
+    assert [(r.valid, r.reward, r.success, r.done) for r in results] == [(True, 0, False, False), (True, 1, True, True)]
+    assert played() == first
+    (tmp_path / "tw-home.z8").rename(tmp_path / "home.z8")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="jericho does not know .*home.z8"):
+        Jericho(str(tmp_path)).reset("jericho_all/home")
