@@ -11,6 +11,7 @@ Left out: records and files (refine.py), whether a trajectory is good enough (ve
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -129,7 +130,7 @@ class Player:
             return self.have(known[0], f"I need {called}.")
         if goal.worked and held not in self.worked:
             return self.work(held)
-        done = f"The {held} is {spec.work[1]}." if held in self.worked else f"{self.recalled()} I have the {held}."
+        done = f"The {held} is {spec.work[1]}." if held in self.worked else f"I have the {held}."
         return self.reach(goal.place, f"{done} I bring it to the {goal.place}.") or Step(
             f"I put the {held} in the {goal.place}.", "put", {"object": held, "place": goal.place})
 
@@ -137,14 +138,9 @@ class Player:
         spec = self.spec
         if spec.work_tool and (step := self.have(spec.work_tool, f"I need the {spec.work_tool} too.")):
             return step
-        verb, done = spec.work
-        rule = spec.say("station", station=spec.station, verb=verb, done=done)
-        thought = f"{self.recalled()} I have the {held}. {rule} I {verb} it at the {spec.station}."
-        return self.reach(spec.station, thought) or Step(
+        verb, _ = spec.work
+        return self.reach(spec.station, f"I have the {held}. I {verb} it at the {spec.station}.") or Step(
             f"I {verb} the {held} at the {spec.station}.", "work", {"object": held, "place": spec.station})
-
-    def recalled(self) -> str:
-        return f"My task is to {self.spec.task}."
 
     def have(self, name: str, need: str) -> Step | None:
         """Towards having a thing in hand."""
@@ -179,16 +175,15 @@ class Player:
         return None
 
     def search(self, need: str) -> Step:
-        """Looks into the place that is next and was not seen: first here, and last into what is locked."""
-        spec, lock = self.spec, self.spec.lock
-        start = spec.places.index(self.at) if self.at else 0
-        around = spec.places[start:] + spec.places[:start]
-        left = [place for place in around if place not in self.seen]
+        """Looks into the next place: first here, then those that can be entered as they are, in the opening's order."""
+        lock = self.spec.lock
+        left = [place for place in self.spec.places if place not in self.seen]
         locked = [p for p in left if lock and lock[0] == p and lock[1] not in self.hands]
         places = sorted(left, key=lambda p: (p != self.at, p in locked))
         if not places:
             raise RuntimeError("everything has been seen")
-        after = f"The {places[0]} is next. " if self.at and places[0] == spec.after(self.at) else ""
+        follows = (self.at, places[0]) in itertools.pairwise(self.spec.places)
+        after = f"After the {self.at} comes the {places[0]}. " if follows else ""
         return self.reach(places[0], f"{need} {after}I check the {places[0]}.")
 
 

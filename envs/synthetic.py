@@ -4,8 +4,7 @@ A task is `<split>/<number>`; its world is drawn from that name alone (`Spec`, e
 four to six places, some of them closed containers, one perhaps locked; things to find, carry and put somewhere;
 perhaps work that is done to them at one place, perhaps with a tool; perhaps something to repair; a limit to what can
 be carried; perhaps an order in which things must come. The opening states environment, goal and rules; where things lie
-has to be found out: each place shows what is there and says which one is next, and the first comes after the last.
-Everything can be undone, so no world can be lost.
+has to be found out. Everything can be undone, so no world can be lost.
 
 | split | what |
 |---|---|
@@ -35,7 +34,7 @@ import numpy as np
 from envs.base import Observation, Result, check_split
 from envs.synthetic_words import HELD, TRAIN, Theme, Words
 
-WORLDS = 2  # goes up when a name comes to stand for another world
+WORLDS = 1  # goes up when a name comes to stand for another world
 SPLITS = {"syn_train": 10_000, "syn_valid": 500, "syn_held": 500, "syn_easy": 5, "syn_held_easy": 5}
 Error = Literal["parameter", "place", "logic"]
 PLAIN = {called: name for words in (TRAIN, HELD) for name, called in words.names.items()}  # of placeholders
@@ -78,10 +77,6 @@ class Spec:
     task: str
     opening: str
 
-    def after(self, place: str) -> str:
-        """The place that is next."""
-        return self.places[(self.places.index(place) + 1) % len(self.places)]
-
     def words_of(self, name: str) -> tuple[str, str]:
         """The verb and participle of what is done to a thing."""
         return self.repair if name in self.fixtures else self.work
@@ -92,12 +87,6 @@ class Spec:
         places = {"open": sorted(self.boxes), "work": [self.station]}.get(role, sorted(self.places))
         takes = {"place": places, "object": objects, "tool": [self.repair_tool]}
         return {name: takes[PLAIN[name]] for name in re.findall(r"\{(\w+)\}", self.commands[role])}
-
-    def every(self, role: str) -> list[str]:
-        """All commands of a role, whether they would be accepted or not."""
-        takes = self.values(role)
-        return [self.command(role, **dict(zip(map(PLAIN.get, takes), chosen, strict=True)))
-                for chosen in itertools.product(*takes.values())]  # fmt: skip
 
     def command(self, role: str, **values: str) -> str:
         """The command's text; values that its template has no place for are left out."""
@@ -459,7 +448,14 @@ class Synthetic:
     def actions(self) -> list[str]:
         """Every command that is accepted now, sorted."""
         spec, _ = self._playing()
-        return sorted({text for role in spec.commands for text in spec.every(role) if not self.refusal(text)})
+        found = []
+        for role in spec.commands:
+            takes = spec.values(role)
+            for chosen in itertools.product(*takes.values()):
+                text = fill(spec.commands[role], dict(zip(map(PLAIN.get, takes), chosen, strict=True)))
+                if not self.refusal(text):
+                    found.append(text)
+        return sorted(set(found))
 
     def commands(self) -> list[str]:
         """The templates of this task's commands."""
@@ -486,15 +482,11 @@ class Synthetic:
         return spec, Rules(spec)
 
     def _view(self, rules: Rules) -> str:
-        """What can be seen here, and the place that is next."""
         state, spec = self._state, rules.spec
-        if not state.at:
-            return ""
-        here = sorted(name for name, where in state.lies.items() if where == state.at)
-        view = spec.say("some", things=listed(here)) if here else spec.say("none")
         if rules.shut(state, state.at):
-            view = spec.say("closed", place=state.at)
-        return f"{view} {spec.say('next', place=spec.after(state.at))}"
+            return spec.say("closed", place=state.at)
+        here = sorted(name for name, where in state.lies.items() if where == state.at)
+        return spec.say("some", things=listed(here)) if here else spec.say("none")
 
     def _things(self, event: str) -> str:
         return listed(self._state.hands) if event == "carry" else ""

@@ -2,10 +2,10 @@
 
 Generated ALFWorld games and synthetic worlds, with their commands told, in which somebody does one thing after the
 other, says each time what is about to be done, in words that are not the command's, and now and then tries what
-cannot be done there, or what another world would accept. So the base knows how a text goes on and how a world wants to
-be told something, and nothing of goals. In some walks the names of things and the words of commands are made up, so
-that what it reads it can write, whatever it is: a language model has that from its many words. No panel's task is among
-them. Read by models/pretrain.py, whose Args say what can be chosen.
+another world would accept. So the base knows how a text goes on and how a world wants to be told something, and
+nothing of goals. In some walks the names of things and the words of commands are made up, so that what it reads it can
+write, whatever it is: a language model has that from its many words. No panel's task is among them. Read by
+models/pretrain.py, whose Args say what can be chosen.
 """
 
 from __future__ import annotations
@@ -33,12 +33,11 @@ if TYPE_CHECKING:
 
 LENGTHS = (384, 512, 768, 1024, 1536)  # one text a row, padded to the next of these
 SHORT = 768  # the longest text of the first third of the steps
-READING = r"(^ act\[.*\n)"  # what weighs more: commands, which follow from what is said and what is told
+READING = r"(?!)"  # no words weigh more
 # Pieces: words with their leading space, numbers, signs; a template's braces keep their word apart.
 SPLIT = r" OK\.| ?[A-Za-z]+[:\[]?| ?\d+|\n|\]+| ?[^\sA-Za-z\d\]]|\s"
-TURNS = (3, 6, 10, 16)  # of a walk; a walk draws one of them
+TURNS = (4, 8, 12, 16)  # of a walk; a walk draws one of them
 REFUSED = 0.15  # share of actions that are another world's
-TRIED = 0.5  # share of commands in synthetic worlds that are given whether or not they can be followed
 REMINDED = 0.3  # share of thoughts that say the task again, to no effect on what is done
 MADE_UP = 0.4  # share of walks in synthetic worlds with names and commands of words that do not exist
 SAID = {  # before an action, by its role
@@ -48,7 +47,6 @@ SAID = {  # before an action, by its role
     "use": "I turn on the {object}.", "examine": "I look at the {object}.", "look": "I look around.",
     "inventory": "I check what I have.",
 }  # fmt: skip
-SAID_TRYING = {**SAID, "take": "I take the {object}.", "open": "I open the {place}."}  # whatever is there
 DULL = ("look", "inventory", "examine", "close")  # roles that a walk mostly passes over
 ALFWORLD = (  # roles of its commands
     ("go", r"go to (?P<place>.+)"), ("open", r"open (?P<place>.+)"), ("close", r"close (?P<place>.+)"),
@@ -105,26 +103,17 @@ def made_up(trajectory: Trajectory, rng: np.random.Generator) -> Trajectory:
 def walk(world: TellCommands, task_id: str, strange: str, rng: np.random.Generator) -> Trajectory | None:
     """A random walk; none if it reaches the goal by chance. `strange`: an action of another world."""
     opening, turns, at, length = world.reset(task_id), [], "", rng.choice(TURNS)
-    split = task_id.split("/")[0]
     while len(turns) < length:
-        if rng.random() < REFUSED and strange not in world.actions():
+        if rng.random() < REFUSED:
             thought, action = template_reason(strange), strange
         else:
-            trying = split == "syn_train" and rng.random() < TRIED
-            if trying:
-                spec = spec_of(task_id)
-                actions = spec.every(str(rng.choice(list(spec.commands))))
-            else:
-                actions = [action for action in world.actions() if action != "help"]  # its answer is long
+            actions = [action for action in world.actions() if action != "help"]  # its answer is long
             action = sample_action(actions, "verbs", rng, opening.task)
             role, values = meant(task_id, action)
             if role in DULL and rng.random() < 0.8:
                 continue
-            if role == "go":
-                at = values["place"]
-            elif not at:
-                continue
-            thought = (SAID_TRYING if trying else SAID)[role].format(**{"place": at, **values})
+            at = values.get("place", at)
+            thought = SAID[role].format(**{"place": at, **values})
             if rng.random() < REMINDED:
                 thought = f"My task is to {opening.task}. {thought}"
         result = world.step(action)
@@ -132,7 +121,7 @@ def walk(world: TellCommands, task_id: str, strange: str, rng: np.random.Generat
         if result.success:
             return None
     return Trajectory(
-        env="neutral", split=split, task_id=task_id, task=opening.task, trial=0, round=0, seed=0,
+        env="neutral", split=task_id.split("/")[0], task_id=task_id, task=opening.task, trial=0, round=0, seed=0,
         source="demo", first_observation=opening.text, turns=turns, reward=0.0, progress=result.progress,
         success=False, end="max_turns",
     )  # fmt: skip
