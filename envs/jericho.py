@@ -14,10 +14,12 @@ Source: Jericho (arXiv 1909.05398); AgentBoard (arXiv 2401.13178) for the choice
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from envs.base import Observation, Result, check_split
@@ -40,6 +42,11 @@ COMMANDS = (
 def words_of(text: str) -> set[tuple[str, str]]:
     """All words, in place of what jericho would ask a language model for; it drops those that a game does not know."""
     return {(word, "NOUN") for word in re.findall(r"[a-z]+", text.lower())}
+
+
+def package_util() -> ModuleType:
+    """jericho's own `util`; its attribute of that name is ctypes' where somebody has imported ctypes.util before."""
+    return importlib.import_module("jericho.util")
 
 
 class Jericho:
@@ -83,7 +90,7 @@ class Jericho:
                              f"<game> is one of {', '.join(sorted(self._files))}")
         import jericho
 
-        jericho.util.extract_objs = words_of
+        package_util().extract_objs = words_of
         self._game = jericho.FrotzEnv(str(self._files[name]))
         if not self._game.is_fully_supported:
             raise ValueError(f"jericho does not know {self._files[name]}, so that there is no score: expected the "
@@ -99,8 +106,6 @@ class Jericho:
         """Do one action. What the game's parser does not understand is not valid."""
         if self._game is None or self._done:
             raise RuntimeError(f"{'the game is over' if self._done else 'no game yet'}: call reset(task_id)")
-        import jericho
-
         command = " ".join(re.sub(r"[^ -~]", " ", action).split())
         valid = False
         if not command:
@@ -111,7 +116,7 @@ class Jericho:
             text = "That command is not for you."
         else:
             text, _, self._done, _ = self._game.step(command)
-            valid, text = jericho.util.recognized(text), text.strip()
+            valid, text = package_util().recognized(text), text.strip()
         score = self._score()
         success = self._game.victory() or score == 1.0
         self._done = self._done or success or self._game._emulator_halted()
