@@ -3,11 +3,13 @@
 For each world that is installed: a random agent and the scripted one on its panel, 30 turns a task, and steps/s of the
 random agent, list of actions included, beside what the stock package does in the same run. PDDL problems are given to
 pddlgym as files: along random walks its states and actions must be ours. BabyAI is timed beside minigrid's own steps
-with their image, of which one command makes several.
+with their image, of which one command makes several. Jericho's games are those of $JERICHO_GAMES, or else twenty that
+TextWorld compiles.
 Left out: memory; worlds whose packages are not installed are named and passed over.
 
 Run: pip install -r requirements-worlds.txt pddlgym==0.0.7    (pddlgym brings matplotlib, scikit-image and an old gym)
      python -m bench.worlds    (two minutes; --worlds scienceworld --limit 30 takes fifteen)
+     pip install -r requirements-test.txt    (brings TextWorld, for --worlds jericho: two minutes)
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import random
 import re
 import tempfile
@@ -29,20 +32,59 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from envs.base import World, make_world
+from envs.base import Observation, Result, World, make_world
+from envs.jericho import Jericho
 from envs.panel import HELD_OUT, pick_tasks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
     worlds: tuple[str, ...] = ("pddl", "babyai")
-    """Worlds to measure: pddl, babyai, scienceworld."""
+    """Worlds to measure: pddl, babyai, scienceworld, jericho."""
     limit: int | None = None
     """Play only so many tasks of each panel, spread evenly over it."""
     turns: int = 30
     """Turns after which a task ends (AgentBoard: 30)."""
     seed: int = 0
     """Seed of the random agent, together with the task."""
+
+
+# ---- Jericho's games ------------------------------------------------------------------------------------------------
+
+
+class Compiled(Jericho):
+    """Twenty games that TextWorld compiles into `folder`. It is played beside them, as it knows what jericho does not:
+    which commands are admissible, and a walkthrough."""
+
+    def __init__(self, folder: str):
+        import textworld
+
+        self._folder, self._walkthroughs = Path(folder), {}
+        for number in tqdm(range(20), desc="compiling", unit="game"):
+            options = textworld.GameOptions()
+            options.seeds, options.nb_rooms, options.nb_objects, options.quest_length = number, 4, 8, 5
+            options.path = str(self._folder / f"tw-{number:02}.z8")  # jericho knows games by their names
+            self._walkthroughs[f"tw-{number:02}"] = textworld.make(options)[1].metadata["walkthrough"]
+        super().__init__(folder)
+
+    def reset(self, task_id: str) -> Observation:
+        import textworld
+
+        self._name = task_id.partition("/")[2]
+        wanted = textworld.EnvInfos(admissible_commands=True)
+        self._beside = textworld.start(str(self._folder / f"{self._name}.z8"), wanted)
+        self._state = self._beside.reset()
+        return super().reset(task_id)
+
+    def step(self, action: str) -> Result:
+        self._state, _, _ = self._beside.step(action)
+        return super().step(action)
+
+    def actions(self) -> list[str]:
+        return sorted(self._state["admissible_commands"])
+
+    def solution(self) -> list[str]:
+        return self._walkthroughs[self._name]
 
 
 # ---- agents ----------------------------------------------------------------------------------------------------------
@@ -118,13 +160,12 @@ def plain(literal: Any) -> tuple[str, ...]:
     return (literal.predicate.name, *(one.name for one in literal.variables))
 
 
-def beside_pddlgym(task_ids: list[str], args: Args) -> dict[str, float]:
+def beside_pddlgym(world: World, task_ids: list[str], args: Args) -> dict[str, float]:
     """The same random walks in both; all states and lists of actions are compared. Listing and stepping is timed."""
     from pddlgym.core import PDDLEnv
 
     from envs.pddl import load_task
 
-    world = make_world("pddl")
     ours = theirs = 0.0
     steps = different = 0
     for task_id in tqdm(task_ids, desc="beside pddlgym", unit="task"):
@@ -162,11 +203,10 @@ def beside_pddlgym(task_ids: list[str], args: Args) -> dict[str, float]:
             "peer_steps_per_s": round(steps / theirs, 1), "ratio": round(theirs / ours, 2)}  # fmt: skip
 
 
-def beside_minigrid(task_ids: list[str], args: Args) -> dict[str, float]:
+def beside_minigrid(world: World, task_ids: list[str], args: Args) -> dict[str, float]:
     """Random actions of the same 112 levels, here commands with their texts, there single actions with their images."""
     import gymnasium
 
-    world = make_world("babyai")
     ours = theirs = 0.0
     commands = moves = steps = 0
     for task_id in tqdm(task_ids, desc="beside minigrid", unit="task"):
@@ -190,7 +230,7 @@ def beside_minigrid(task_ids: list[str], args: Args) -> dict[str, float]:
             "ratio": round(moves / ours * theirs / steps, 2)}  # fmt: skip
 
 
-def beside_scienceworld(task_ids: list[str], args: Args) -> dict[str, float]:
+def beside_scienceworld(world: World, task_ids: list[str], args: Args) -> dict[str, float]:
     """The same actions, drawn in our world, by our step and by the package's own, which is timed whole.
 
     Answers and scores are compared with its own (`different_with_listing`) and with those of its step without the list
@@ -198,9 +238,8 @@ def beside_scienceworld(task_ids: list[str], args: Args) -> dict[str, float]:
     """
     from scienceworld import scienceworld
 
-    from envs.scienceworld import CHECK, ScienceWorld, simplifications
+    from envs.scienceworld import CHECK, simplifications
 
-    world = ScienceWorld()
     ours = theirs = 0.0
     steps, different = 0, {True: 0, False: 0}
     for task_id in tqdm(task_ids, desc="beside scienceworld", unit="task"):
@@ -235,32 +274,71 @@ def beside_scienceworld(task_ids: list[str], args: Args) -> dict[str, float]:
             "peer_steps_per_s": round(steps / theirs, 1), "ratio": round(theirs / ours, 1)}  # fmt: skip
 
 
+def beside_jericho(world: Jericho, task_ids: list[str], args: Args) -> dict[str, float]:
+    """The same random actions by our step and by jericho's own, whose answers and scores must be the same."""
+    import jericho
+
+    ours = theirs = 0.0
+    steps = different = 0
+    for task_id in tqdm(task_ids, desc="beside jericho", unit="task"):
+        rng, played = rng_of(args.seed, task_id), []
+        world.reset(task_id)
+        for _ in range(args.turns):
+            action = rng.choice(world.actions())
+            start = time.perf_counter()
+            result = Jericho.step(world, action)
+            ours += time.perf_counter() - start
+            played.append((action, result))
+            if result.done:
+                break
+        peer = jericho.FrotzEnv(str(world._files[task_id.partition("/")[2]]))
+        peer.seed(peer.bindings.get("seed") or 1)
+        peer.reset()
+        for action, result in played:
+            start = time.perf_counter()
+            text, _, _, info = peer.step(action)
+            theirs += time.perf_counter() - start
+            different += text.strip() != result.observation
+            different += max(0, info["score"]) != round(result.reward * peer.get_max_score())
+        steps += len(played)
+    return {"peer": "jericho", "steps": steps, "different": different, "ours_steps_per_s": round(steps / ours),
+            "peer_steps_per_s": round(steps / theirs), "ratio": round(theirs / ours, 2)}  # fmt: skip
+
+
 PEERS = {"pddl": ("pddlgym", beside_pddlgym), "babyai": ("minigrid", beside_minigrid),
-         "scienceworld": ("scienceworld", beside_scienceworld)}  # fmt: skip
+         "scienceworld": ("scienceworld", beside_scienceworld), "jericho": ("jericho", beside_jericho)}  # fmt: skip
+
+
+def world_and_tasks(name: str, folder: str, args: Args) -> tuple[World, list[str]]:
+    """The world and the tasks to play. Raises ImportError or FileNotFoundError where something is not installed."""
+    if name != "jericho":
+        return make_world(name), pick_tasks(HELD_OUT[name], args.limit)[0]
+    world = make_world(name) if os.environ.get("JERICHO_GAMES") else Compiled(folder)
+    return world, list(world.tasks("jericho_all"))[: args.limit]
 
 
 def main(args: Args) -> None:
     """Print a line per agent and world, the peers, and, last, one JSON object."""
     found: dict[str, Any] = {"bench": "worlds", "turns": args.turns, "seed": args.seed}
     for name in args.worlds:
-        try:
-            world = make_world(name)
-        except (ImportError, FileNotFoundError) as error:
-            print(f"{name}: passed over: {error}")
-            continue
-        task_ids, _ = pick_tasks(HELD_OUT[name], args.limit)
-        found[name] = {"start_progress": start_progress(world, task_ids)}
-        print(f"{name}: progress before the first action {found[name]['start_progress']:.3f}")
-        for agent in (play_random, play_scripted):
-            one = found[name][agent.__name__] = measure(world, task_ids, agent, args)
-            print(f"{name}, {agent.__name__}: success {one['success']}/{one['n']}, progress {one['progress']:.3f}, "
-                  f"turns {one['turns']:.1f}, turns/s {one['turns_per_s']}")
-        package, compare = PEERS[name]
-        if importlib.util.find_spec(package) is None:
-            print(f"{name}: not compared, {package} is not installed")
-        else:
-            found[name]["peer"] = compare(task_ids, args)
-            print(f"{name} beside {package}: {found[name]['peer']}")
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                world, task_ids = world_and_tasks(name, folder, args)
+            except (ImportError, FileNotFoundError) as error:
+                print(f"{name}: passed over: {error}")
+                continue
+            found[name] = {"start_progress": start_progress(world, task_ids)}
+            print(f"{name}: progress before the first action {found[name]['start_progress']:.3f}")
+            for agent in (play_random, play_scripted):
+                one = found[name][agent.__name__] = measure(world, task_ids, agent, args)
+                print(f"{name}, {agent.__name__}: success {one['success']}/{one['n']}, progress {one['progress']:.3f}, "
+                      f"turns {one['turns']:.1f}, turns/s {one['turns_per_s']}")
+            package, compare = PEERS[name]
+            if importlib.util.find_spec(package) is None:
+                print(f"{name}: not compared, {package} is not installed")
+            else:
+                found[name]["peer"] = compare(world, task_ids, args)
+                print(f"{name} beside {package}: {found[name]['peer']}")
     print(json.dumps(found))
 
 

@@ -116,10 +116,10 @@ def test_games_that_cannot_be_read_do_not_stop_a_stage_in_which_others_can():
 def test_an_attempt_ends_at_its_deadline():
     class Slow(Room):
         def step(self, action):
-            time.sleep(0.05)
+            time.sleep(0.25)
             return super().step(action)
 
-    (t,) = run([" act[wave]\n"] * 12, world=Slow, deadline=0.12)
+    (t,) = run([" act[wave]\n"] * 12, world=Slow, deadline=0.6)
     assert t.end == "timeout" and 2 <= len(t.turns) <= 3
     (t,) = run([" act[wave]\n"] * 12, world=Slow, deadline=0.0)
     assert t.end == "timeout" and not t.turns
@@ -161,7 +161,7 @@ def test_the_deadline_ends_the_wait_for_a_line_and_its_slot_is_free_when_the_lin
         policy.mute = policy.mute and trajectory.trial != 0
         return ()
 
-    play(jobs, settings(deadline=0.3), Room, policy, None, on_done)
+    play(jobs, settings(deadline=2.0), Room, policy, None, on_done)
     ends = {t.trial: (t.end, len(t.turns), t.ids) for t in done}
     assert ends == {0: ("timeout", 0, [])} | {trial: ("success", 2, []) for trial in (1, 2, 3)}
     assert slots > 1 or policy.closed == [1, 2, 3, 4]

@@ -89,7 +89,7 @@ def line_of(policy: ServerPolicy, text: str = "Observation: a room.\nAction:", s
 
 def policy_of(server, path: Path, **changes) -> ServerPolicy:
     how = {name: changes.pop(name) for name in ("prompt", "top_p") if name in changes}
-    settings = {"url": server.url, "model": "m", "retries": 2, "timeout": 1.0} | changes
+    settings = {"url": server.url, "model": "m", "retries": 2, "timeout": 2.0} | changes
     return ServerPolicy(Server(**settings), path / "replies.sqlite", **how)
 
 
