@@ -49,7 +49,7 @@ class Args:
     """Seed of the random agent, together with the task."""
 
 
-# ---- Jericho's games ------------------------------------------------------------------------------------------------
+# ---- Jericho's games -------------------------------------------------------------------------------------------------
 
 
 class Compiled(Jericho):
@@ -242,6 +242,7 @@ def beside_scienceworld(world: World, task_ids: list[str], args: Args) -> dict[s
 
     ours = theirs = 0.0
     steps, different = 0, {True: 0, False: 0}
+    world.close()  # a virtual machine remembers what was played in it
     for task_id in tqdm(task_ids, desc="beside scienceworld", unit="task"):
         rng, played = rng_of(args.seed, task_id), []
         world.reset(task_id)
