@@ -254,8 +254,8 @@ LARGE = 2**18  # numbers of a weight
 
 @functools.cache
 def tile_width() -> int:
-    """Out-features of a tile: two vector registers of this CPU, as XLA's kernels have them; with AVX2, tiles twice as wide
-    take nearly twice as long."""
+    """Out-features of a tile: two vector registers of this CPU, as XLA's kernels have them; with AVX2, tiles twice as
+    wide take nearly twice as long."""
     cpu = Path("/proc/cpuinfo")
     return 32 if cpu.exists() and "avx512f" in cpu.read_text() else 16
 
