@@ -8,7 +8,7 @@ TextWorld compiles.
 Left out: memory; worlds whose packages are not installed are named and passed over.
 
 Run: pip install -r requirements-worlds.txt pddlgym==0.0.7    (pddlgym brings matplotlib, scikit-image and an old gym)
-     python -m bench.worlds    (two minutes; --worlds scienceworld --limit 30 takes fifteen)
+     python -m bench.worlds    (two minutes; --worlds scienceworld takes 45)
      pip install -r requirements-test.txt    (brings TextWorld, for --worlds jericho: two minutes)
 """
 
