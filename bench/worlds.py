@@ -282,16 +282,16 @@ def beside_jericho(world: Jericho, task_ids: list[str], args: Args) -> dict[str,
     ours = theirs = 0.0
     steps = different = 0
     for task_id in tqdm(task_ids, desc="beside jericho", unit="task"):
-        rng, played = rng_of(args.seed, task_id), []
+        rng, chosen, played, result = rng_of(args.seed, task_id), [], [], None
         world.reset(task_id)
-        for _ in range(args.turns):
-            action = rng.choice(world.actions())
+        while len(chosen) < args.turns and not (result and result.done):
+            chosen.append(rng.choice(world.actions()))
+            result = world.step(chosen[-1])
+        world.reset(task_id)
+        for action in chosen:
             start = time.perf_counter()
-            result = Jericho.step(world, action)
+            played.append((action, Jericho.step(world, action)))  # without TextWorld beside it
             ours += time.perf_counter() - start
-            played.append((action, result))
-            if result.done:
-                break
         peer = jericho.FrotzEnv(str(world._files[task_id.partition("/")[2]]))
         peer.seed(peer.bindings.get("seed") or 1)
         peer.reset()
