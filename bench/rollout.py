@@ -3,10 +3,11 @@
 Both play the same recorded games at once: before each reply the world's words are appended, then every row writes the
 same number of ids, greedily, and goes on from its own. `lora.engine` keeps each row's keys and values over the turns;
 the peer is one batched `generate` a turn over the whole histories, padded on the left, with its cache on within the
-call. The two take turns, so that whatever else the machine does falls on both; each has played one replay before, which
-is not counted: compiling is in no figure.
+call. The larger model also plays them after the one-shot prompt that A3T's first round has before every session. The
+two take turns, so that whatever else the machine does falls on both; each has played one replay before, which is not
+counted: compiling is in no figure.
 
-    python -m bench.rollout          # two models, some minutes on 2 cores
+    python -m bench.rollout          # two models, some ten minutes on 2 cores
 
 Left out: a whole loop with its worlds, adapters, GPUs.
 """
@@ -15,7 +16,9 @@ import gc
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import tyro
@@ -28,11 +31,11 @@ from envs.alfworld import AlfWorld
 from lora.convert import load_model, save_model
 from lora.engine import Engine
 from lora.mistral import Mistral
-from lora.tokenizer import encode_piece, load_tokenizer
+from lora.tokenizer import encode_piece, load_tokenizer, prompt_ids
 from policy import DemonstratorScript, ScriptedPolicy
 from trajectory import Trajectory, react_segments
 
-BASE = "models/tiny-alfworld"
+BASE, PROMPT = "models/tiny-alfworld", Path("prompts/alfworld_react.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +73,9 @@ def recorded(count: int, replies: int) -> list[list[list[int]]]:
 
 
 class Ours:
-    def __init__(self, model: Mistral, slots: int, args: Args):
-        self.engine = Engine(model, slots=slots, context=args.context, max_new_tokens=args.new, stop_ids=())
+    def __init__(self, model: Mistral, slots: int, prompt: Sequence[int], args: Args):
+        self.engine = Engine(model, slots=slots, context=args.context, max_new_tokens=args.new, stop_ids=(),
+                             prefix=prompt)  # fmt: skip
         self.computed = 0
 
     def start(self, slots: int) -> None:
@@ -89,16 +93,16 @@ class Ours:
 
 
 class Transformers:
-    def __init__(self, folder: str, new: int):
+    def __init__(self, folder: str, prompt: Sequence[int], new: int):
         import torch
         from transformers import MistralForCausalLM
 
         torch.set_num_threads(os.cpu_count() or 1)
-        self.torch, self.new, self.computed = torch, new, 0
+        self.torch, self.prompt, self.new, self.computed = torch, prompt, new, 0
         self.model = MistralForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def start(self, slots: int) -> None:
-        self.histories, self.computed = [[] for _ in range(slots)], 0
+        self.histories, self.computed = [list(self.prompt) for _ in range(slots)], 0
 
     def reply(self, said: list[list[int]]) -> list[list[int]]:
         self.histories = [history + ids for history, ids in zip(self.histories, said, strict=True)]
@@ -120,11 +124,13 @@ class Transformers:
         """Nothing is kept from turn to turn."""
 
 
-def compare(name: str, model: Mistral, slots: int, games: list[list[list[int]]], args: Args) -> float:
+def compare(
+    name: str, model: Mistral, slots: int, games: list[list[list[int]]], args: Args, prompt: Sequence[int] = (),
+) -> float:  # fmt: skip
     """Replays the games with both, once uncounted; prints a line of all counted times each and returns the ratio."""
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, folder)
-        players = {"ours": Ours(model, slots, args), "transformers": Transformers(folder, args.new)}
+        players = {"ours": Ours(model, slots, prompt, args), "transformers": Transformers(folder, prompt, args.new)}
     rounds, seconds = len(games[0]), dict.fromkeys(players, 0.0)
     for replay in range(args.replays + 1):
         replies = {player: [] for player in players}
@@ -153,10 +159,12 @@ def main(args: Args) -> None:
     replies = 2 * args.turns
     ratios = [compare("tiny base", load_model(BASE, weights="fp32"), args.tiny_slots,
                       recorded(args.tiny_slots, replies), args)]  # fmt: skip
-    gc.collect()
-    ratios.append(compare("98 M parameters", Mistral(MISTRAL_100M, rngs=nnx.Rngs(0)), args.slots,
-                          recorded(args.slots, replies), args))  # fmt: skip
-    print(f"rollout: {ratios[0]:.1f} and {ratios[1]:.1f} times the ids a second of transformers")
+    model, games = Mistral(MISTRAL_100M, rngs=nnx.Rngs(0)), recorded(args.slots, replies)
+    prompt = prompt_ids(load_tokenizer(BASE), BASE, PROMPT.read_text())
+    for name, before in (("98 M parameters", ()), (f"98 M parameters, {len(prompt)} ids of prompt", prompt)):
+        gc.collect()
+        ratios.append(compare(name, model, args.slots, games, args, before))
+    print("rollout: {:.1f}, {:.1f} and, after a prompt, {:.1f} times the ids a second of transformers".format(*ratios))
 
 
 if __name__ == "__main__":

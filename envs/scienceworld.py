@@ -43,7 +43,12 @@ SPLITS = ("scienceworld_train", "scienceworld_dev", "scienceworld_test")
 SIMPLE = "selfWateringFlowerPots,openContainers,openDoors"
 CHECK, RESET = "check valid actions", "reset task"
 UNKNOWN = "No known action matches that input."  # the simulator's
-JAVA_OPTIONS = ["-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]  # small, few threads, a quick start
+# Small, few threads, a quick start. Objects have no hashes of their own: the simulator goes through sets of things in
+# the order of Java's, which come from numbers that each thread draws when it starts. So which threads a machine
+# happened to start decided the order of a room's things, and where a bee flew. All hashes alike, the order is that in
+# which things were put there.
+JAVA_OPTIONS = ["-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1",
+                "-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2"]  # fmt: skip
 
 
 @lru_cache

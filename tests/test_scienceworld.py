@@ -68,6 +68,21 @@ def test_the_same_task_and_actions_bring_the_same_whatever_was_played_before(wor
 
 
 @played
+@pytest.mark.parametrize("task", ["chemistry-mix-paint-tertiary-color-0027", "find-animal-0225"])
+def test_what_is_played_does_not_depend_on_the_threads_of_the_virtual_machine(monkeypatch, world, task):
+    def play() -> list:
+        opening = world.reset(f"scienceworld_test/{task}")
+        walk = [f"{verb} {place}" for place in ("hallway", "greenhouse") for verb in ("open door to", "go to")]
+        results = [world.step(action) for action in [*walk, *["wait1", "look around"] * 5]]
+        return [opening, world.actions(), *results, world.actions()]
+
+    first = play()
+    others = [option for option in scienceworld.JAVA_OPTIONS if option != "-XX:+UseSerialGC"]
+    monkeypatch.setattr(scienceworld, "JAVA_OPTIONS", [*others, "-XX:+UseParallelGC", "-XX:ParallelGCThreads=3"])
+    assert play() == first
+
+
+@played
 def test_openings_bad_texts_and_the_contract(world):
     with pytest.raises(RuntimeError, match="no task yet"):
         world.step("look around")
