@@ -6,8 +6,8 @@ where too many are, settles after some turns for the best that it has seen, choo
 briefly on every turn, in steps that each look at one thing: a product and its price, an option and whether it is there.
 What is done is named last, so that the action can be copied from it. It can be displaced: told that another action was
 taken, it goes on from there, and `explain` writes the reason for such an action after the fact, which is the text that
-ActRe learns from. It can be hasty: search for the first words and the options alone (`brief`), read no features
-(`reads`); or careless: then it opens the first product, chooses one option at most and buys.
+ActRe learns from. It can be hasty: search for the instruction as it is written, look at no price, read no features; or
+careless: then it opens the first product, chooses one option at most and buys.
 
 Left out: the reward's view of attributes, which no page shows. Reads both observation modes.
 
@@ -30,7 +30,6 @@ FIRST_OPTION = re.compile(r"(.*) with ((?:(?! with )[^:])+): (.*)", re.DOTALL)
 OPENING = re.compile(
     r"(?:hello, )?(?:find me|show me|i(?:'m| am) looking for|i (?:need|want)|i would like to buy)(?: an?)? ", re.I
 )
-ATTRIBUTES = re.compile(r" with | for |, ")  # where they begin
 COMMON = frozenset(
     "find me i am looking for need want show would like to buy a an the with and that is of in it some".split()
 )
@@ -96,23 +95,23 @@ class Demonstrator:
     Raises ValueError for an opening without an instruction.
     """
 
-    def __init__(self, opening: str):
+    def __init__(self, opening: str, hasty: bool = False):
         nodes = read_nodes(opening)
         if len(nodes) < 4 or nodes[0] != "WebShop":
             raise ValueError(f"no instruction in {opening[:200]!r}: expected WebShop's search page")
         self.instruction = " ".join(nodes[2:-1])
         limit = PRICE.search(self.instruction)
-        self.limit = float(limit[1]) if limit else float("inf")
-        wish, self.options = split_options(PRICE.sub("", self.instruction))
-        self.wish = OPENING.sub("", wish).strip(" ,.")
+        self.hasty = hasty
+        self.limit = float(limit[1]) if limit and not hasty else float("inf")
+        self.whole_wish = OPENING.sub("", PRICE.sub("", self.instruction)).strip(" ,.")
+        wish, self.options = split_options(self.whole_wish)
+        self.wish = wish.strip(" ,.")
         self.words = words_of(self.wish)
         self.seen: dict[str, Seen] = {}  # asin -> what is known, in the order of the lists
         self.chosen: list[str] = []
         self.at: str | None = None  # the product on view
         self.settled: str | None = None  # the product to buy
         self.careless = False  # set it to have the shortcut taken
-        self.brief = False  # set it to have the attributes left out of the search
-        self.reads = True  # unset it to have no features read, nor descriptions
         self.turns = 0
         self._read(nodes)
 
@@ -155,7 +154,7 @@ class Demonstrator:
             self.values = nodes[nodes.index("< Prev") + 1 : price - 1]
             if self.at:
                 product = self.seen[self.at]
-                product.fits = all(value in self.values for value in self._wanted_options())
+                product.fits = all(value in self.values for value in self._wanted_options().values())
                 product.text += f" {' '.join(self.values)}" * (not product.opened)
                 product.opened = True
         else:
@@ -169,20 +168,21 @@ class Demonstrator:
                 self.listed.append(node)
                 self.seen.setdefault(node, Seen(self.number, nodes[i + 1].lower(), nodes[i + 2]))
 
-    def _wanted_options(self) -> list[str]:
-        """The option values to click: those that the instruction names, or on the page those that it contains."""
+    def _wanted_options(self) -> dict[str, str]:
+        """{how a thought names it: value to click}: what the instruction names, or what of the page it contains."""
         if self.options:
-            return list(self.options.values())
+            return {f"{name}: {value}": value for name, value in self.options.items()}
         text = f" {' '.join(re.findall(r'[^ ,.]+', self.instruction.lower()))} "
-        return [value for value in self.values if f" {value} " in text and value not in OPTION_NAMES]
+        return {value: value for value in self.values if f" {value} " in text and value not in OPTION_NAMES}
 
     # ---- what to do --------------------------------------------------------------------------------------------------
 
     def decide(self) -> tuple[str, str]:
         """The next (thought, action)."""
         if self.page == "search":
-            wish = ATTRIBUTES.split(self.wish)[0] if self.brief else self.wish
-            sought = " ".join([wish, *self.options.values()])
+            if self.hasty:
+                return "I look for what I need.", f"{OPEN}{self.whole_wish}]"
+            sought = " ".join([self.wish, *self.options.values()])
             return f"I look for {sought}.", f"{OPEN}{sought}]"
         if self.page == "results":
             return self._pick()
@@ -225,7 +225,8 @@ class Demonstrator:
         if stop == len(self.listed):
             return " ".join([*steps, "I turn the page."]), "click[next >]"
         asin = self.listed[stop]
-        return " ".join([*steps, f"{asin} costs {self.seen[asin].tag}. I open it."]), f"click[{asin}]"
+        steps += [f"I open {asin}."] if self.hasty else [f"{asin} costs {self.seen[asin].tag}. I open it."]
+        return " ".join(steps), f"click[{asin}]"
 
     def _best(self, asins: list[str]) -> str:
         """Options first, then words, then the price."""
@@ -241,34 +242,38 @@ class Demonstrator:
         product, missing = self.seen[self.at], self.missing(self.at)
         if not product.fits:
             return f"{self._check()} I go back.", "click[< prev]"
-        unread = [name for name in ("features", "description") if self.reads and name not in product.read]
-        if missing and unread and self.turns < HURRY:
-            return f"I need {' '.join(missing)}. I read the {unread[0]}.", f"click[{unread[0]}]"
-        if self.reads and len(missing) > (1 - ENOUGH) * len(self.words) and self.turns < HURRY:
-            return f"I need {' '.join(missing)}, it is not here. I go back.", "click[< prev]"
+        if not self.hasty and self.turns < HURRY:
+            unread = [name for name in ("features", "description") if name not in product.read]
+            if missing and unread:
+                return f"I need {' '.join(missing)}. I read the {unread[0]}.", f"click[{unread[0]}]"
+            if len(missing) > (1 - ENOUGH) * len(self.words):
+                return f"I need {' '.join(missing)}, it is not here. I go back.", "click[< prev]"
         self.settled = self.at
         return self._choose_and_buy()
 
     def _check(self) -> str:
         """One wanted option after the other, to the first that is not on the page."""
-        wanted = self._wanted_options()
-        absent = [place for place, value in enumerate(wanted) if value not in self.values]
-        steps = [f"I need {value}, it is here." for value in wanted[: absent[0] if absent else None]]
-        return " ".join(steps + [f"I need {wanted[place]}, it is not here." for place in absent[:1]])
+        steps = []
+        for name, value in self._wanted_options().items():
+            here = value in self.values
+            steps.append(f"I need {name}, it is {'' if here else 'not '}here.")
+            if not here:
+                break
+        return " ".join(steps)
 
     def _choose_and_buy(self) -> tuple[str, str]:
-        wanted = [value for value in self._wanted_options() if value in self.values]
-        left = [value for value in wanted if value not in self.chosen]
-        if self.careless:
-            left = left if not self.chosen else []
-            return (f"I choose {left[0]}.", f"click[{left[0]}]") if left else ("I buy it.", "click[buy now]")
-        if left and not self.chosen:
-            return f"{self._check()} I choose {left[0]}.", f"click[{left[0]}]"
-        if left:
-            return f"I have chosen {self.chosen[-1]}. I need {left[0]}. I choose it.", f"click[{left[0]}]"
-        if self.chosen:
-            return f"I have chosen {self.chosen[-1]}. There is no more to choose. I buy it.", "click[buy now]"
-        return "There is nothing to choose. I buy it.", "click[buy now]"
+        """The option that was named last comes first, as what is next to be copied; the page may lack some."""
+        wanted = {name: value for name, value in self._wanted_options().items() if value in self.values}
+        left = [name for name, value in wanted.items() if value not in self.chosen]
+        before = [f"I have chosen {self.chosen[-1]}."] if self.chosen else []
+        if left and not (self.careless and self.chosen):
+            whole = not (self.careless or self.chosen) and len(wanted) == len(self._wanted_options())
+            thought = " ".join([*before, self._check() if whole else f"I need {left[-1]}.", "I choose it."])
+            return thought, f"click[{wanted[left[-1]]}]"
+        if self.careless and self.chosen:
+            return f"{before[0]} I buy it.", "click[buy now]"
+        before.append(f"There is no{' more' if before else 'thing'} to choose.")
+        return " ".join([*before, "I buy it."]), "click[buy now]"
 
     # ---- reasons after the fact --------------------------------------------------------------------------------------
 

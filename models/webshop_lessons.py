@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 LENGTHS = (384, 512, 768, 1024, 1536, 2048, 3072)  # one text a row, padded to the next of these
 SHORT = 768  # the longest text of the first third of the steps
-READING = r"( it is (?:not )?here|, too much|\. I open it)"  # what a thought says of the thing it has just named
+READING = r"( it is (?:not )?here)"  # what a thought says of the thing it has just named
 # Pieces: the separator, a product's id (alike whatever stands before it), words with their leading space, numbers,
 # signs.
 SPLIT = (r" \[SEP\]|\s(?=[A-Z\d]{10}\b)|[A-Z\d]{10}\b| OK\.| ?[A-Za-z]+(?:'[a-z]+)?[:\[]?| ?\d+|\n|\]+"
@@ -87,8 +87,7 @@ def demonstrate(world: WebShop, task_id: str, rng: np.random.Generator, args: Ar
     """Buys for one goal, displaced with one of the probabilities. None if nothing is bought in time."""
     displaced = rng.choice(args.displaced)
     opening = world.reset(task_id)
-    player = Demonstrator(opening.text)
-    player.brief, player.reads = True, False
+    player = Demonstrator(opening.text, hasty=True)
     player.careless = bool(rng.random() < careless_share(args, player))
     turns: list[Turn] = []
     result = None

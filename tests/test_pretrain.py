@@ -26,6 +26,7 @@ from models.pretrain import (
     match_like_with_like,
     through_nf4,
     train_tokenizer,
+    train_tokenizer_blanks_last,
     weighted,
 )
 from teacher import told
@@ -215,10 +216,28 @@ def test_a_product_and_an_option_have_the_same_ids_on_a_page_and_in_an_action(sh
             assert any(ids[start : start + len(name_ids)] == name_ids for start in range(len(ids))), (text, name)
 
 
-def test_what_a_thought_says_of_a_product_or_an_option_weighs_more(shopping):
+def test_a_word_has_the_same_tokens_with_and_without_a_blank_before_it(shopping):
+    texts = [text_of(react_segments(t)) for t in shopping]
+    tokenizer = train_tokenizer_blanks_last(texts, 2000, webshop_lessons.SPLIT)
+    assert tokenizer.get_vocab_size() <= 2000
+    clicked = {turn.action[len("click[") : -1] for t in shopping for turn in t.turns if turn.action.startswith("click")}
+    options, joined = [name for name in clicked if not re.fullmatch(webshop_lessons.ASIN, name)], 0
+    for name in options:
+        there, copied = (tokenizer.encode(before + name + after).tokens for before, after in ((" ", " ["), ("[", "]")))
+        there, copied = there[: len(copied) - 2], copied[1:-1]
+        if there[:1] == ["Ġ"]:  # too rare to be joined with its blank
+            continue
+        joined += 1
+        assert [there[0].removeprefix("Ġ"), *there[1:]] == copied, name
+    assert joined > 0.8 * len(options)
+    for text in (*texts[:20], "Zürich\t 3\" x  4]]\n[SEP] [SEP]"):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_what_a_thought_says_of_an_option_weighs_more(shopping):
     args = Args(env="webshop", reading_weight=7.0)
     heavy = {text for t in shopping for text, weight in weighted(t, False, args) if weight == 7.0}
-    assert heavy == {" it is here", " it is not here", ", too much", ". I open it"}
+    assert heavy == {" it is here", " it is not here"}
 
 
 def test_the_neutral_base_sees_worlds_and_no_solutions():
