@@ -3,11 +3,12 @@
 It searches for the instruction's words and options, opens what is cheap enough in the order of the list, goes back
 where an option is not to be found, reads the features, and the description where words are still missing, goes back
 where too many are, settles after some turns for the best that it has seen, chooses the options and buys. It thinks
-briefly on every turn, in steps that each look at one thing: a product and its price, an option and whether it is there.
-What is done is named last, so that the action can be copied from it. It can be displaced: told that another action was
+briefly on every turn, in steps that each look at one thing: a product and its price, an option and whether it is here.
+Options come in the instruction's order, each after the one chosen last, so that its words lead from one to the next;
+what is done is named last, so that the action can be copied from it. It can be displaced: told that another action was
 taken, it goes on from there, and `explain` writes the reason for such an action after the fact, which is the text that
 ActRe learns from. It can be hasty: search for the instruction as it is written, look at no price, read no features; or
-careless: then it opens the first product, chooses one option at most and buys.
+careless: then it opens the first product, chooses the first option without a look whether it is there, and buys.
 
 Left out: the reward's view of attributes, which no page shows. Reads both observation modes.
 
@@ -55,10 +56,10 @@ def words_of(text: str) -> list[str]:
 
 
 def split_options(wish: str) -> tuple[str, dict[str, str]]:
-    """The wish without its options, and {name: value} of them: "... with color: red, and size: 8"."""
+    """The wish without its options, and {name: value} of them in order: "... with color: red, and size: 8"."""
     parts, options = wish.split(", and "), {}
     while len(parts) > 1 and (match := re.fullmatch(r"([^:]+): (.+)", parts[-1])):
-        options[match[1]] = match[2]
+        options = {match[1]: match[2], **options}
         parts.pop()
     head = ", and ".join(parts)
     if match := FIRST_OPTION.fullmatch(head):
@@ -102,6 +103,7 @@ class Demonstrator:
         self.instruction = " ".join(nodes[2:-1])
         limit = PRICE.search(self.instruction)
         self.hasty = hasty
+        self.priced = limit is not None
         self.limit = float(limit[1]) if limit and not hasty else float("inf")
         self.whole_wish = OPENING.sub("", PRICE.sub("", self.instruction)).strip(" ,.")
         wish, self.options = split_options(self.whole_wish)
@@ -125,8 +127,9 @@ class Demonstrator:
         nodes = read_nodes(observation)
         if verb == "click" and before == "results" and name.upper() in self.seen:
             self.at = name.upper()
-        if verb == "click" and before == "item" and name in self.values:
-            self.chosen.append(name)
+        if verb == "click" and before == "item":
+            if name in self.values or (self.careless and name in self.options.values()):
+                self.chosen.append(name)
         self._read(nodes)
         if verb == "search" and self.page == "results":  # other lists, so nothing that was seen can be found again
             self.seen, self.settled = {}, None
@@ -238,42 +241,42 @@ class Demonstrator:
         return min(asins, key=rank)
 
     def _look_closer(self) -> tuple[str, str]:
-        """On a product's page: go back where it does not fit, read on where words are missing, else settle."""
-        product, missing = self.seen[self.at], self.missing(self.at)
-        if not product.fits:
-            return f"{self._check()} I go back.", "click[< prev]"
-        if not self.hasty and self.turns < HURRY:
+        """On a product's page: go back where an option is missing, read on where words are, else settle."""
+        product, missing, left = self.seen[self.at], self.missing(self.at), self._left()
+        if left and left[0][1] not in self.values:
+            return f"{self._before(left[0][0])}, missing. I go back.", "click[< prev]"
+        if not self.hasty and not self.chosen and self.turns < HURRY:
             unread = [name for name in ("features", "description") if name not in product.read]
             if missing and unread:
                 return f"I need {' '.join(missing)}. I read the {unread[0]}.", f"click[{unread[0]}]"
             if len(missing) > (1 - ENOUGH) * len(self.words):
                 return f"I need {' '.join(missing)}, it is not here. I go back.", "click[< prev]"
-        self.settled = self.at
+        if product.fits:
+            self.settled = self.at
         return self._choose_and_buy()
 
-    def _check(self) -> str:
-        """One wanted option after the other, to the first that is not on the page."""
-        steps = []
-        for name, value in self._wanted_options().items():
-            here = value in self.values
-            steps.append(f"I need {name}, it is {'' if here else 'not '}here.")
-            if not here:
-                break
-        return " ".join(steps)
+    def _left(self) -> list[tuple[str, str]]:
+        """(how a thought names it, value) of the wanted options that are not chosen yet, in the instruction's order."""
+        return [(name, value) for name, value in self._wanted_options().items() if value not in self.chosen]
+
+    def _before(self, name: str) -> str:
+        """How a thought comes to an option: from the last one chosen, after which the instruction names it."""
+        return f"I have chosen {self.chosen[-1]}, and {name}" if self.chosen else f"I need {name}"
 
     def _choose_and_buy(self) -> tuple[str, str]:
-        """The option that was named last comes first, as what is next to be copied; the page may lack some."""
-        wanted = {name: value for name, value in self._wanted_options().items() if value in self.values}
-        left = [name for name, value in wanted.items() if value not in self.chosen]
-        before = [f"I have chosen {self.chosen[-1]}."] if self.chosen else []
-        if left and not (self.careless and self.chosen):
-            whole = not (self.careless or self.chosen) and len(wanted) == len(self._wanted_options())
-            thought = " ".join([*before, self._check() if whole else f"I need {left[-1]}.", "I choose it."])
-            return thought, f"click[{wanted[left[-1]]}]"
-        if self.careless and self.chosen:
-            return f"{before[0]} I buy it.", "click[buy now]"
-        before.append(f"There is no{' more' if before else 'thing'} to choose.")
-        return " ".join([*before, "I buy it."]), "click[buy now]"
+        """The next option, or the purchase. The page may lack some; a careless player does not look."""
+        if self.careless:
+            left = [] if self.chosen else self._left()[:1]
+        else:
+            left = [(name, value) for name, value in self._left() if value in self.values]
+        if left:
+            name, value = left[0]
+            seen = "" if self.careless else ", here"
+            return f"{self._before(name)}{seen}. I choose {value}.", f"click[{value}]"
+        if not self.chosen:
+            return "There is nothing to choose. I buy it.", "click[buy now]"
+        rest = "" if self.careless else ", and price comes last" if self.priced else ", and nothing more"
+        return f"I have chosen {self.chosen[-1]}{rest}. I buy it.", "click[buy now]"
 
     # ---- reasons after the fact --------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +35,8 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
@@ -93,6 +96,7 @@ class Args:
 
 
 STEP_TOKENS = 4_096
+DEVICES = 2  # that share the rows of a step: a CPU attends with one core a row (one device where there is but one)
 
 
 def lessons_of(args: Args):
@@ -187,10 +191,12 @@ def copy_what_came_before(model: Mistral, table_VE: np.ndarray) -> None:
 
     The stream has two or three parts, each as wide as a head. Embeddings fill the first (the last place of it is the
     same for all). A head of the first layer looks one token back, whatever is there, and writes what it finds into the
-    second part; where there is a third, another looks two back. A head of the second layer looks for the token's like
-    in the second part, that is for what came after it, and writes that in large into the first; another does so where
-    the token before is alike too, which tells the commas of a list apart. All else starts small. Induction heads
-    (arXiv 2209.11895) form by themselves, but a tiny model takes long to find them.
+    second part; where there is a third, another looks two and three back at once. A head of the second layer looks for
+    the token's like in the second part, that is for what came after it, and writes that in large into the first;
+    another does so where the tokens before are alike too, which tells the commas of a list apart. With a third part two
+    more heads look for what else came after the token before, and write it into the second: whether an option that was
+    just named stands in a page's list is told by what follows it there. All else starts small. Induction heads (arXiv
+    2209.11895) form by themselves, but a tiny model takes long to find them.
     """
     config, (V, E) = model.config, table_VE.shape
     D, C, K = config.hidden_size, config.head_dim, config.num_key_value_heads
@@ -212,19 +218,26 @@ def copy_what_came_before(model: Mistral, table_VE: np.ndarray) -> None:
     for back in range(1, parts):
         kv, head = back - 1, (back - 1) * share
         rows, kv_rows = slice(head * C, head * C + C), slice(kv * C, kv * C + C)
-        place_C, back_C = (np.concatenate([quick * np.cos(a), quick * np.sin(a)]) for a in (0, back * angles_C2))
+        places = (0, (back if back == 1 else 2.5) * angles_C2)
+        place_C, back_C = (np.concatenate([quick * np.cos(a), quick * np.sin(a)]) for a in places)
         q[...] = q[...].at[0, rows].set(1.5 * jnp.outer(place_C, read[0][E]))
         k[...] = k[...].at[0, kv_rows].set(1.5 * jnp.outer(back_C, read[0][E]))
         v[...] = v[...].at[:2, kv_rows].set(read[0].at[E].set(0))
         o[...] = o[...].at[0, :, rows].set(D**-0.5 * read[back].T)
-        # The like of the last `back` tokens, an equal share of the angles for each.
+        # The like of the last token, or of that and those before it, an equal share of the angles for each.
         asked, kept = jnp.zeros((C, D)), jnp.zeros((C, D))
         for age, dims in enumerate(np.array_split(slow, back)):
-            asked = asked.at[dims].set(2.5 * read[age][: len(dims)])
+            before = read[1] + read[2] if age else read[0]
+            asked = asked.at[dims].set(2.5 * before[: len(dims)])
             kept = kept.at[dims].set(2.5 * read[age + 1][: len(dims)])
         q[...] = q[...].at[1, rows].set(asked)
         k[...] = k[...].at[1, kv_rows].set(kept)
         o[...] = o[...].at[1, :, rows].set((3 if back == parts - 1 else 1) * D**-0.5 * read[0].T)
+        if parts == 3 and share > 1:
+            others, near = slice(rows.stop, rows.stop + C), jnp.outer(np.concatenate([quick, 0 * quick]), read[0][E])
+            k[...] = k[...].at[1, kv_rows].add(near)
+            q[...] = q[...].at[1, others].set(kept - near)  # the token's own place is the nearest
+            o[...] = o[...].at[1, :, others].set(D**-0.5 * read[1].T)
 
 
 def weighted(trajectory: Trajectory, actre: bool, args: Args) -> list[tuple[str, float]]:
@@ -264,8 +277,9 @@ def batches(args: Args, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.n
         if length is None or (step < args.tokens // STEP_TOKENS // 3 and length > lessons.SHORT):
             continue
         waiting[length].append((ids, weights))
-        if len(waiting[length]) == STEP_TOKENS // length:
-            ids_BL = np.zeros((STEP_TOKENS // length, length), np.int32)
+        rows = max(1, STEP_TOKENS // length // DEVICES) * DEVICES
+        if len(waiting[length]) == rows:
+            ids_BL = np.zeros((rows, length), np.int32)
             segments_BL, weights_BL = np.zeros_like(ids_BL), np.zeros(ids_BL.shape, np.float32)
             for row, (ids, weights) in enumerate(waiting[length]):
                 ids_BL[row, : len(ids)] = ids
@@ -334,23 +348,30 @@ def main(args: Args) -> None:
     optimizer = make_optimizer(args.learning_rate, steps)
     state = optimizer.init(params)
 
-    @jax.jit
-    def update(params, state, ids_BL, segments_BL, weights_BL):
+    mesh = Mesh(jax.devices()[:DEVICES], "rows")
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("rows")), out_specs=P(), check_vma=False)
+    def value_and_gradient(params, batch):
         def loss(params):
+            ids_BL, segments_BL, weights_BL = batch
             params = jax.tree.map(lambda x: through_nf4(x) if x.ndim == 3 else x, params)
             logprobs_BL = token_logprobs(nnx.merge(graph, params), ids_BL, segments_BL)
-            return -(weights_BL * logprobs_BL).sum() / weights_BL.sum()
+            return -(weights_BL * logprobs_BL).sum() / jax.lax.psum(weights_BL.sum(), "rows")
 
-        value, gradient = jax.value_and_grad(loss)(params)
+        return jax.lax.psum(jax.value_and_grad(loss)(params), "rows")
+
+    @jax.jit
+    def update(params, state, batch):
+        value, gradient = value_and_gradient(params, batch)
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, value
 
     start, real_tokens, losses = time.time(), 0, []
     bar = tqdm(itertools.islice(batches(args, tokenizer), steps), total=steps, desc="pretrain", unit="step")
-    for ids_BL, segments_BL, weights_BL in bar:
-        params, state, loss = update(params, state, ids_BL, segments_BL, weights_BL)
+    for batch in bar:
+        params, state, loss = update(params, state, batch)
         losses.append(loss)  # not read yet: the next batch is made while this one is computed
-        real_tokens += int((segments_BL != 0).sum())
+        real_tokens += int((batch[1] != 0).sum())
         if len(losses) % 20 == 0 or len(losses) == steps:
             recent = float(np.mean(losses[-20:]))
             if not np.isfinite(recent):
@@ -369,4 +390,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", DEVICES)
     main(tyro.cli(Args, description=__doc__))

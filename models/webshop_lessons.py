@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 LENGTHS = (384, 512, 768, 1024, 1536, 2048, 3072)  # one text a row, padded to the next of these
 SHORT = 768  # the longest text of the first third of the steps
-READING = r"( it is (?:not )?here)"  # what a thought says of the thing it has just named
+READING = r"(, (?:here|missing)\b)"  # what a thought says of the thing it has just named
 # Pieces: the separator, a product's id (alike whatever stands before it), words with their leading space, numbers,
 # signs.
 SPLIT = (r" \[SEP\]|\s(?=[A-Z\d]{10}\b)|[A-Z\d]{10}\b| OK\.| ?[A-Za-z]+(?:'[a-z]+)?[:\[]?| ?\d+|\n|\]+"
@@ -46,9 +46,9 @@ KEPT = frozenset(
     "page total results next prev rating description features reviews now thank you shopping with code none paste "
     "your mturk interface purchased asin options attrs category query product target goal reward score min max details "
     "upper instuction text webshop look below costs too much open looked here not choose have chosen there more best "
-    "them turn read this nothing found less want something else what pack".split()
+    "them turn read this nothing found less want something else what pack missing comes last".split()
 )
-PAGES = (1, 2, 4, PAGE, PAGE)  # products on a results page; a demonstration draws one of them
+PAGES = (1, 2, 2, 4, PAGE)  # products on a results page; a demonstration draws one of them
 
 
 def spellings(trajectory: Trajectory) -> list[str]:

@@ -67,15 +67,58 @@ def test_its_own_reason_is_its_thought(tmp_path):
     assert player.explain(action) == thought
 
 
+HEAD = "Instruction: [SEP] Find me lamps [SEP] Back to Search [SEP] "
+LISTED = "WebShop [SEP] Instruction: [SEP] Find me lamps with color: red, and fit: big, and size: 8{} [SEP] Search"
+RESULTS = HEAD + "Page 1 (Total results: 1) [SEP] B000000001 [SEP] Lamp [SEP] $1.00"
+ITEM = HEAD + "< Prev [SEP] color [SEP] red [SEP] fit [SEP] big{} [SEP] Lamp [SEP] Price: $1.00 [SEP] Buy Now"
+
+
+def shopping(item: str, price: str = "", careless: bool = False) -> list[tuple[str, str]]:
+    """What a hasty player decides on that product's page until it buys or goes back."""
+    player = Demonstrator(LISTED.format(price), hasty=True)
+    player.careless = careless
+    for page in (RESULTS, item):
+        player.observe(player.decide()[1], page)
+    decided = []
+    while not decided or decided[-1][1] not in ("click[buy now]", "click[< prev]"):
+        decided.append(player.decide())
+        player.observe(decided[-1][1], item)
+    return decided
+
+
+def test_options_are_chosen_in_the_instructions_order_and_lead_from_one_to_the_next():
+    whole = ITEM.format(" [SEP] size [SEP] 8")
+    decided = shopping(whole, ", and price lower than 9.00 dollars")
+    assert decided == [
+        ("I need color: red, here. I choose red.", "click[red]"),
+        ("I have chosen red, and fit: big, here. I choose big.", "click[big]"),
+        ("I have chosen big, and size: 8, here. I choose 8.", "click[8]"),
+        ("I have chosen 8, and price comes last. I buy it.", "click[buy now]"),
+    ]
+    assert shopping(whole)[-1] == ("I have chosen 8, and nothing more. I buy it.", "click[buy now]")
+
+
+def test_a_missing_option_sends_it_back_unless_it_is_careless():
+    last = shopping(ITEM.format(""))[-1]
+    assert last == ("I have chosen big, and size: 8, missing. I go back.", "click[< prev]")
+    none = ITEM.format("").replace("red", "blue")
+    assert shopping(none) == [("I need color: red, missing. I go back.", "click[< prev]")]
+    assert shopping(none, careless=True) == [
+        ("I need color: red. I choose red.", "click[red]"), ("I have chosen red. I buy it.", "click[buy now]")
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("wish", "head", "options"), [
     ('soft pillows with color: navy | white, and size: 2" x 2"', "soft pillows",
      {"color": "navy | white", "size": '2" x 2"'}),
     ("lamps with bronze finish for living room", "lamps with bronze finish for living room", {}),
     ("lamps with usb port with style: with clip", "lamps with usb port", {"style": "with clip"}),
     ("snacks with flavor name: salt, and pepper: hot", "snacks", {"flavor name": "salt", "pepper": "hot"}),
+    ("shirts with color: red, and fit: big, and size: 8", "shirts", {"color": "red", "fit": "big", "size": "8"}),
 ])  # fmt: skip
-def test_options_are_split_from_the_wish(wish, head, options):
-    assert split_options(wish) == (head, options)
+def test_options_are_split_from_the_wish_in_their_order(wish, head, options):
+    found = split_options(wish)
+    assert found == (head, options) and list(found[1]) == list(options)
 
 
 def test_pages_read_the_same_in_both_modes(tmp_path):
