@@ -38,6 +38,7 @@ OPTION_NAMES = frozenset("color size style flavor scent".split())  # written ins
 ASIN = re.compile(r"[A-Z0-9]{10}")
 HURRY = 11  # turns after which it settles for the best that it has seen
 PAGES = 2  # of results
+NAMED = 5  # products of a list that a thought names in their order
 ENOUGH = 0.8  # share of the wanted words that a product's pages must have
 
 
@@ -110,6 +111,8 @@ class Demonstrator:
         self.wish = wish.strip(" ,.")
         self.words = words_of(self.wish)
         self.seen: dict[str, Seen] = {}  # asin -> what is known, in the order of the lists
+        self.named: set[str] = set()  # products that a thought has named in their order
+        self.naming: list[str] = []  # those that the last one named, if it is acted on
         self.chosen: list[str] = []
         self.at: str | None = None  # the product on view
         self.settled: str | None = None  # the product to buy
@@ -127,12 +130,14 @@ class Demonstrator:
         nodes = read_nodes(observation)
         if verb == "click" and before == "results" and name.upper() in self.seen:
             self.at = name.upper()
+            if self.naming[:1] == [self.at]:
+                self.named.update(self.naming)
         if verb == "click" and before == "item":
             if name in self.values or (self.careless and name in self.options.values()):
                 self.chosen.append(name)
         self._read(nodes)
         if verb == "search" and self.page == "results":  # other lists, so nothing that was seen can be found again
-            self.seen, self.settled = {}, None
+            self.seen, self.named, self.settled = {}, set(), None
             self._read(nodes)
         if self.page in ("search", "results"):
             self.at, self.chosen = None, []
@@ -228,7 +233,13 @@ class Demonstrator:
         if stop == len(self.listed):
             return " ".join([*steps, "I turn the page."]), "click[next >]"
         asin = self.listed[stop]
-        steps += [f"I open {asin}."] if self.hasty else [f"{asin} costs {self.seen[asin].tag}. I open it."]
+        if not self.hasty:
+            steps.append(f"{asin} costs {self.seen[asin].tag}. I open it.")
+        elif asin in self.named and opened:
+            steps = [f"I looked at {self.listed[opened[-1]]}, {asin} is next. I open {asin}."]
+        else:
+            self.naming = self.listed[stop : stop + NAMED]
+            steps.append(f"I see {', '.join(self.naming)}. I open {asin}.")
         return " ".join(steps), f"click[{asin}]"
 
     def _best(self, asins: list[str]) -> str:

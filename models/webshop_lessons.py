@@ -1,11 +1,11 @@
 """What the WebShop base learns from: demonstrations of goals that no panel holds.
 
 Goals of the real catalogue ($WEBSHOP_DATA or --data, where it is there) but for its test split, of the demo split of
-the generated one, and all goals of generated ones with other seeds, bought by the scripted demonstrator, hasty or
-careless. Many results pages are short: what to look for is found more easily among less. In half of the
-demonstrations products have other ids and words stand for each other, so that a page's words have to be read off the
-page: the few hundred products of the real catalogue would be learnt by heart. Read by models/pretrain.py, whose Args
-say what can be chosen.
+the generated one, and all goals of generated ones with other seeds, each product as often as another as in the panels,
+bought by the scripted demonstrator, hasty or careless. Many results pages are short: what to look for is found more
+easily among less. In half of the demonstrations products have other ids and words stand for each other, so that a
+page's words have to be read off the page: the few hundred products of the real catalogue would be learnt by heart. Read
+by models/pretrain.py, whose Args say what can be chosen.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ KEPT = frozenset(
     "page total results next prev rating description features reviews now thank you shopping with code none paste "
     "your mturk interface purchased asin options attrs category query product target goal reward score min max details "
     "upper instuction text webshop look below costs too much open looked here not choose have chosen there more best "
-    "them turn read this nothing found less want something else what pack missing comes last".split()
+    "them turn read this nothing found less want something else what pack missing comes last see".split()
 )
 PAGES = (1, 2, 2, 4, PAGE)  # products on a results page; a demonstration draws one of them
 
@@ -59,15 +59,17 @@ def spellings(trajectory: Trajectory) -> list[str]:
 
 
 @functools.lru_cache(maxsize=1)
-def sources(args: Args) -> list[tuple[WebShop, list[str], list[str]]]:
-    """(world, task ids, words of their instructions) of the real catalogue, if there is one, and of generated ones."""
+def sources(args: Args) -> list[tuple[WebShop, list[list[str]], list[str]]]:
+    """(world, task ids by product, words of their instructions) of the real catalogue, if there is one, and of
+    generated ones."""
     excluded, found = excluded_ids(), []
 
     def add(world: WebShop, splits: tuple[str, ...]) -> None:
         task_ids = [task for split in splits for task in world.tasks(split) if task not in excluded]
         texts = (world.reset(task).task.lower() for task in task_ids)
         words = {word for text in texts for word in re.findall("[a-z]{3,}", text)}
-        found.append((world, task_ids, sorted(words - KEPT)))
+        products = itertools.groupby(sorted(task_ids), lambda task: task.rpartition("-")[0])
+        found.append((world, [list(tasks) for _, tasks in products], sorted(words - KEPT)))
 
     folder = args.data or os.environ.get("WEBSHOP_DATA")
     if folder:
@@ -145,8 +147,9 @@ def demonstrations(args: Args) -> Iterator[Trajectory]:
     for number in itertools.count():
         rng = generator(args.seed, "pretrain", number)
         first = real and rng.random() >= args.generated_share
-        world, task_ids, words = worlds[0] if first else worlds[int(rng.integers(real, len(worlds)))]
+        world, products, words = worlds[0] if first else worlds[int(rng.integers(real, len(worlds)))]
         world.page = int(rng.choice(PAGES))
+        task_ids = products[rng.integers(len(products))]
         trajectory = demonstrate(world, task_ids[rng.integers(len(task_ids))], rng, args)
         if trajectory is not None:
             yield reworded(trajectory, words, rng) if rng.random() < REWORDED else trajectory

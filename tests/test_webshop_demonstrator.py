@@ -108,6 +108,23 @@ def test_a_missing_option_sends_it_back_unless_it_is_careless():
     ]  # fmt: skip
 
 
+def test_products_are_named_in_their_order_and_opened_one_after_the_other():
+    player = Demonstrator(LISTED.format(""), hasty=True)
+    listed = RESULTS + "".join(f" [SEP] B00000000{i} [SEP] Lamp [SEP] $1.00" for i in "234567")
+    player.observe(player.decide()[1], listed)
+    thoughts = []
+    for _ in range(5):
+        thought, action = player.decide()
+        thoughts.append(thought)
+        player.observe(action, ITEM.format("").replace("red", "blue"))
+        assert player.decide() == ("I need color: red, missing. I go back.", "click[< prev]")
+        player.observe("click[< prev]", listed)
+    first, *_, last = thoughts
+    assert first == "I see B000000001, B000000002, B000000003, B000000004, B000000005. I open B000000001."
+    assert last == "I looked at B000000004, B000000005 is next. I open B000000005."
+    assert player.decide() == ("B000000001 is the best of them. I open it.", "click[B000000001]")  # it has to hurry
+
+
 @pytest.mark.parametrize(("wish", "head", "options"), [
     ('soft pillows with color: navy | white, and size: 2" x 2"', "soft pillows",
      {"color": "navy | white", "size": '2" x 2"'}),
