@@ -7,8 +7,9 @@ briefly on every turn, in steps that each look at one thing: a product and its p
 Options come in the instruction's order, each after the one chosen last, so that its words lead from one to the next;
 what is done is named last, so that the action can be copied from it. It can be displaced: told that another action was
 taken, it goes on from there, and `explain` writes the reason for such an action after the fact, which is the text that
-ActRe learns from. It can be hasty: search for the instruction as it is written, look at no price, read no features; or
-careless: then it opens the first product, chooses the first option without a look whether it is there, and buys.
+ActRe learns from. It can be hasty: search for the instruction as it is written, open the first product, look at no
+price, read no features, choose the options that are there, and buy; or careless: then it opens the first product and
+buys it as it is.
 
 Left out: the reward's view of attributes, which no page shows. Reads both observation modes.
 
@@ -38,7 +39,6 @@ OPTION_NAMES = frozenset("color size style flavor scent".split())  # written ins
 ASIN = re.compile(r"[A-Z0-9]{10}")
 HURRY = 11  # turns after which it settles for the best that it has seen
 PAGES = 2  # of results
-NAMED = 5  # products of a list that a thought names in their order
 ENOUGH = 0.8  # share of the wanted words that a product's pages must have
 
 
@@ -111,8 +111,6 @@ class Demonstrator:
         self.wish = wish.strip(" ,.")
         self.words = words_of(self.wish)
         self.seen: dict[str, Seen] = {}  # asin -> what is known, in the order of the lists
-        self.named: set[str] = set()  # products that a thought has named in their order
-        self.naming: list[str] = []  # those that the last one named, if it is acted on
         self.chosen: list[str] = []
         self.at: str | None = None  # the product on view
         self.settled: str | None = None  # the product to buy
@@ -130,14 +128,12 @@ class Demonstrator:
         nodes = read_nodes(observation)
         if verb == "click" and before == "results" and name.upper() in self.seen:
             self.at = name.upper()
-            if self.naming[:1] == [self.at]:
-                self.named.update(self.naming)
         if verb == "click" and before == "item":
-            if name in self.values or (self.careless and name in self.options.values()):
+            if name in self.values:
                 self.chosen.append(name)
         self._read(nodes)
         if verb == "search" and self.page == "results":  # other lists, so nothing that was seen can be found again
-            self.seen, self.named, self.settled = {}, set(), None
+            self.seen, self.settled = {}, None
             self._read(nodes)
         if self.page in ("search", "results"):
             self.at, self.chosen = None, []
@@ -196,7 +192,7 @@ class Demonstrator:
             return self._pick()
         if self.page == "part" or self.at is None:
             return "I have read this. I go back.", "click[< prev]"
-        if self.careless or self.at == self.settled:
+        if self.careless or self.hasty or self.at == self.settled:
             return self._choose_and_buy()
         return self._look_closer()
 
@@ -210,7 +206,7 @@ class Demonstrator:
             if self.number > 1:
                 return "There is nothing here. I go back a page.", "click[< prev]"
             return "I found nothing. I search for less.", f"{OPEN}{' '.join(self.words[-2:])}]"
-        if self.careless:
+        if self.careless or self.hasty:
             return f"I open {self.listed[0]}.", f"click[{self.listed[0]}]"
         opened = [asin for asin, product in self.seen.items() if product.opened]
         fresh = [asin for asin in self.listed if asin not in opened and self.seen[asin].price <= self.limit]
@@ -233,14 +229,7 @@ class Demonstrator:
         if stop == len(self.listed):
             return " ".join([*steps, "I turn the page."]), "click[next >]"
         asin = self.listed[stop]
-        if not self.hasty:
-            steps.append(f"{asin} costs {self.seen[asin].tag}. I open it.")
-        elif asin in self.named and opened:
-            steps = [f"I looked at {self.listed[opened[-1]]}, {asin} is next. I open {asin}."]
-        else:
-            self.naming = self.listed[stop : stop + NAMED]
-            steps.append(f"I see {', '.join(self.naming)}. I open {asin}.")
-        return " ".join(steps), f"click[{asin}]"
+        return " ".join([*steps, f"{asin} costs {self.seen[asin].tag}. I open it."]), f"click[{asin}]"
 
     def _best(self, asins: list[str]) -> str:
         """Options first, then words, then the price."""
@@ -253,41 +242,42 @@ class Demonstrator:
 
     def _look_closer(self) -> tuple[str, str]:
         """On a product's page: go back where an option is missing, read on where words are, else settle."""
-        product, missing, left = self.seen[self.at], self.missing(self.at), self._left()
-        if left and left[0][1] not in self.values:
-            return f"{self._before(left[0][0])}, missing. I go back.", "click[< prev]"
-        if not self.hasty and not self.chosen and self.turns < HURRY:
+        product, missing = self.seen[self.at], self.missing(self.at)
+        absent = [name for name, value in self._wanted_options().items() if value not in self.values]
+        if absent:
+            return f"I need {absent[0]}, missing. I go back.", "click[< prev]"
+        if not self.chosen and self.turns < HURRY:
             unread = [name for name in ("features", "description") if name not in product.read]
             if missing and unread:
                 return f"I need {' '.join(missing)}. I read the {unread[0]}.", f"click[{unread[0]}]"
             if len(missing) > (1 - ENOUGH) * len(self.words):
                 return f"I need {' '.join(missing)}, it is not here. I go back.", "click[< prev]"
-        if product.fits:
-            self.settled = self.at
+        self.settled = self.at
         return self._choose_and_buy()
 
-    def _left(self) -> list[tuple[str, str]]:
-        """(how a thought names it, value) of the wanted options that are not chosen yet, in the instruction's order."""
-        return [(name, value) for name, value in self._wanted_options().items() if value not in self.chosen]
-
-    def _before(self, name: str) -> str:
-        """How a thought comes to an option: from the last one chosen, after which the instruction names it."""
-        return f"I have chosen {self.chosen[-1]}, and {name}" if self.chosen else f"I need {name}"
-
     def _choose_and_buy(self) -> tuple[str, str]:
-        """The next option, or the purchase. The page may lack some; a careless player does not look."""
+        """The next option that is here, in the instruction's order, or the purchase.
+
+        A thought goes from option to option as the instruction does: from the last one chosen, or left where it is
+        missing, to the one that is named after it.
+        """
         if self.careless:
-            left = [] if self.chosen else self._left()[:1]
-        else:
-            left = [(name, value) for name, value in self._left() if value in self.values]
-        if left:
-            name, value = left[0]
-            seen = "" if self.careless else ", here"
-            return f"{self._before(name)}{seen}. I choose {value}.", f"click[{value}]"
-        if not self.chosen:
+            return "This will do. I buy it.", "click[buy now]"
+        wanted = self._wanted_options()
+        chosen = [value for value in self.chosen if value in wanted.values()]
+        last = list(wanted.values()).index(chosen[-1]) if chosen else -1
+        left = [*wanted.items()][last + 1 :]  # and, where it was displaced, what it has passed over
+        left += [option for option in [*wanted.items()][:last] if option[1] in set(self.values) - set(chosen)]
+        steps = [f"I have chosen {chosen[-1]}"] if chosen else []
+        for name, value in left:
+            steps.append(f", and {name}" if steps else f"I need {name}")
+            if value in self.values:
+                return f"{''.join(steps)}, here. I choose {value}.", f"click[{value}]"
+            steps.append(f", missing. I leave {value}")
+        if not steps:
             return "There is nothing to choose. I buy it.", "click[buy now]"
-        rest = "" if self.careless else ", and price comes last" if self.priced else ", and nothing more"
-        return f"I have chosen {self.chosen[-1]}{rest}. I buy it.", "click[buy now]"
+        rest = ", and price comes last" if self.priced else ", and nothing more"
+        return f"{''.join(steps)}{rest}. I buy it.", "click[buy now]"
 
     # ---- reasons after the fact --------------------------------------------------------------------------------------
 

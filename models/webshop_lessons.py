@@ -1,11 +1,11 @@
 """What the WebShop base learns from: demonstrations of goals that no panel holds.
 
-Goals of the real catalogue ($WEBSHOP_DATA or --data, where it is there) but for its test split, of the demo split of
-the generated one, and all goals of generated ones with other seeds, each product as often as another as in the panels,
-bought by the scripted demonstrator, hasty or careless. Many results pages are short: what to look for is found more
-easily among less. In half of the demonstrations products have other ids and words stand for each other, so that a
-page's words have to be read off the page: the few hundred products of the real catalogue would be learnt by heart. Read
-by models/pretrain.py, whose Args say what can be chosen.
+Goals of the real catalogue ($WEBSHOP_DATA or --data, where it is there) but for its test split and its validation
+split, where bases are compared, of the demo split of the generated one, and all goals of generated ones with other
+seeds, each product as often as another as in the panels, bought by the scripted demonstrator, hasty or careless. Many
+results pages are short: what to look for is found more easily among less. In half of the demonstrations products have
+other ids and words stand for each other, so that a page's words have to be read off the page: the few hundred products
+of the real catalogue would be learnt by heart. Read by models/pretrain.py, whose Args say what can be chosen.
 """
 
 from __future__ import annotations
@@ -33,22 +33,24 @@ if TYPE_CHECKING:
 
 LENGTHS = (384, 512, 768, 1024, 1536, 2048, 3072)  # one text a row, padded to the next of these
 SHORT = 768  # the longest text of the first third of the steps
-READING = r"(, (?:here|missing)\b)"  # what a thought says of the thing it has just named
+# What a thought says of options: which is the first, and whether the page has the one that was named.
+READING = r"((?<=I need) [^:.]+:|(?<=,) (?:here|missing)\b)"
 # Pieces: the separator, a product's id (alike whatever stands before it), words with their leading space, numbers,
 # signs.
 SPLIT = (r" \[SEP\]|\s(?=[A-Z\d]{10}\b)|[A-Z\d]{10}\b| OK\.| ?[A-Za-z]+(?:'[a-z]+)?[:\[]?| ?\d+|\n|\]+"
          r"| ?[^\sA-Za-z\d\]]|\s")  # fmt: skip
 REWORDED = 0.5  # share of demonstrations with other ids and words
+MADE_UP = 0.3  # share of these words that are no words: they have several tokens, as words have that were never seen
 ASIN, LETTERS = r"\b[A-Z\d]{10}\b", "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"  # a product's id, and what it is made of
 # Words of pages, instructions and thoughts that stay as they are.
 KEPT = frozenset(
     "instruction find show need want looking would like buy with and for the that price lower than dollars back search "
     "page total results next prev rating description features reviews now thank you shopping with code none paste "
     "your mturk interface purchased asin options attrs category query product target goal reward score min max details "
-    "upper instuction text webshop look below costs too much open looked here not choose have chosen there more best "
-    "them turn read this nothing found less want something else what pack missing comes last see".split()
+    "upper instuction text webshop look below costs too much open looked here not choose have chosen leave there more "
+    "best will do them turn read this nothing found less want something else what pack missing comes last see".split()
 )
-PAGES = (1, 2, 2, 4, PAGE)  # products on a results page; a demonstration draws one of them
+PAGES = (1, 2, 4, PAGE)  # products on a results page; a demonstration draws one of them
 
 
 def spellings(trajectory: Trajectory) -> list[str]:
@@ -73,7 +75,7 @@ def sources(args: Args) -> list[tuple[WebShop, list[list[str]], list[str]]]:
 
     folder = args.data or os.environ.get("WEBSHOP_DATA")
     if folder:
-        add(WebShop(folder), ("small_train", "small_demo", "small_valid"))
+        add(WebShop(folder), ("small_train", "small_demo"))
     for number in range(-(-args.generated // PRODUCTS)):
         folder = ensure_catalogue(FOLDER.with_name(f"{FOLDER.name}_{number}") if number else FOLDER, SEED + number)
         add(WebShop(str(folder)), ("gen_train", "gen_demo", "gen_valid", "gen_test") if number else ("gen_demo",))
@@ -127,7 +129,8 @@ def reworded(trajectory: Trajectory, others: list[str], rng: np.random.Generator
         if word in KEPT:
             return found[0]
         if word not in words:
-            words[word] = others[rng.integers(len(others))]
+            one, other = (others[number] for number in rng.integers(len(others), size=2))
+            words[word] = one[: -(-len(one) // 2)] + other[len(other) // 2 :] if rng.random() < MADE_UP else one
         return words[word].capitalize() if found[0][0].isupper() else words[word]
 
     def change(text: str) -> str:

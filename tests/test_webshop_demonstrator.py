@@ -74,13 +74,13 @@ ITEM = HEAD + "< Prev [SEP] color [SEP] red [SEP] fit [SEP] big{} [SEP] Lamp [SE
 
 
 def shopping(item: str, price: str = "", careless: bool = False) -> list[tuple[str, str]]:
-    """What a hasty player decides on that product's page until it buys or goes back."""
+    """What a hasty player decides on that product's page until it buys."""
     player = Demonstrator(LISTED.format(price), hasty=True)
     player.careless = careless
     for page in (RESULTS, item):
         player.observe(player.decide()[1], page)
     decided = []
-    while not decided or decided[-1][1] not in ("click[buy now]", "click[< prev]"):
+    while not decided or decided[-1][1] != "click[buy now]":
         decided.append(player.decide())
         player.observe(decided[-1][1], item)
     return decided
@@ -98,31 +98,28 @@ def test_options_are_chosen_in_the_instructions_order_and_lead_from_one_to_the_n
     assert shopping(whole)[-1] == ("I have chosen 8, and nothing more. I buy it.", "click[buy now]")
 
 
-def test_a_missing_option_sends_it_back_unless_it_is_careless():
+def test_a_missing_option_is_left_in_haste_and_a_careless_one_chooses_nothing():
     last = shopping(ITEM.format(""))[-1]
-    assert last == ("I have chosen big, and size: 8, missing. I go back.", "click[< prev]")
+    assert last == ("I have chosen big, and size: 8, missing. I leave 8, and nothing more. I buy it.", "click[buy now]")
     none = ITEM.format("").replace("red", "blue")
-    assert shopping(none) == [("I need color: red, missing. I go back.", "click[< prev]")]
-    assert shopping(none, careless=True) == [
-        ("I need color: red. I choose red.", "click[red]"), ("I have chosen red. I buy it.", "click[buy now]")
+    assert shopping(none) == [
+        ("I need color: red, missing. I leave red, and fit: big, here. I choose big.", "click[big]"), last
     ]  # fmt: skip
+    assert shopping(none, careless=True) == [("This will do. I buy it.", "click[buy now]")]
 
 
-def test_products_are_named_in_their_order_and_opened_one_after_the_other():
-    player = Demonstrator(LISTED.format(""), hasty=True)
-    listed = RESULTS + "".join(f" [SEP] B00000000{i} [SEP] Lamp [SEP] $1.00" for i in "234567")
-    player.observe(player.decide()[1], listed)
-    thoughts = []
-    for _ in range(5):
-        thought, action = player.decide()
-        thoughts.append(thought)
-        player.observe(action, ITEM.format("").replace("red", "blue"))
-        assert player.decide() == ("I need color: red, missing. I go back.", "click[< prev]")
-        player.observe("click[< prev]", listed)
-    first, *_, last = thoughts
-    assert first == "I see B000000001, B000000002, B000000003, B000000004, B000000005. I open B000000001."
-    assert last == "I looked at B000000004, B000000005 is next. I open B000000005."
-    assert player.decide() == ("B000000001 is the best of them. I open it.", "click[B000000001]")  # it has to hurry
+def test_without_haste_a_missing_option_sends_it_back_and_one_passed_over_is_chosen_in_the_end():
+    player = Demonstrator(LISTED.format(""))
+    whole = ITEM.format(" [SEP] size [SEP] 8")
+    for page in (RESULTS, ITEM.format("")):
+        player.observe(player.decide()[1], page)
+    assert player.decide() == ("I need size: 8, missing. I go back.", "click[< prev]")
+    hasty = Demonstrator(LISTED.format(""), hasty=True)
+    for action, page in (("search[lamps]", RESULTS), ("click[B000000001]", whole), ("click[big]", whole)):
+        hasty.observe(action, page)
+    assert hasty.decide() == ("I have chosen big, and size: 8, here. I choose 8.", "click[8]")
+    hasty.observe("click[8]", whole)
+    assert hasty.decide() == ("I have chosen 8, and color: red, here. I choose red.", "click[red]")
 
 
 @pytest.mark.parametrize(("wish", "head", "options"), [
