@@ -263,13 +263,12 @@ class Demonstrator:
         """
         if self.careless:
             return "This will do. I buy it.", "click[buy now]"
-        wanted = self._wanted_options()
-        chosen = [value for value in self.chosen if value in wanted.values()]
-        last = list(wanted.values()).index(chosen[-1]) if chosen else -1
-        left = [*wanted.items()][last + 1 :]  # and, where it was displaced, what it has passed over
-        left += [option for option in [*wanted.items()][:last] if option[1] in set(self.values) - set(chosen)]
+        options = [*self._wanted_options().items()]
+        chosen = [value for value in self.chosen if value in dict(options).values()]
+        next_one = 1 + max((i for i, (_, value) in enumerate(options) if value in chosen[-1:]), default=-1)
+        passed = [(name, value) for name, value in options[:next_one] if value in set(self.values) - set(chosen)]
         steps = [f"I have chosen {chosen[-1]}"] if chosen else []
-        for name, value in left:
+        for name, value in options[next_one:] + passed:  # where it was displaced, it may have passed some over
             steps.append(f", and {name}" if steps else f"I need {name}")
             if value in self.values:
                 return f"{''.join(steps)}, here. I choose {value}.", f"click[{value}]"
