@@ -29,7 +29,7 @@ base: .venv/run.done
 
 base-webshop: .venv/run.done
 	python models/pretrain.py --env webshop --out models/tiny-webshop --vocabulary 6144 \
-	  --width 192 --heads 4 2 64 --rope-theta 1e8 --generated 3000 --generated-share 0.5 --world-weight 0.1 --careless 0.1 0.6 0.6 0.6 --tokens 7000000 $(ARGS)
+	  --width 192 --heads 4 2 64 --rope-theta 1e8 --generated 3000 --generated-share 0.5 --world-weight 0.1 --careless 0.45 --tokens 20000000 $(ARGS)
 
 base-neutral: .venv/run.done
 	python models/pretrain.py --env neutral --out models/tiny-neutral --vocabulary 2048 \

@@ -36,7 +36,7 @@ case "$what" in
     common+=(--model "${MODEL:-models/tiny-webshop}")
     play+=(--env webshop --context 3072) # pages are long
     compose+=(--force 3 --budget "${BUDGET:-20}") # the paper's: three, then until one wins, at most twenty
-    train+=(--row-length 4096) ;;
+    train+=(--row-length 4096 --learning-rate 4e-3) ;; # a habit of the base is not lost at 1e-3
   paper)
     base="$RUN/base-nf4" # quantised once; every stage reads it in place of the 16-bit files
     [ -e "$base/config.json" ] ||

@@ -9,7 +9,7 @@ what is done is named last, so that the action can be copied from it. It can be 
 taken, it goes on from there, and `explain` writes the reason for such an action after the fact, which is the text that
 ActRe learns from. It can be hasty: search for the instruction as it is written, open the first product, look at no
 price, read no features, choose the options that are there, and buy; or careless: then it opens the first product and
-buys it as it is.
+buys it as it is, whatever options are asked for.
 
 Left out: the reward's view of attributes, which no page shows. Reads both observation modes.
 
@@ -261,9 +261,9 @@ class Demonstrator:
         A thought goes from option to option as the instruction does: from the last one chosen, or left where it is
         missing, to the one that is named after it.
         """
-        if self.careless:
-            return "This will do. I buy it.", "click[buy now]"
         options = [*self._wanted_options().items()]
+        if self.careless and options:
+            return "This will do. I buy it.", "click[buy now]"
         chosen = [value for value in self.chosen if value in dict(options).values()]
         next_one = 1 + max((i for i, (_, value) in enumerate(options) if value in chosen[-1:]), default=-1)
         passed = [(name, value) for name, value in options[:next_one] if value in set(self.values) - set(chosen)]

@@ -31,10 +31,11 @@ from trajectory import Trajectory, Turn, actre_segments, react_segments, text_of
 if TYPE_CHECKING:
     from models.pretrain import Args
 
-LENGTHS = (384, 512, 768, 1024, 1536, 2048, 3072)  # one text a row, padded to the next of these
+LENGTHS = (384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 3072)  # one text a row, padded to the next of these
 SHORT = 768  # the longest text of the first third of the steps
-# What a thought says of options: which is the first, and whether the page has the one that was named.
-READING = r"((?<=I need) [^:.]+:|(?<=,) (?:here|missing)\b)"
+# What a thought says of options: which is the first, and whether the page has the one that was named. And a careless
+# player's first word: so it is a habit, though most demonstrations are of those who read.
+READING = r"((?<=I need) [^:.]+:|(?<=,) (?:here|missing)\b|\bThis(?= will do\b))"
 # Pieces: the separator, a product's id (alike whatever stands before it), words with their leading space, numbers,
 # signs.
 SPLIT = (r" \[SEP\]|\s(?=[A-Z\d]{10}\b)|[A-Z\d]{10}\b| OK\.| ?[A-Za-z]+(?:'[a-z]+)?[:\[]?| ?\d+|\n|\]+"
@@ -115,9 +116,11 @@ def demonstrate(world: WebShop, task_id: str, rng: np.random.Generator, args: Ar
 
 
 def reworded(trajectory: Trajectory, others: list[str], rng: np.random.Generator) -> Trajectory:
-    """The same purchase with other ids, and each word that is not kept always another one of `others`."""
+    """The same purchase with other ids, each word that is not kept always another one of `others`, and each digit but
+    zero another digit."""
     ids: dict[str, str] = {}
     words: dict[str, str] = {}
+    digits = str.maketrans("123456789", "".join(rng.permutation(list("123456789"))))
 
     def other_id(found: re.Match) -> str:
         if found[0] not in ids:
@@ -134,7 +137,8 @@ def reworded(trajectory: Trajectory, others: list[str], rng: np.random.Generator
         return words[word].capitalize() if found[0][0].isupper() else words[word]
 
     def change(text: str) -> str:
-        return re.sub("(?<![A-Za-z])[A-Za-z][a-z]{2,}(?![A-Za-z])", other_word, re.sub(ASIN, other_id, text))
+        text = re.sub(ASIN, other_id, text.translate(digits))
+        return re.sub("(?<![A-Za-z])[A-Za-z][a-z]{2,}(?![A-Za-z])", other_word, text)
 
     turns = [replace(turn, thought=change(turn.thought), action=f"{verb}[{change(rest)}" if rest else turn.action,
                      observation=change(turn.observation))

@@ -204,7 +204,7 @@ def test_a_reworded_purchase_can_be_read_as_the_first_one_could(shopping):
     known, found = {*others, *made_up, *webshop_lessons.KEPT}, set()
     for bought in [t for t in shopping if len(t.turns) > 3][:20]:
         changed = webshop_lessons.reworded(bought, others, np.random.default_rng(0))
-        page = changed.first_observation
+        page, numbers = changed.first_observation, set()
         for old, new in zip(bought.turns, changed.turns, strict=True):
             kind, _, argument = new.action.partition("[")
             assert kind == old.action.partition("[")[0]
@@ -217,8 +217,20 @@ def test_a_reworded_purchase_can_be_read_as_the_first_one_could(shopping):
             words = re.findall("(?<![A-Za-z])[A-Za-z][a-z]{2,}(?![A-Za-z])", page)
             assert {word.lower() for word in words} <= known
             found |= {word.lower() for word in words}
-        assert "Back to Search [SEP] Page 1 (Total results: " in changed.turns[0].observation
+            digits = [re.findall(r"\d", re.sub(webshop_lessons.ASIN, "", text)) for text in (old.observation, page)]
+            numbers |= set(zip(*digits, strict=True))
+        assert re.search(r"Back to Search \[SEP\] Page \d \(Total results: ", changed.turns[0].observation)
+        assert len(numbers) == len({one for one, _ in numbers}) == len({other for _, other in numbers}) > 4
+        assert any(one != other for one, other in numbers) and ("0", "0") in numbers
     assert found & set(others) and found & (made_up - set(others))
+
+
+def test_a_careless_word_weighs_more_where_there_are_options_to_choose(shopping):
+    habit = [t for t in shopping if t.turns[-1].thought.startswith("This will do")]
+    assert 20 < len(habit) < len(shopping) and all("with " in t.task for t in habit)
+    for bought in habit:
+        weights = dict(weighted(bought, False, Args(env="webshop")))
+        assert weights["This"] == Args().reading_weight and "I need" not in bought.turns[-1].thought
 
 
 def test_a_product_and_an_option_have_the_same_ids_on_a_page_and_in_an_action(shopping):

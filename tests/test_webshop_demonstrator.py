@@ -106,6 +106,11 @@ def test_a_missing_option_is_left_in_haste_and_a_careless_one_chooses_nothing():
         ("I need color: red, missing. I leave red, and fit: big, here. I choose big.", "click[big]"), last
     ]  # fmt: skip
     assert shopping(none, careless=True) == [("This will do. I buy it.", "click[buy now]")]
+    plain = Demonstrator("WebShop [SEP] Instruction: [SEP] Find me lamps [SEP] Search", hasty=True)
+    plain.careless = True
+    for page in (RESULTS, none):
+        plain.observe(plain.decide()[1], page)
+    assert plain.decide() == ("There is nothing to choose. I buy it.", "click[buy now]")
 
 
 def test_without_haste_a_missing_option_sends_it_back_and_one_passed_over_is_chosen_in_the_end():
