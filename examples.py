@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 import numpy as np
 
-from stage import require_done, round_directory, sha256
+from stage import StageError, require_done, round_directory, sha256
 from trajectory import FAULTS, Packed, Trajectory, pack, read_trajectories, token_weights, tokens_of
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def select(rows: list[Example], args: Args) -> list[Example]:
 def collect(args: Args, number: int) -> tuple[list[Example], dict[str, str]]:
     """The examples of rounds 0..number, or of args.inputs, and the sha256 of every file read.
 
-    StageError if a stage is not finished.
+    There are none in round 0 where nothing was won there: compositions come with round 1. StageError if there are none
+    otherwise, or if a stage is not finished.
     """
     rounds = [(earlier, stage) for earlier in range(number + 1) for stage in ("rollout", "actre")]
     own = [(round_directory(args.run, earlier) / stage, f"python {stage}.py --run {args.run} --round {earlier}")
@@ -84,7 +85,11 @@ def collect(args: Args, number: int) -> tuple[list[Example], dict[str, str]]:
         name = str(path if args.inputs else path.relative_to(args.run))
         hashes[name] = sha256(path)
         rows += [Example(t, 0.0, name, line) for line, t in enumerate(read_trajectories(path), 1)]
-    return select(rows, args), hashes
+    examples = select(rows, args)
+    if not examples and (number > 0 or args.inputs):
+        raise StageError(f"none of {len(rows)} trajectories was won, so there is nothing to train on; play more tasks, "
+                         "or look at the rewards and at --threshold")  # fmt: skip
+    return examples, hashes
 
 
 def refined(trajectory: Trajectory, how: str) -> tuple[Trajectory, set[int]]:
@@ -100,7 +105,7 @@ def refined(trajectory: Trajectory, how: str) -> tuple[Trajectory, set[int]]:
 
 
 def pack_examples(examples: list[Example], args: Args, encode: Callable[[str, bool], list[int]]) -> Packed:
-    """Tokens and weights of all examples in rows. ValueError if no token has a weight."""
+    """Tokens and weights of all examples in rows. ValueError if no token of them has a weight."""
     sequences = []
     for trajectory, weight, *_ in examples:
         synthetic = trajectory.source == "refine"
@@ -109,7 +114,7 @@ def pack_examples(examples: list[Example], args: Args, encode: Callable[[str, bo
         world_weight = 0.0 if synthetic else args.world_weight
         sequences.append((tokens.ids, token_weights(tokens, weight, world_weight=world_weight, masked=masked)))
     packed = pack(sequences, args.row_length)
-    if not np.any(packed.weights_NL):
+    if examples and not np.any(packed.weights_NL):
         raise ValueError(f"all token weights are zero ({len(examples)} trajectories): there is nothing to train on; "
                          "play more tasks, or look at the rewards and at --threshold")  # fmt: skip
     return packed

@@ -215,7 +215,7 @@ def batch_order(args: Args, number: int, epoch: int, rows: int) -> list[np.ndarr
     """The rows of each step of an epoch; the last step is filled up with row -1 (an empty row), so shapes are fixed."""
     order = generator(args.seed, "train_pg", number, epoch).permutation(rows)
     order = np.concatenate([order, np.full(-rows % args.batch_rows, -1, order.dtype)])
-    return np.split(order, len(order) // args.batch_rows)
+    return list(order.reshape(-1, args.batch_rows))
 
 
 def mesh_of(args: Args) -> Mesh:
@@ -379,7 +379,8 @@ def main(args: Args) -> None:
         "tokens": int((packed.segments_NL > 0).sum()), **counts,
     }  # fmt: skip
     stage.finish(summary)
-    print(f"train_pg round {number}: {len(examples)} trajectories ({failed} failed), {counts['steps']} steps "
+    why = "" if examples else " (nothing was won yet: the policy is still the base)"
+    print(f"train_pg round {number}: {len(examples)} trajectories ({failed} failed), {counts['steps']} steps{why} "
           f"-> {directory / 'adapter'} ({name})")  # fmt: skip
     return None
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import load_file
 
 from examples import Example, collect, pack_examples, refined, select_round
 from lora.convert import load_model
@@ -258,6 +259,24 @@ def test_inputs_replace_the_runs_own_trajectories_and_mix(tmp_path):
         ("refine", 1.0), ("demo", 1.0), ("actre", 1.0), ("react", -1.0)
     ]  # fmt: skip
     assert len(hashes) == 4
+
+
+def test_where_nobody_has_won_round_0_keeps_the_base_and_later_ones_stop(tmp_path, capsys):
+    args = Args(run=tmp_path / "run", model=write_tiny_model(tmp_path / "base"), rank=2, row_length=128)
+    for number in range(2):
+        for stage in ("rollout", "actre"):
+            directory = args.run / f"round_{number}" / stage
+            directory.mkdir(parents=True)
+            (directory / "trajectories.jsonl").write_bytes(to_line(trajectory(round=number, **LOST)))
+            (directory / "done.json").write_text("{}")
+    main(args)
+    assert "0 steps (nothing was won yet: the policy is still the base)" in capsys.readouterr().out
+    adapter = load_file(args.run / "round_0" / "train_pg" / "adapter" / "adapter_model.safetensors")
+    assert not any(weight.any() for name, weight in adapter.items() if "lora_B" in name) and len(adapter) > 1
+    with pytest.raises(StageError, match="none of 4 trajectories was won"):
+        collect(args, 1)
+    with pytest.raises(StageError, match="nothing to train on"):
+        collect(Args(inputs=(args.run / "round_0" / "rollout",)), 0)
 
 
 def test_all_weights_zero_is_an_error():
