@@ -19,6 +19,7 @@ refine: .venv/run.done
 
 test: .venv/test.done
 	ruff check .
+	ruff format --check .
 	JAX_PLATFORMS=cpu python -m pytest -q -m "not slow" --durations=8
 
 bench: .venv/test.done

@@ -77,8 +77,11 @@ def failed_tasks(played: Path) -> list[str]:
     own: dict[str, list[Trajectory]] = defaultdict(list)
     for trajectory in read_trajectories(played):
         own[trajectory.task_id].append(trajectory)
-    return [task for task, tries in own.items()
-            if not any(t.success for t in tries) and any(t.end not in FAULTS for t in tries)]  # fmt: skip
+    return [
+        task
+        for task, tries in own.items()
+        if not any(t.success for t in tries) and any(t.end not in FAULTS for t in tries)
+    ]
 
 
 def main(args: Args) -> None:
@@ -88,8 +91,12 @@ def main(args: Args) -> None:
     require_done(rollout, f"python rollout.py --run {args.run} --round {number}")
     played = rollout / "trajectories.jsonl"
     directory = round_directory(args.run, number) / "actre"
-    facts = {"rollout": sha256(played), "base": base_sha(args.model), "adapter": adapter_sha(adapter),
-             **prompt_facts(args.prompt, args.actre_prompt)}  # fmt: skip
+    facts = {
+        "rollout": sha256(played),
+        "base": base_sha(args.model),
+        "adapter": adapter_sha(adapter),
+        **prompt_facts(args.prompt, args.actre_prompt),
+    }
     stage = Stage(directory, args, facts)
     if stage.finished:
         return
@@ -118,23 +125,39 @@ def main(args: Args) -> None:
             if args.reason == "actre":
                 replies = directory / "replies_actre.sqlite"
                 explainer = policy_of(args, args.actre_server, replies, None, args.actre_prompt)
-            rates = play(jobs, settings_of(args, "actre", number, compose), world_of(args), react, explainer, on_done,
-                         total=len(jobs))  # fmt: skip
+            rates = play(
+                jobs,
+                settings_of(args, "actre", number, compose),
+                world_of(args),
+                react,
+                explainer,
+                on_done,
+                total=len(jobs),
+            )
             asked = {"react": react.counts, "actre": explainer.counts if explainer else {}}
     composed = sort_file(path)
     won = [t for t in composed if t.success]
     solved = {t.task_id for t in won}
-    stage.finish({
-        "round": number, "failed_tasks": len(failed), "composed": len(composed), "success": len(won),
-        "solved_tasks": len(solved), "positives_per_failed_task": round(len(won) / len(failed), 2) if failed else None,
-        "composed_success_rate": round(len(won) / len(composed), 4) if composed else None,
-        "asked": asked, "sampled_turns": sum(turn.action_by == "sampled" for t in composed for turn in t.turns),
-        "rates": rates,
-    })  # fmt: skip
+    stage.finish(
+        {
+            "round": number,
+            "failed_tasks": len(failed),
+            "composed": len(composed),
+            "success": len(won),
+            "solved_tasks": len(solved),
+            "positives_per_failed_task": round(len(won) / len(failed), 2) if failed else None,
+            "composed_success_rate": round(len(won) / len(composed), 4) if composed else None,
+            "asked": asked,
+            "sampled_turns": sum(turn.action_by == "sampled" for t in composed for turn in t.turns),
+            "rates": rates,
+        }
+    )
     why = " (round 0 keeps the agent's own successes only)" if number == 0 else ""
-    print(f"actre round {number}: {len(won)}/{len(composed)} compositions won, "
-          f"{len(solved)}/{len(failed)} failed tasks solved{why} -> {path}"
-          f"{fault_note(composed, directory)}")  # fmt: skip
+    print(
+        f"actre round {number}: {len(won)}/{len(composed)} compositions won, "
+        f"{len(solved)}/{len(failed)} failed tasks solved{why} -> {path}"
+        f"{fault_note(composed, directory)}"
+    )
 
 
 if __name__ == "__main__":

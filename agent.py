@@ -90,22 +90,49 @@ class PlayArgs:
 
 
 def settings_of(args: PlayArgs, stage: str, number: int, compose: Compose | None = None) -> Play:
-    return Play(env=args.env, stage=stage, round=number, seed=args.seed, max_turns=args.max_turns,
-                patience=args.patience, temperature=args.temperature, deadline=args.deadline,
-                turn_deadline=args.turn_deadline, processes=args.processes, compose=compose)  # fmt: skip
+    return Play(
+        env=args.env,
+        stage=stage,
+        round=number,
+        seed=args.seed,
+        max_turns=args.max_turns,
+        patience=args.patience,
+        temperature=args.temperature,
+        deadline=args.deadline,
+        turn_deadline=args.turn_deadline,
+        processes=args.processes,
+        compose=compose,
+    )
 
 
 def world_of(args: PlayArgs, perturb: str = "none") -> Callable[[], World]:
     """What makes the worlds of a stage, here or in another process."""
-    return functools.partial(make_world, args.env, data=args.data, engine=args.engine, mode=args.mode,
-                             perturb=perturb, tell_commands=args.tell_commands)  # fmt: skip
+    return functools.partial(
+        make_world,
+        args.env,
+        data=args.data,
+        engine=args.engine,
+        mode=args.mode,
+        perturb=perturb,
+        tell_commands=args.tell_commands,
+    )
 
 
 def policy_of(args: PlayArgs, server: Server, replies: Path, adapter: Path | None, prompt: Path | None) -> Policy:
     """The base with an adapter or alone, or the server's model, whose replies are kept in the file `replies`."""
-    return make_policy(server, replies, args.model, adapter, prompt=prompt, top_p=args.top_p, weights=args.weights,
-                       rollout_weights=args.rollout_weights, slots=args.slots, context=args.context,
-                       max_new_tokens=args.max_new_tokens)  # fmt: skip
+    return make_policy(
+        server,
+        replies,
+        args.model,
+        adapter,
+        prompt=prompt,
+        top_p=args.top_p,
+        weights=args.weights,
+        rollout_weights=args.rollout_weights,
+        slots=args.slots,
+        context=args.context,
+        max_new_tokens=args.max_new_tokens,
+    )
 
 
 def require_tasks(world: World, task_ids: Iterable[str]) -> None:
@@ -150,8 +177,10 @@ class Rates:
         of ids that a client which keeps nothing would have sent and that were not computed again (of a server: that it
         says to have had in its cache)."""
         elapsed = max(1e-9, time.monotonic() - self.started)
-        counts = [Counter({name: count - before.get(name, 0) for name, count in policy.counts.items()})
-                  for policy, before in zip(self.policies, self.before, strict=True)]  # fmt: skip
+        counts = [
+            Counter({name: count - before.get(name, 0) for name, count in policy.counts.items()})
+            for policy, before in zip(self.policies, self.before, strict=True)
+        ]
         cached = [each for each in counts if "cached_tokens" in each]
         sent = self.sent + sum(each["prompt_tokens"] for each in cached)
         kept = self.kept + sum(each["cached_tokens"] for each in cached)
@@ -167,16 +196,26 @@ class Rates:
         """For the progress bar."""
         now = self.summary()
         reuse = "" if now["prefix_reuse"] is None else f", reuse {now['prefix_reuse']:.0%}"
-        return (f"won {self.won}/{self.done}, {now['trajectories_per_hour']:.0f}/h, "
-                f"{now['tokens_per_second']:.0f} tokens/s, waits: worlds {now['waiting_for_worlds']:.0%} "
-                f"model {now['waiting_for_model']:.0%}{reuse}")  # fmt: skip
+        return (
+            f"won {self.won}/{self.done}, {now['trajectories_per_hour']:.0f}/h, "
+            f"{now['tokens_per_second']:.0f} tokens/s, waits: worlds {now['waiting_for_worlds']:.0%} "
+            f"model {now['waiting_for_model']:.0%}{reuse}"
+        )
 
 
 class Player:
     """Drives attempts: `start` begins new ones, `collect` says what has come for whom, `advance` goes on with one."""
 
-    def __init__(self, jobs: Iterable[Job], settings: Play, worlds: Worlds, react: Policy, actre: Policy | None,
-                 on_done: Callable[[Trajectory], Iterable[Job]], bar: tqdm):  # fmt: skip
+    def __init__(
+        self,
+        jobs: Iterable[Job],
+        settings: Play,
+        worlds: Worlds,
+        react: Policy,
+        actre: Policy | None,
+        on_done: Callable[[Trajectory], Iterable[Job]],
+        bar: tqdm,
+    ):
         self.pending, self.again = deque(jobs), set[Job]()
         self.settings, self.worlds, self.react, self.actre = settings, worlds, react, actre
         self.on_done, self.bar = on_done, bar
@@ -193,8 +232,10 @@ class Player:
             job = self.pending.popleft()
             self.advance(Attempt(job, self.settings, self.worlds.take(), self.react, self.actre), None)
         if self.pending and not self.playing():
-            raise ValueError(f"no attempt can be played in {self.react.slots} slots and "
-                             f"{self.settings.processes} processes; expected one of each at least")  # fmt: skip
+            raise ValueError(
+                f"no attempt can be played in {self.react.slots} slots and "
+                f"{self.settings.processes} processes; expected one of each at least"
+            )
 
     def playing(self) -> int:
         return len(self.asked) + len(self.stepping) + len(self.late)

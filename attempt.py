@@ -129,8 +129,11 @@ class Overdue(Exception):
 
 
 ENDS: dict[type[Exception], End] = {
-    ContextFull: "context_full", WorldFailed: "env_error", NoReply: "llm_error", Overdue: "timeout",
-}  # fmt: skip
+    ContextFull: "context_full",
+    WorldFailed: "env_error",
+    NoReply: "llm_error",
+    Overdue: "timeout",
+}
 Course = Generator[Waiting | WorldProcess, Any, Any]
 
 
@@ -255,12 +258,23 @@ class Attempt:
         ids, flags = self.close(self.react, self.session)
         self.close(self.actre, self.reasons)
         return Trajectory(
-            env=self.settings.env, split=self.job.task_id.split("/")[0], task_id=self.job.task_id,
-            task=self.opening.task, trial=self.job.trial, round=self.settings.round, seed=self.settings.seed,
-            source="actre" if self.settings.compose else "react", first_observation=self.opening.text,
-            turns=self.turns, reward=self.result.reward if self.result else 0.0, progress=self.progress,
-            success=bool(self.result and self.result.success), end=end, ids=ids, sampled=flags,
-        )  # fmt: skip
+            env=self.settings.env,
+            split=self.job.task_id.split("/")[0],
+            task_id=self.job.task_id,
+            task=self.opening.task,
+            trial=self.job.trial,
+            round=self.settings.round,
+            seed=self.settings.seed,
+            source="actre" if self.settings.compose else "react",
+            first_observation=self.opening.text,
+            turns=self.turns,
+            reward=self.result.reward if self.result else 0.0,
+            progress=self.progress,
+            success=bool(self.result and self.result.success),
+            end=end,
+            ids=ids,
+            sampled=flags,
+        )
 
     def close(self, policy: Policy | None, session: int | None) -> tuple[list[int], list[int]]:
         """Ends a session, if there is one and it is not asked: then `Player` ends it when its line has come."""

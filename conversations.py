@@ -68,8 +68,10 @@ def to_conversation(trajectory: Trajectory) -> dict:
     messages = []
     for text, turn in zip(told, trajectory.turns, strict=False):  # the last observation has no answer
         answer = f"Thought: {turn.thought}\nAction: {turn.action}"
-        messages += [{"from": "human", "loss": False, "value": text},
-                     {"from": "gpt", "loss": not turn.errors, "value": answer}]  # fmt: skip
+        messages += [
+            {"from": "human", "loss": False, "value": text},
+            {"from": "gpt", "loss": not turn.errors, "value": answer},
+        ]
     name = f"{trajectory.task_id}#{trajectory.trial}" if trajectory.trial else trajectory.task_id
     return {"id": name, "conversations": messages}
 
@@ -110,8 +112,9 @@ def to_trajectory(conversation: Conversation, *, split: str, trial: int, where: 
     for number, message in enumerate(messages):
         expected = ("human", "gpt")[number % 2]
         if message.role != expected:
-            raise ValueError(f"{where}: message {number} is from {message.role}, expected {expected}: "
-                             "human first, then in turn")  # fmt: skip
+            raise ValueError(
+                f"{where}: message {number} is from {message.role}, expected {expected}: human first, then in turn"
+            )
     opening = [message.value for message in messages[:1]]
     if len(messages) > 2 and not messages[1].loss and "Action:" not in messages[1].value:
         opening.append(messages[2].value)
@@ -126,10 +129,21 @@ def to_trajectory(conversation: Conversation, *, split: str, trial: int, where: 
         turns.append(Turn(thought, action, observation, "teacher", "teacher", not mistake, UNKNOWN if mistake else []))
     first_observation = "\n\n".join(opening).removesuffix(f"\n\n{ANSWER_FORM}")
     return Trajectory(
-        env="conversations", split=split, task_id=name_of(conversation), task=find_task(first_observation), trial=trial,
-        round=0, seed=0, source="refine", first_observation=first_observation, turns=turns,
-        reward=1.0, progress=1.0, success=True, end="success",
-    )  # fmt: skip
+        env="conversations",
+        split=split,
+        task_id=name_of(conversation),
+        task=find_task(first_observation),
+        trial=trial,
+        round=0,
+        seed=0,
+        source="refine",
+        first_observation=first_observation,
+        turns=turns,
+        reward=1.0,
+        progress=1.0,
+        success=True,
+        end="success",
+    )
 
 
 def name_of(conversation: Conversation) -> str:
@@ -154,8 +168,10 @@ def read_conversations(path: Path) -> Iterator[tuple[str, Conversation]]:
             try:
                 conversation = msgspec.json.decode(row, type=Conversation)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                raise ValueError(f"{where}: got {row[:60]!r}, which is no conversation: {error}; expected "
-                                 '{"id", "conversations": [{"from", "value", "loss"}, ...]}') from error  # fmt: skip
+                raise ValueError(
+                    f"{where}: got {row[:60]!r}, which is no conversation: {error}; expected "
+                    '{"id", "conversations": [{"from", "value", "loss"}, ...]}'
+                ) from error
             if conversation.id is None and conversation.item_id is None:
                 raise ValueError(f"{where}: no id; expected a key id or item_id")
             yield where, conversation

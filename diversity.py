@@ -129,11 +129,16 @@ def compare(args: Args) -> tuple[dict[str, Any], np.ndarray]:
     files = []
     for i, (name, thoughts) in enumerate(drawn.items()):
         held, effective = spread(labels[i * number : (i + 1) * number])
-        files.append({
-            "file": name, "thoughts": len(everything[name]), "distinct": round(len(set(thoughts)) / number, 4),
-            **{f"distinct_{n}": round(distinct_n(thoughts, n), 4) for n in (1, 2, 3)},
-            "clusters": held, "effective_clusters": round(effective, 2),
-        })  # fmt: skip
+        files.append(
+            {
+                "file": name,
+                "thoughts": len(everything[name]),
+                "distinct": round(len(set(thoughts)) / number, 4),
+                **{f"distinct_{n}": round(distinct_n(thoughts, n), 4) for n in (1, 2, 3)},
+                "clusters": held,
+                "effective_clusters": round(effective, 2),
+            }
+        )
     return {"drawn": number, "k": int(labels.max()) + 1, "files": files, "picture": str(args.picture)}, points_NK
 
 

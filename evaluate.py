@@ -60,8 +60,13 @@ def evaluate(args: Args, place: str, adapter: Path | None, number: int) -> None:
     panels = args.panels or default_panels("evaluate", args.env, args.data)
     tasks = {panel: pick_tasks(panel, args.limit) for panel in panels}
     world = world_of(args, args.perturb)()
-    facts = {"panels": {p: h for p, (_, h) in tasks.items()}, "world": world.facts, "base": base_sha(args.model),
-             "adapter": adapter_sha(adapter), **prompt_facts(args.prompt)}  # fmt: skip
+    facts = {
+        "panels": {p: h for p, (_, h) in tasks.items()},
+        "world": world.facts,
+        "base": base_sha(args.model),
+        "adapter": adapter_sha(adapter),
+        **prompt_facts(args.prompt),
+    }
     stage = Stage(directory, args, facts)
     if stage.finished:
         return
@@ -77,8 +82,15 @@ def evaluate(args: Args, place: str, adapter: Path | None, number: int) -> None:
 
         jobs = [Job(task, trial) for ids, _ in tasks.values() for task in ids for trial in range(args.best_of)]
         jobs = [job for job in jobs if job not in writer.known]
-        rates = play(jobs, settings_of(args, "evaluate", number), world_of(args, args.perturb), policy, None, on_done,
-                     total=len(jobs))  # fmt: skip
+        rates = play(
+            jobs,
+            settings_of(args, "evaluate", number),
+            world_of(args, args.perturb),
+            policy,
+            None,
+            on_done,
+            total=len(jobs),
+        )
     trajectories = {t.key: t for t in sort_file(path)}
     scores = {}
     for panel, (ids, _) in tasks.items():
@@ -99,21 +111,27 @@ def policies(args: Args) -> list[tuple[str, Path | None, int]]:
         return [("base", None, 0)]
     if args.adapter is not None:
         if not (args.adapter / "adapter_model.safetensors").exists():
-            raise StageError(f"{args.adapter} is no adapter: expected a folder with adapter_model.safetensors, such as "
-                             "<run>/round_0/train_pg/adapter")  # fmt: skip
+            raise StageError(
+                f"{args.adapter} is no adapter: expected a folder with adapter_model.safetensors, such as "
+                "<run>/round_0/train_pg/adapter"
+            )
         return [("adapter", args.adapter, 0)]
     trained = current_round(args.run)
     if args.round is not None and args.round >= trained:
-        raise StageError(f"round {args.round} of {args.run} is not trained ({trained} rounds are); "
-                         f"run: python train_pg.py --run {args.run} --round {args.round}")  # fmt: skip
+        raise StageError(
+            f"round {args.round} of {args.run} is not trained ({trained} rounds are); "
+            f"run: python train_pg.py --run {args.run} --round {args.round}"
+        )
     numbers = range(trained) if args.round is None else [args.round]
     return [(str(number), adapter_of_round(args.run, number + 1), number) for number in numbers]
 
 
 def main(args: Args) -> None:
     if args.best_of > 1 and args.temperature == 0:
-        raise StageError(f"--best-of {args.best_of} at temperature 0 is the same attempt so many times; "
-                         "give a --temperature (paper: 1)")  # fmt: skip
+        raise StageError(
+            f"--best-of {args.best_of} at temperature 0 is the same attempt so many times; "
+            "give a --temperature (paper: 1)"
+        )
     wordings = WORDINGS if args.perturb == "all" else (args.perturb,)
     panel = (args.panels or default_panels("evaluate", args.env, args.data))[0]
     for wording in (name for name in wordings if name != "none"):  # before anything is played

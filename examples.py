@@ -75,8 +75,10 @@ def collect(args: Args, number: int) -> tuple[list[Example], dict[str, str]]:
     otherwise, or if a stage is not finished.
     """
     rounds = [(earlier, stage) for earlier in range(number + 1) for stage in ("rollout", "actre")]
-    own = [(round_directory(args.run, earlier) / stage, f"python {stage}.py --run {args.run} --round {earlier}")
-           for earlier, stage in rounds]  # fmt: skip
+    own = [
+        (round_directory(args.run, earlier) / stage, f"python {stage}.py --run {args.run} --round {earlier}")
+        for earlier, stage in rounds
+    ]
     given = [(directory, f"the stage that writes {directory}") for directory in args.inputs]
     rows, hashes = [], {}
     for directory, command in given or own:
@@ -87,8 +89,10 @@ def collect(args: Args, number: int) -> tuple[list[Example], dict[str, str]]:
         rows += [Example(t, 0.0, name, line) for line, t in enumerate(read_trajectories(path), 1)]
     examples = select(rows, args)
     if not examples and (number > 0 or args.inputs):
-        raise StageError(f"none of {len(rows)} trajectories was won, so there is nothing to train on; play more tasks, "
-                         "or look at the rewards and at --threshold")  # fmt: skip
+        raise StageError(
+            f"none of {len(rows)} trajectories was won, so there is nothing to train on; play more tasks, "
+            "or look at the rewards and at --threshold"
+        )
     return examples, hashes
 
 
@@ -115,8 +119,10 @@ def pack_examples(examples: list[Example], args: Args, encode: Callable[[str, bo
         sequences.append((tokens.ids, token_weights(tokens, weight, world_weight=world_weight, masked=masked)))
     packed = pack(sequences, args.row_length)
     if examples and not np.any(packed.weights_NL):
-        raise ValueError(f"all token weights are zero ({len(examples)} trajectories): there is nothing to train on; "
-                         "play more tasks, or look at the rewards and at --threshold")  # fmt: skip
+        raise ValueError(
+            f"all token weights are zero ({len(examples)} trajectories): there is nothing to train on; "
+            "play more tasks, or look at the rewards and at --threshold"
+        )
     return packed
 
 
@@ -129,8 +135,9 @@ def save_packed(directory: Path, packed: Packed, examples: list[Example]) -> Non
         {"row": row, "segment": segment, "weight": e.weight, "file": e.file, "line": e.line}
         for (row, segment), e in zip(packed.places, examples, strict=True)
     ]
-    (directory / "packed.jsonl.tmp").write_text("".join(json.dumps(line) + "\n" for line in sorted(
-        lines, key=lambda line: (line["row"], line["segment"]))))  # fmt: skip
+    (directory / "packed.jsonl.tmp").write_text(
+        "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: (line["row"], line["segment"])))
+    )
     os.replace(directory / "packed.jsonl.tmp", directory / "packed.jsonl")
 
 

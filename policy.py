@@ -105,9 +105,14 @@ class LocalPolicy:
         prefix = prompt_ids(self._tokenizer, model_dir, prompt) if prompt else []
         self._played = len(self._tokenizer.encode("").ids) if prompt else 0  # ids of a session that the prefix has too
         self._engine = Engine(
-            model, slots=slots, context=context, max_new_tokens=max_new_tokens, stop_ids=stop_ids, prefix=prefix,
+            model,
+            slots=slots,
+            context=context,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            prefix=prefix,
             weights=rollout_weights,
-        )  # fmt: skip
+        )
         self.counts = {"prompt_tokens": len(prefix), "completion_tokens": 0}
         self._ids: dict[int, list[int]] = {}
         self._sampled: dict[int, list[int]] = {}
@@ -155,9 +160,15 @@ class LocalPolicy:
 
 
 def make_policy(
-    server: Server, cache: Path, model: Path, adapter: Path | None, *, prompt: Path | None = None, top_p: float = 1.0,
+    server: Server,
+    cache: Path,
+    model: Path,
+    adapter: Path | None,
+    *,
+    prompt: Path | None = None,
+    top_p: float = 1.0,
     **shape,
-) -> Policy:  # fmt: skip
+) -> Policy:
     """The server's policy if one is named, else the local model's (`shape`: see LocalPolicy)."""
     if not 0 < top_p <= 1:
         raise ValueError(f"--top-p is {top_p}; expected more than 0 and at most 1")

@@ -183,12 +183,21 @@ def main(args: Args) -> None:
     kept = sort_file(path)
     mistakes = Counter(error for trajectory in kept for turn in trajectory.turns for error in turn.errors)
     made, per_hour = verdicts.total(), 3600 * verdicts.total() / max(1e-9, time.monotonic() - started)
-    stage.finish({
-        "trajectories": len(kept), "made": made, "acceptance": round(verdicts["accepted"] / made, 4),
-        "verdicts": dict(verdicts), "mistakes": dict(mistakes), "made_per_hour": round(per_hour, 1), "asked": asked,
-    })  # fmt: skip
-    print(f"refine: {len(kept)} of {made} accepted ({100 * verdicts['accepted'] / made:.1f} %), {per_hour:.0f} made an "
-          f"hour; rejected: {dict(verdicts - Counter(accepted=made)) or 'none'} -> {path}")  # fmt: skip
+    stage.finish(
+        {
+            "trajectories": len(kept),
+            "made": made,
+            "acceptance": round(verdicts["accepted"] / made, 4),
+            "verdicts": dict(verdicts),
+            "mistakes": dict(mistakes),
+            "made_per_hour": round(per_hour, 1),
+            "asked": asked,
+        }
+    )
+    print(
+        f"refine: {len(kept)} of {made} accepted ({100 * verdicts['accepted'] / made:.1f} %), {per_hour:.0f} made an "
+        f"hour; rejected: {dict(verdicts - Counter(accepted=made)) or 'none'} -> {path}"
+    )
     return None
 
 

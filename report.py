@@ -45,27 +45,52 @@ def cells(values: Iterable[Any], tag: str = "td") -> str:
 
 def interval_bar(rate: float, low: float, high: float) -> str:
     """A picture of a share in its interval, from 0 to 100 %."""
-    return (f'<svg width="120" height="12" role="img"><rect width="120" height="12" fill="#eee"/>'
-            f'<rect x="{120 * low:.1f}" width="{120 * (high - low):.1f}" height="12" fill="#9bd"/>'
-            f'<rect x="{120 * rate - 1:.1f}" width="2" height="12" fill="#036"/></svg>')  # fmt: skip
+    return (
+        f'<svg width="120" height="12" role="img"><rect width="120" height="12" fill="#eee"/>'
+        f'<rect x="{120 * low:.1f}" width="{120 * (high - low):.1f}" height="12" fill="#9bd"/>'
+        f'<rect x="{120 * rate - 1:.1f}" width="2" height="12" fill="#036"/></svg>'
+    )
 
 
 def score_table(scores: dict[str, dict[str, Any]]) -> str:
     """A row for each panel and place."""
-    head = ("panel", "round", "success %", "", "95 % interval", "n", "reward", "progress", "best of trials", "turns",
-            "invalid %", "ends")  # fmt: skip
+    head = (
+        "panel",
+        "round",
+        "success %",
+        "",
+        "95 % interval",
+        "n",
+        "reward",
+        "progress",
+        "best of trials",
+        "turns",
+        "invalid %",
+        "ends",
+    )
     rows = [cells(head, "th")]
     for panel in sorted({panel for by_panel in scores.values() for panel in by_panel}):
         for place, s in ((place, by_panel[panel]) for place, by_panel in scores.items() if panel in by_panel):
             low, high = s["wilson95"]
             best = s.get("best_of")
-            rows.append(cells((
-                escape(panel), place, f"{100 * s['rate']:.1f}", interval_bar(s["rate"], low, high),
-                f"{100 * low:.1f} to {100 * high:.1f}", s["n"], f"{100 * s['reward']:.1f}",
-                f"{100 * s['progress']:.1f}", f"{100 * best['rate']:.1f} (of {best['trials']})" if best else "-",
-                s["mean_turns"], f"{100 * s['invalid_action_rate']:.1f}",
-                ", ".join(f"{end} {count}" for end, count in sorted(s["ends"].items())),
-            )))  # fmt: skip
+            rows.append(
+                cells(
+                    (
+                        escape(panel),
+                        place,
+                        f"{100 * s['rate']:.1f}",
+                        interval_bar(s["rate"], low, high),
+                        f"{100 * low:.1f} to {100 * high:.1f}",
+                        s["n"],
+                        f"{100 * s['reward']:.1f}",
+                        f"{100 * s['progress']:.1f}",
+                        f"{100 * best['rate']:.1f} (of {best['trials']})" if best else "-",
+                        s["mean_turns"],
+                        f"{100 * s['invalid_action_rate']:.1f}",
+                        ", ".join(f"{end} {count}" for end, count in sorted(s["ends"].items())),
+                    )
+                )
+            )
     return f"<table>{''.join(rows)}</table>"
 
 
@@ -98,14 +123,18 @@ def sections(run: Path) -> Iterator[str]:
 def write_report(run: Path) -> Path:
     """Writes <run>/report.html, atomically, and returns its path."""
     title = f"Evaluations of {escape(run.name)}"
-    note = ("Intervals are Wilson's. round: whose adapter (base: none; adapter: one that was given). progress: the "
-            "share of the goal reached at best. Of reward and progress, 100 is all.")  # fmt: skip
+    note = (
+        "Intervals are Wilson's. round: whose adapter (base: none; adapter: one that was given). progress: the "
+        "share of the goal reached at best. Of reward and progress, 100 is all."
+    )
     body = "\n".join(sections(run))
     path = run / "report.html"
     temporary = path.with_name("report.html.tmp")
     temporary.write_text(
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>\n'
-        f'<h1>{title}</h1>\n<p class="note">{note}</p>\n{body}\n</html>\n', errors="replace")  # fmt: skip
+        f'<h1>{title}</h1>\n<p class="note">{note}</p>\n{body}\n</html>\n',
+        errors="replace",
+    )
     os.replace(temporary, path)
     return path
 

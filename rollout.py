@@ -43,8 +43,14 @@ def main(args: Args) -> None:
     tasks, panel_hash = pick_tasks(panel, args.limit)
     directory = round_directory(args.run, number) / "rollout"
     world = world_of(args)()
-    facts = {"panel": panel, "panel_sha256": panel_hash, "world": world.facts, "base": base_sha(args.model),
-             "adapter": adapter_sha(adapter), **prompt_facts(args.prompt)}  # fmt: skip
+    facts = {
+        "panel": panel,
+        "panel_sha256": panel_hash,
+        "world": world.facts,
+        "base": base_sha(args.model),
+        "adapter": adapter_sha(adapter),
+        **prompt_facts(args.prompt),
+    }
     stage = Stage(directory, args, facts)
     if stage.finished:
         return
@@ -64,12 +70,23 @@ def main(args: Args) -> None:
     trajectories = sort_file(path)
     won = sum(t.success for t in trajectories)
     turns = sum(len(t.turns) for t in trajectories) / len(trajectories)
-    stage.finish({"round": number, "trajectories": len(trajectories), "success": won,
-                  "reward": round(sum(t.reward for t in trajectories) / len(trajectories), 4),
-                  "types": success_by_type(trajectories), "mean_turns": round(turns, 2),
-                  "ids": sum(len(t.ids) for t in trajectories), "asked": react.counts, "rates": rates})  # fmt: skip
-    print(f"rollout round {number}: {won}/{len(trajectories)} won, {turns:.1f} turns each -> {path}"
-          f"{fault_note(trajectories, directory)}")  # fmt: skip
+    stage.finish(
+        {
+            "round": number,
+            "trajectories": len(trajectories),
+            "success": won,
+            "reward": round(sum(t.reward for t in trajectories) / len(trajectories), 4),
+            "types": success_by_type(trajectories),
+            "mean_turns": round(turns, 2),
+            "ids": sum(len(t.ids) for t in trajectories),
+            "asked": react.counts,
+            "rates": rates,
+        }
+    )
+    print(
+        f"rollout round {number}: {won}/{len(trajectories)} won, {turns:.1f} turns each -> {path}"
+        f"{fault_note(trajectories, directory)}"
+    )
 
 
 if __name__ == "__main__":

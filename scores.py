@@ -69,14 +69,18 @@ def score(trajectories: Sequence[Trajectory], trials: int = 1) -> dict[str, Any]
     rate, tasks = mean(t.success for t in rows), len(by_task)
     turns = [turn for t in rows for turn in t.turns]
     scores = {
-        "success": sum(t.success for t in rows), "n": len(rows), "rate": rate,
-        "wilson95": [round(x, 4) for x in wilson(rate * tasks, tasks)], "types": success_by_type(rows),
-        "reward": mean(t.reward for t in rows), "progress": mean(t.progress for t in rows),
+        "success": sum(t.success for t in rows),
+        "n": len(rows),
+        "rate": rate,
+        "wilson95": [round(x, 4) for x in wilson(rate * tasks, tasks)],
+        "types": success_by_type(rows),
+        "reward": mean(t.reward for t in rows),
+        "progress": mean(t.progress for t in rows),
         "mean_turns": round(len(turns) / max(1, len(rows)), 2),
         "invalid_action_rate": mean(not turn.valid for turn in turns),
         "ends": dict(Counter(t.end for t in trajectories)),
         "won_tasks": sorted({t.task_id for t in rows if t.success}),
-    }  # fmt: skip
+    }
     return scores if trials == 1 else scores | {"best_of": best_of(list(by_task.values()), trials)}
 
 
@@ -86,10 +90,13 @@ def best_of(tasks: Sequence[Sequence[Trajectory]], trials: int) -> dict[str, Any
     whole = [rows for rows in tasks if len(rows) == trials]
     won = sum(any(t.success for t in rows) for rows in whole)
     return {
-        "trials": trials, "success": won, "n": len(whole), "rate": round(won / max(1, len(whole)), 4),
+        "trials": trials,
+        "success": won,
+        "n": len(whole),
+        "rate": round(won / max(1, len(whole)), 4),
         "wilson95": [round(x, 4) for x in wilson(won, len(whole))],
         "progress": mean(max(t.progress for t in rows) for rows in whole),
-    }  # fmt: skip
+    }
 
 
 # ---- where scores lie ------------------------------------------------------------------------------------------------

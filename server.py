@@ -71,9 +71,7 @@ class ServerPolicy:
     `whole`: a session is no transcript but says itself what is wanted, and a reply is a text of many lines, as it came.
     """
 
-    def __init__(
-        self, server: Server, cache: str | Path, *, prompt: str = "", top_p: float = 1.0, whole: bool = False
-    ):  # fmt: skip
+    def __init__(self, server: Server, cache: str | Path, *, prompt: str = "", top_p: float = 1.0, whole: bool = False):
         import openai
 
         if not server.model:
@@ -136,8 +134,12 @@ class ServerPolicy:
 
     def _request(self, text: str, temperature: float, seed: int) -> dict:
         """The request's body."""
-        what = {"model": self._server.model, "temperature": temperature, "seed": seed % 2**31,
-                "max_tokens": self._server.max_tokens}  # fmt: skip
+        what = {
+            "model": self._server.model,
+            "temperature": temperature,
+            "seed": seed % 2**31,
+            "max_tokens": self._server.max_tokens,
+        }
         if self._top_p < 1:
             what["top_p"] = self._top_p
         if self._server.api == "completions":
@@ -168,8 +170,11 @@ class ServerPolicy:
                 choice = reply.choices[0]
                 text = choice.text if "prompt" in request else choice.message.content
                 usage = reply.usage
-                came = {"text": text or "", "prompt_tokens": usage.prompt_tokens if usage else 0,
-                        "completion_tokens": usage.completion_tokens if usage else 0}  # fmt: skip
+                came = {
+                    "text": text or "",
+                    "prompt_tokens": usage.prompt_tokens if usage else 0,
+                    "completion_tokens": usage.completion_tokens if usage else 0,
+                }
                 cached = getattr(usage and usage.prompt_tokens_details, "cached_tokens", None)
                 return came if cached is None else came | {"cached_tokens": cached}  # few servers say it
             except (*UNREADABLE, self._openai.APIResponseValidationError):

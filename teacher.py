@@ -113,12 +113,16 @@ class Player:
             return self.search(f"I have the {tool}. I need the {goal.kind}.")
         where = self.found[goal.kind]
         return self.reach(where, f"I have the {tool}, and the {goal.kind} is at the {where}. I go there.") or Step(
-            f"I {verb} the {goal.kind} with the {tool}.", "repair", {"object": goal.kind, "tool": tool})
+            f"I {verb} the {goal.kind} with the {tool}.", "repair", {"object": goal.kind, "tool": tool}
+        )
 
     def bring(self, goal: Goal) -> Step | None:
         spec = self.spec
-        ready = [n for n, where in self.found.items() if spec.kinds[n] == goal.kind and where == goal.place
-                 and (n in self.worked or not goal.worked)]  # fmt: skip
+        ready = [
+            n
+            for n, where in self.found.items()
+            if spec.kinds[n] == goal.kind and where == goal.place and (n in self.worked or not goal.worked)
+        ]
         if len(ready) >= goal.count:
             return None
         held = next((name for name in self.hands if spec.kinds[name] == goal.kind), None)
@@ -132,7 +136,8 @@ class Player:
             return self.work(held)
         done = f"The {held} is {spec.work[1]}." if held in self.worked else f"I have the {held}."
         return self.reach(goal.place, f"{done} I bring it to the {goal.place}.") or Step(
-            f"I put the {held} in the {goal.place}.", "put", {"object": held, "place": goal.place})
+            f"I put the {held} in the {goal.place}.", "put", {"object": held, "place": goal.place}
+        )
 
     def work(self, held: str) -> Step:
         spec = self.spec
@@ -140,7 +145,8 @@ class Player:
             return step
         verb, _ = spec.work
         return self.reach(spec.station, f"I have the {held}. I {verb} it at the {spec.station}.") or Step(
-            f"I {verb} the {held} at the {spec.station}.", "work", {"object": held, "place": spec.station})
+            f"I {verb} the {held} at the {spec.station}.", "work", {"object": held, "place": spec.station}
+        )
 
     def have(self, name: str, need: str) -> Step | None:
         """Towards having a thing in hand."""
@@ -152,7 +158,8 @@ class Player:
         if self.at == where and not self.shut(where) and len(self.hands) >= self.spec.hands:
             return self.drop()
         return self.reach(where, f"{need[:-1]}, and the {name} is at the {where}. I go there.") or Step(
-            f"{need[:-1]}, and the {name} is here. I take it.", "take", {"object": name, "place": where})
+            f"{need[:-1]}, and the {name} is here. I take it.", "take", {"object": name, "place": where}
+        )
 
     def drop(self) -> Step:
         """Makes a hand free of what is needed least."""
@@ -229,8 +236,10 @@ LESSONS = {  # what a refusal teaches
 def mistakes(spec: Spec, player: Player, world: Synthetic, step: Step, after: Step | None, rng) -> list[Mistake]:
     """What could go wrong before `step`, which `after` follows: each is refused by the world as it stands."""
     candidates = [(kind, step.thought, text, right) for kind, text, right in misspelt(spec, step, rng)]
-    candidates += [(kind, thought, spec.command(role, **values), "")
-                   for kind, thought, role, values in misplaced(spec, player, step, after)]  # fmt: skip
+    candidates += [
+        (kind, thought, spec.command(role, **values), "")
+        for kind, thought, role, values in misplaced(spec, player, step, after)
+    ]
     found = []
     for kind, thought, action, right in candidates:
         why = world.refusal(action)
@@ -251,8 +260,11 @@ def misspelt(spec: Spec, step: Step, rng: np.random.Generator) -> list[tuple[str
     forms = [fill(form, values) for form in words.commands[step.role]]
     texts += [("parameter", form, "") for form in forms if "{" not in form]
     parts = spec.commands[step.role].split()
-    texts += [("parameter", fill(" ".join(parts[:i] + parts[i + 1 :]), step.values), "")
-              for i, part in enumerate(parts) if "{" not in part and len(parts) > 2]  # fmt: skip
+    texts += [
+        ("parameter", fill(" ".join(parts[:i] + parts[i + 1 :]), step.values), "")
+        for i, part in enumerate(parts)
+        if "{" not in part and len(parts) > 2
+    ]
     for name, value in step.values.items():
         kind, _, number = value.rpartition(" ")
         if number.isdigit():
@@ -260,14 +272,13 @@ def misspelt(spec: Spec, step: Step, rng: np.random.Generator) -> list[tuple[str
         else:
             others = [thing for theme in words.themes for thing in theme.things]
             wrong = {value.split()[-1], value.removesuffix("s"), others[rng.integers(len(others))]}
-        texts += [("parameter", spec.command(step.role, **{**step.values, name: other}), value)
-                  for other in sorted(wrong)]  # fmt: skip
+        texts += [
+            ("parameter", spec.command(step.role, **{**step.values, name: other}), value) for other in sorted(wrong)
+        ]
     return texts
 
 
-def misplaced(
-    spec: Spec, player: Player, step: Step, after: Step | None
-) -> list[tuple[str, str, str, dict[str, str]]]:
+def misplaced(spec: Spec, player: Player, step: Step, after: Step | None) -> list[tuple[str, str, str, dict[str, str]]]:
     """Place and logic mistakes: (kind, thought, role, values). `mistakes` drops those that the world would accept."""
     found, here, values = [], player.at, step.values
     seen_here = sorted(name for name, where in player.found.items() if where == here)
@@ -283,14 +294,24 @@ def misplaced(
             thought = carry if after.role == "put" else f"I {verb} {what}."
             found.append(("place", thought, after.role, after.values))
     if step.role == "go" and here:
-        found += [("place", f"I need the {name}. I take it here.", "take", {"object": name, "place": here})
-                  for name in unseen]  # fmt: skip
+        found += [
+            ("place", f"I need the {name}. I take it here.", "take", {"object": name, "place": here}) for name in unseen
+        ]
         if len(player.hands) >= spec.hands:
-            found += [("logic", f"I see the {name}. I take it too.", "take", {"object": name, "place": here})
-                      for name in seen_here]  # fmt: skip
+            found += [
+                ("logic", f"I see the {name}. I take it too.", "take", {"object": name, "place": here})
+                for name in seen_here
+            ]
     if step.role == "open":
-        found += [("logic", f"I need the {name}. It may be in the {here}. I take it.", "take",
-                   {"object": name, "place": here}) for name in unseen]  # fmt: skip
+        found += [
+            (
+                "logic",
+                f"I need the {name}. It may be in the {here}. I take it.",
+                "take",
+                {"object": name, "place": here},
+            )
+            for name in unseen
+        ]
         if after and after.role == "put":
             found.append(("logic", after.thought, "put", after.values))
     if step.role in ("take", "open", "put", "work", "repair"):
@@ -303,8 +324,9 @@ def misplaced(
             found.append(("logic", f"I {spec.work[0]} the {name}.", "work", {"object": name, "place": here}))
     if spec.repair_tool and spec.repair_tool not in player.hands:
         fixture = spec.goals[0].kind
-        found.append(("logic", f"I {spec.repair[0]} the {fixture}.", "repair",
-                      {"object": fixture, "tool": spec.repair_tool}))  # fmt: skip
+        found.append(
+            ("logic", f"I {spec.repair[0]} the {fixture}.", "repair", {"object": fixture, "tool": spec.repair_tool})
+        )
     return found
 
 
@@ -343,8 +365,17 @@ def teach(task_id: str, rng: np.random.Generator) -> list[Turn]:
         thought = step.thought
         if mistake := staged.get(number):
             result = world.step(mistake.action)
-            turns.append(Turn(mistake.thought, mistake.action, result.observation, "teacher", "teacher", result.valid,
-                              [mistake.kind]))  # fmt: skip
+            turns.append(
+                Turn(
+                    mistake.thought,
+                    mistake.action,
+                    result.observation,
+                    "teacher",
+                    "teacher",
+                    result.valid,
+                    [mistake.kind],
+                )
+            )
             thought = mistake.lesson
         action = spec.command(step.role, **step.values)
         result = world.step(action)
@@ -364,17 +395,25 @@ def told(task_id: str) -> str:
 def script_of(task_id: str) -> dict:
     """The world as AgentRefine's scripts describe one (verify.py)."""
     spec = spec_of(task_id)
-    places = {place: {"closed": place in spec.boxes, "holds": sorted(n for n, p in spec.lies.items() if p == place)}
-              for place in spec.places}  # fmt: skip
+    places = {
+        place: {"closed": place in spec.boxes, "holds": sorted(n for n, p in spec.lies.items() if p == place)}
+        for place in spec.places
+    }
     conditions = []
     for goal in spec.goals:
         _, done = spec.words_of(goal.kind)
         conditions += [f"{goal.count} x {goal.kind}: {done}"] * goal.worked
         conditions += [f"{goal.count} x {goal.kind}: at {goal.place}"] * bool(goal.place)
-    actions = {template: {"verification code": verification_code(template), "parameters": spec.values(role)}
-               for role, template in spec.commands.items()}  # fmt: skip
-    return {"Environment": {"setting": spec.setting, "opening": spec.opening, "places": places}, "Goal": spec.task,
-            "Completion Conditions": conditions, "Available Actions": actions}  # fmt: skip
+    actions = {
+        template: {"verification code": verification_code(template), "parameters": spec.values(role)}
+        for role, template in spec.commands.items()
+    }
+    return {
+        "Environment": {"setting": spec.setting, "opening": spec.opening, "places": places},
+        "Goal": spec.task,
+        "Completion Conditions": conditions,
+        "Available Actions": actions,
+    }
 
 
 def turns_of(task_id: str, turns: list[Turn]) -> list[dict]:
@@ -396,7 +435,18 @@ def turns_of(task_id: str, turns: list[Turn]) -> list[dict]:
 def trajectory_of(task_id: str, turns: list[Turn], seed: int) -> Trajectory:
     """The record of what `teach` played."""
     return Trajectory(
-        env="synthetic", split=task_id.split("/")[0], task_id=task_id, task=spec_of(task_id).task, trial=0, round=0,
-        seed=seed, source="refine", first_observation=told(task_id), turns=turns, reward=1.0, progress=1.0,
-        success=True, end="success",
-    )  # fmt: skip
+        env="synthetic",
+        split=task_id.split("/")[0],
+        task_id=task_id,
+        task=spec_of(task_id).task,
+        trial=0,
+        round=0,
+        seed=seed,
+        source="refine",
+        first_observation=told(task_id),
+        turns=turns,
+        reward=1.0,
+        progress=1.0,
+        success=True,
+        end="success",
+    )

@@ -183,9 +183,12 @@ def make_update(graph, optimizer: optax.GradientTransformation, mesh: Mesh, adap
 
     # check_vma would add sums over devices of its own to the gradient of what they share; here they are written out.
     of_batch = jax.shard_map(
-        of_device, mesh=mesh, in_specs=(places, specs_of(frozen), P(None, *ROWS), P(), P()),
-        out_specs=(P(), places), check_vma=False,
-    )  # fmt: skip
+        of_device,
+        mesh=mesh,
+        in_specs=(places, specs_of(frozen), P(None, *ROWS), P(), P()),
+        out_specs=(P(), places),
+        check_vma=False,
+    )
 
     @jax.jit
     def update(adapter, state, frozen, rate, batch, trajectories, key):
@@ -201,9 +204,12 @@ def state_places(optimizer: optax.GradientTransformation, adapter, mesh: Mesh):
     """Where the optimizer's state lies: its moments beside the arrays that they are of."""
     places = jax.tree.map(lambda x: x.sharding, adapter)
     return optax.tree.map_params(
-        optimizer, lambda _, place: place, jax.eval_shape(optimizer.init, adapter), places,
+        optimizer,
+        lambda _, place: place,
+        jax.eval_shape(optimizer.init, adapter),
+        places,
         transform_non_params=lambda _: NamedSharding(mesh, P()),
-    )  # fmt: skip
+    )
 
 
 def initial_state(optimizer: optax.GradientTransformation, adapter, mesh: Mesh):
@@ -296,17 +302,27 @@ def train(args: Args, number: int, packed: Packed, model, mesh: Mesh, directory:
                     tokens, seconds = int((segments > 0).sum()), time.time() - start
                     flops = lora_step_flops(model.config, tokens) / seconds
                     line = {
-                        "step": step, "epoch": epoch, "loss": loss, "gradient_norm": norm,
+                        "step": step,
+                        "epoch": epoch,
+                        "loss": loss,
+                        "gradient_norm": norm,
                         "logprob_positive": positive / max(1, int((weights > 0).sum())),
                         "logprob_negative": negative / max(1, int((weights < 0).sum())),
-                        "tokens": tokens, "seconds": round(seconds, 4), "tokens_per_s": round(tokens / seconds, 1),
-                        "mfu": peak and round(flops / peak, 4), "peak_memory": peak_memory(),
-                    }  # fmt: skip
+                        "tokens": tokens,
+                        "seconds": round(seconds, 4),
+                        "tokens_per_s": round(tokens / seconds, 1),
+                        "mfu": peak and round(flops / peak, 4),
+                        "peak_memory": peak_memory(),
+                    }
                     check_step(args, line, directory)
                     metrics.write(json.dumps(line) + "\n")
                     metrics.flush()
-                    bar.set_postfix(loss=f"{loss:.2f}", positive=f"{line['logprob_positive']:.4f}",
-                                    tokens_per_s=f"{tokens / seconds:.0f}", refresh=False)  # fmt: skip
+                    bar.set_postfix(
+                        loss=f"{loss:.2f}",
+                        positive=f"{line['logprob_positive']:.4f}",
+                        tokens_per_s=f"{tokens / seconds:.0f}",
+                        refresh=False,
+                    )
                     bar.update()
                 total = jax.tree.map(jnp.add, progress["sum"], adapter)
                 progress = {"adapter": adapter, "state": state, "sum": total}
@@ -321,8 +337,10 @@ def check_step(args: Args, line: dict, directory: Path) -> None:
     if not np.isfinite([line["loss"], line["gradient_norm"]]).all():
         found = f"loss {line['loss']}, gradient norm {line['gradient_norm']}"
     elif line["logprob_negative"] < args.floor:
-        found = (f"the mean log-probability of the failures' tokens is {line['logprob_negative']:.1f}, under --floor "
-                 f"{args.floor:g}: at R_f < 0 the loss has no lower bound, and this one runs away")  # fmt: skip
+        found = (
+            f"the mean log-probability of the failures' tokens is {line['logprob_negative']:.1f}, under --floor "
+            f"{args.floor:g}: at R_f < 0 the loss has no lower bound, and this one runs away"
+        )
     if found:
         raise StageError(
             f"step {line['step']}: {found}. Lower --learning-rate (now {args.learning_rate:g}) or raise "
@@ -344,8 +362,10 @@ def keep_metrics(path: Path, steps: int) -> None:
 
 def main(args: Args) -> None:
     if min(args.epochs, default=0) < 1 or min(args.batch_rows, args.device_rows) < 1:
-        raise ValueError(f"--epochs {args.epochs}, --batch-rows {args.batch_rows} and --device-rows {args.device_rows} "
-                         "must be numbers of at least 1; --epochs needs one or more of them")  # fmt: skip
+        raise ValueError(
+            f"--epochs {args.epochs}, --batch-rows {args.batch_rows} and --device-rows {args.device_rows} "
+            "must be numbers of at least 1; --epochs needs one or more of them"
+        )
     number = current_round(args.run) if args.round is None else args.round
     examples, hashes = collect(args, number)
     tokenizer = load_tokenizer(args.model)
@@ -375,13 +395,19 @@ def main(args: Args) -> None:
     failed = sum(e.weight < 0 for e in examples)
     name = adapter_name(args.run.name, number, directory / "adapter")
     summary = {
-        "round": number, "adapter": name, "sequences": len(examples), "sequences_failed": failed,
-        "tokens": int((packed.segments_NL > 0).sum()), **counts,
-    }  # fmt: skip
+        "round": number,
+        "adapter": name,
+        "sequences": len(examples),
+        "sequences_failed": failed,
+        "tokens": int((packed.segments_NL > 0).sum()),
+        **counts,
+    }
     stage.finish(summary)
     why = "" if examples else " (nothing was won yet: the policy is still the base)"
-    print(f"train_pg round {number}: {len(examples)} trajectories ({failed} failed), {counts['steps']} steps{why} "
-          f"-> {directory / 'adapter'} ({name})")  # fmt: skip
+    print(
+        f"train_pg round {number}: {len(examples)} trajectories ({failed} failed), {counts['steps']} steps{why} "
+        f"-> {directory / 'adapter'} ({name})"
+    )
     return None
 
 

@@ -348,8 +348,10 @@ def pack(sequences: Sequence[tuple[Sequence[int], Sequence[float]]], length: int
     """
     too_long = [len(ids) for ids, _ in sequences if len(ids) > length]
     if too_long:
-        raise ValueError(f"{len(too_long)} trajectories of up to {max(too_long)} tokens do not fit rows of {length}; "
-                         "raise --row-length")  # fmt: skip
+        raise ValueError(
+            f"{len(too_long)} trajectories of up to {max(too_long)} tokens do not fit rows of {length}; "
+            "raise --row-length"
+        )
     rows: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(sequences)), key=lambda i: (-len(sequences[i][0]), i)):

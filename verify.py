@@ -257,6 +257,18 @@ def to_trajectory(script: Any, turns: Any, *, split: str, task_id: str, seed: in
         for player, dm in zip(rest[::2], rest[1::2], strict=True)
     ]
     return Trajectory(
-        env="refine", split=split, task_id=task_id, task=world.goal, trial=0, round=0, seed=seed, source="refine",
-        first_observation="\n\n".join(opening), turns=played, reward=1.0, progress=1.0, success=True, end="success",
-    )  # fmt: skip
+        env="refine",
+        split=split,
+        task_id=task_id,
+        task=world.goal,
+        trial=0,
+        round=0,
+        seed=seed,
+        source="refine",
+        first_observation="\n\n".join(opening),
+        turns=played,
+        reward=1.0,
+        progress=1.0,
+        success=True,
+        end="success",
+    )

@@ -22,7 +22,15 @@ from tqdm import tqdm
 from envs.alfworld import AlfWorld
 
 GARBAGE = (
-    "", "go to", "go to nowhere 1", "xyzzy", "take", "look around", "Look", "open fridge 99", "put mug 1 in/on desk 1",
+    "",
+    "go to",
+    "go to nowhere 1",
+    "xyzzy",
+    "take",
+    "look around",
+    "Look",
+    "open fridge 99",
+    "put mug 1 in/on desk 1",
 )
 
 
@@ -133,10 +141,19 @@ def main(args: Args) -> None:
     print("                          ours | TextWorld |   ratio")
     print(f"steps/s             {rates[0]:10.0f} | {rates[1]:9.1f} | {rates[0] / rates[1]:7.0f}")
     print(f"load + reset, ms    {resets[0]:10.2f} | {resets[1]:9.0f} | {resets[1] / resets[0]:7.0f}")
-    print(json.dumps({
-        "bench": "alfworld_engine", "divergences": len(divergences), "games": len(chosen), "steps": steps,
-        "ours_steps_per_s": round(rates[0]), "textworld_steps_per_s": round(rates[1], 2),
-        "ratio": round(rates[0] / rates[1], 1)}))
+    print(
+        json.dumps(
+            {
+                "bench": "alfworld_engine",
+                "divergences": len(divergences),
+                "games": len(chosen),
+                "steps": steps,
+                "ours_steps_per_s": round(rates[0]),
+                "textworld_steps_per_s": round(rates[1], 2),
+                "ratio": round(rates[0] / rates[1], 1),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -62,10 +62,19 @@ def main(args: Args) -> None:
 
     def collect(jobs: Iterable[Job], temperature: float, compose: Compose | None) -> list[Trajectory]:
         done: list[Trajectory] = []
-        settings = Play(env="alfworld", stage="composition", round=args.round, seed=args.seed, temperature=temperature,
-                        max_turns=args.max_turns, patience=args.patience, compose=compose)  # fmt: skip
-        play(jobs, settings, lambda: make_world("alfworld", data=args.data), react, actre,
-             lambda t: done.append(t) or ())  # fmt: skip
+        settings = Play(
+            env="alfworld",
+            stage="composition",
+            round=args.round,
+            seed=args.seed,
+            temperature=temperature,
+            max_turns=args.max_turns,
+            patience=args.patience,
+            compose=compose,
+        )
+        play(
+            jobs, settings, lambda: make_world("alfworld", data=args.data), react, actre, lambda t: done.append(t) or ()
+        )
         return done
 
     alone = collect([Job(task, 0) for task in tasks], 0.0, None)
@@ -77,13 +86,22 @@ def main(args: Args) -> None:
             sample, reason = variant.split("/")
             done = collect(jobs, args.temperature, Compose(probability=p, sample=sample, reason=reason))
             won = [t for t in done if t.success]
-            row = {"p": p, "sample": sample, "reason": reason, "success": len(won), "n": len(done),
-                   "wilson95": [round(x, 3) for x in wilson(len(won), len(done))],
-                   "solved": len({t.task_id for t in won}), "failed_tasks": len(failed)}  # fmt: skip
+            row = {
+                "p": p,
+                "sample": sample,
+                "reason": reason,
+                "success": len(won),
+                "n": len(done),
+                "wilson95": [round(x, 3) for x in wilson(len(won), len(done))],
+                "solved": len({t.task_id for t in won}),
+                "failed_tasks": len(failed),
+            }
             rows.append(row)
-            print(f"p {p:<5} {sample:<9}{reason:<9} {len(won):>3}/{len(done):<4} {100 * len(won) / len(done):5.1f} % "
-                  f"[{100 * row['wilson95'][0]:.1f}, {100 * row['wilson95'][1]:.1f}]  "
-                  f"{row['solved']}/{len(failed)} tasks solved")  # fmt: skip
+            print(
+                f"p {p:<5} {sample:<9}{reason:<9} {len(won):>3}/{len(done):<4} {100 * len(won) / len(done):5.1f} % "
+                f"[{100 * row['wilson95'][0]:.1f}, {100 * row['wilson95'][1]:.1f}]  "
+                f"{row['solved']}/{len(failed)} tasks solved"
+            )
     print(json.dumps({"panel": args.panel, "alone": len(tasks) - len(failed), "n": len(tasks), "rows": rows}))
 
 

@@ -24,9 +24,16 @@ from lora.checkpoint import tensor_shapes, weight_files, write_checkpoint
 from lora.mistral import Config
 
 SHAPE = Config(
-    vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-    num_key_value_heads=4, head_dim=64, max_position_embeddings=4096, rope_theta=1e6,
-)  # fmt: skip
+    vocab_size=32000,
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_hidden_layers=22,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=64,
+    max_position_embeddings=4096,
+    rope_theta=1e6,
+)
 MEASURE = """
 import json, re, sys, time
 from pathlib import Path
@@ -84,11 +91,15 @@ def main(args: Args) -> None:
         result = sum(path.stat().st_size for path in weight_files(quantised))
     count = parameters(SHAPE)
     ratio = parameters(MISTRAL_7B) / count
-    print(f"{count / 1e9:.2f} B parameters, {size / 2**30:.2f} GiB in bf16, {result / 2**30:.2f} GiB in NF4; "
-          f"reading the source once: {floor:.1f} s")  # fmt: skip
+    print(
+        f"{count / 1e9:.2f} B parameters, {size / 2**30:.2f} GiB in bf16, {result / 2**30:.2f} GiB in NF4; "
+        f"reading the source once: {floor:.1f} s"
+    )
     for name, row in rows.items():
-        print(f"{name:18} {row['seconds']:7.1f} s {row['peak_memory'] / 2**30:6.2f} GiB at most; "
-              f"7B, derived: {row['seconds'] * ratio:6.0f} s")  # fmt: skip
+        print(
+            f"{name:18} {row['seconds']:7.1f} s {row['peak_memory'] / 2**30:6.2f} GiB at most; "
+            f"7B, derived: {row['seconds'] * ratio:6.0f} s"
+        )
     print(json.dumps({"parameters": count, "bytes": size, "bytes_nf4": result, "read_seconds": floor, **rows}))
 
 

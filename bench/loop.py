@@ -53,8 +53,15 @@ def measure(name: str, make, tasks: list[str], args: Args) -> tuple[dict, list[T
     policy = LocalPolicy(args.model, slots=args.slots)
     settings = Play(env="alfworld", stage=name, round=0, seed=0, max_turns=20, patience=3, temperature=0.0)
     done: list[Trajectory] = []
-    rates = play([Job(task, 0) for task in tasks], settings, make, policy, None,
-                 lambda trajectory: done.append(trajectory) or (), total=len(tasks))  # fmt: skip
+    rates = play(
+        [Job(task, 0) for task in tasks],
+        settings,
+        make,
+        policy,
+        None,
+        lambda trajectory: done.append(trajectory) or (),
+        total=len(tasks),
+    )
     return rates, sorted(done, key=lambda trajectory: trajectory.key)
 
 
@@ -75,10 +82,22 @@ def main(args: Args) -> None:
     same = all(each == ids["ours"] for each in ids.values())
     print(f"{len(tasks)} games of {panel}, {os.cpu_count()} cores; the same ids in all three: {same}")
     for name, each in rates.items():
-        print(f"{name:<28}{hourly[name]:>8,.0f} trajectories/h, ours / this {hourly['ours'] / hourly[name]:6.1f}, "
-              f"waiting {each['waiting_for_worlds']:4.0%} worlds {each['waiting_for_model']:4.0%} model")  # fmt: skip
-    print(json.dumps({"bench": "loop", "panel": panel, "games": len(tasks), "same_ids": same, "rates": rates,
-                      "ratio": round(hourly["ours"] / hourly["TextWorld"], 1)}))  # fmt: skip
+        print(
+            f"{name:<28}{hourly[name]:>8,.0f} trajectories/h, ours / this {hourly['ours'] / hourly[name]:6.1f}, "
+            f"waiting {each['waiting_for_worlds']:4.0%} worlds {each['waiting_for_model']:4.0%} model"
+        )
+    print(
+        json.dumps(
+            {
+                "bench": "loop",
+                "panel": panel,
+                "games": len(tasks),
+                "same_ids": same,
+                "rates": rates,
+                "ratio": round(hourly["ours"] / hourly["TextWorld"], 1),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

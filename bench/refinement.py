@@ -26,9 +26,11 @@ MAIN = ("demo", "refine", "both")
 CONTROLS = ("mask-refined", "drop-errors", "no-mask")
 # What is played: world, panels, wordings, turns.
 MEASURED = (
-    ("alfworld", ("gen_valid-100",), "all", 20), ("synthetic", ("syn_valid-60", "syn_held-60"), "none", 20),
-    ("babyai", ("babyai_test-112",), "none", 30), ("pddl", ("pddl_test-60",), "none", 30),
-)  # fmt: skip
+    ("alfworld", ("gen_valid-100",), "all", 20),
+    ("synthetic", ("syn_valid-60", "syn_held-60"), "none", 20),
+    ("babyai", ("babyai_test-112",), "none", 30),
+    ("pddl", ("pddl_test-60",), "none", 30),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,17 +75,60 @@ def data_of(args: Args, arm: str, seed: int) -> list[Path]:
 def evaluate(args: Args, name: Path, *who: str) -> None:
     """Plays everything that is measured, unless it was."""
     for env, panels, perturb, turns in MEASURED:
-        run("evaluate.py", "--run", name, *who, "--model", args.model, "--env", env, "--panels", *panels, "--limit",
-            args.limit, "--perturb", perturb, "--max-turns", turns, "--context", 1536, "--tell-commands")  # fmt: skip
+        run(
+            "evaluate.py",
+            "--run",
+            name,
+            *who,
+            "--model",
+            args.model,
+            "--env",
+            env,
+            "--panels",
+            *panels,
+            "--limit",
+            args.limit,
+            "--perturb",
+            perturb,
+            "--max-turns",
+            turns,
+            "--context",
+            1536,
+            "--tell-commands",
+        )
 
 
 def arm(args: Args, which: str, seed: int) -> Path:
     """Tunes and measures one arm with one seed; returns its run."""
     name = args.runs / f"{which}_{seed}"
     refinement = which if which in CONTROLS else "mask-errors"
-    run("train_pg.py", "--run", name, "--round", 0, "--inputs", *data_of(args, which, seed), "--refinement", refinement,
-        "--model", args.model, "--epochs", 1, "--rank", args.rank, "--alpha", 2 * args.rank, "--learning-rate",
-        args.learning_rate, "--row-length", 1792, "--world-weight", 0, "--seed", seed)  # fmt: skip
+    run(
+        "train_pg.py",
+        "--run",
+        name,
+        "--round",
+        0,
+        "--inputs",
+        *data_of(args, which, seed),
+        "--refinement",
+        refinement,
+        "--model",
+        args.model,
+        "--epochs",
+        1,
+        "--rank",
+        args.rank,
+        "--alpha",
+        2 * args.rank,
+        "--learning-rate",
+        args.learning_rate,
+        "--row-length",
+        1792,
+        "--world-weight",
+        0,
+        "--seed",
+        seed,
+    )
     evaluate(args, name, "--round", "0")
     return name
 

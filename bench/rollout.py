@@ -59,8 +59,15 @@ def recorded(count: int, replies: int) -> list[list[list[int]]]:
     tasks = AlfWorld().tasks("gen_train")[: 4 * count]
     settings = Play(env="alfworld", stage="bench", round=0, seed=0, max_turns=20, patience=0, temperature=0.0)
     games: list[Trajectory] = []
-    play([Job(task, 0) for task in tasks], settings, AlfWorld, ScriptedPolicy(DemonstratorScript), None,
-         lambda game: games.append(game) or (), total=len(tasks))  # fmt: skip
+    play(
+        [Job(task, 0) for task in tasks],
+        settings,
+        AlfWorld,
+        ScriptedPolicy(DemonstratorScript),
+        None,
+        lambda game: games.append(game) or (),
+        total=len(tasks),
+    )
     tokenizer, found = load_tokenizer(BASE), []
     for game in sorted(games, key=lambda game: game.key):
         segments = react_segments(game)
@@ -74,8 +81,9 @@ def recorded(count: int, replies: int) -> list[list[list[int]]]:
 
 class Ours:
     def __init__(self, model: Mistral, slots: int, prompt: Sequence[int], args: Args):
-        self.engine = Engine(model, slots=slots, context=args.context, max_new_tokens=args.new, stop_ids=(),
-                             prefix=prompt)  # fmt: skip
+        self.engine = Engine(
+            model, slots=slots, context=args.context, max_new_tokens=args.new, stop_ids=(), prefix=prompt
+        )
         self.computed = 0
 
     def start(self, slots: int) -> None:
@@ -113,9 +121,14 @@ class Transformers:
         self.computed += sum(map(len, self.histories))
         ids, mask = map(self.torch.from_numpy, rows)
         out = self.model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=False, min_new_tokens=self.new, max_new_tokens=self.new,
-            pad_token_id=0, eos_token_id=None,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            min_new_tokens=self.new,
+            max_new_tokens=self.new,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
         replies = out[:, longest:].tolist()
         self.histories = [history + reply for history, reply in zip(self.histories, replies, strict=True)]
         return replies
@@ -125,8 +138,13 @@ class Transformers:
 
 
 def compare(
-    name: str, model: Mistral, slots: int, games: list[list[list[int]]], args: Args, prompt: Sequence[int] = (),
-) -> float:  # fmt: skip
+    name: str,
+    model: Mistral,
+    slots: int,
+    games: list[list[list[int]]],
+    args: Args,
+    prompt: Sequence[int] = (),
+) -> float:
     """Replays the games with both, once uncounted; prints a line of all counted times each and returns the ratio."""
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, folder)
@@ -148,8 +166,10 @@ def compare(
     made = args.replays * slots * rounds * args.new
     same = np.mean(np.array(replies["ours"]) == np.array(replies["transformers"]))
     for who, player in players.items():
-        print(f"{name}, {args.replays} x {slots} games x {rounds} replies of {args.new} ids, {who}: "
-              f"{made / seconds[who]:,.0f} ids/s, {player.computed:,} ids computed in a replay")  # fmt: skip
+        print(
+            f"{name}, {args.replays} x {slots} games x {rounds} replies of {args.new} ids, {who}: "
+            f"{made / seconds[who]:,.0f} ids/s, {player.computed:,} ids computed in a replay"
+        )
     ratio = seconds["transformers"] / seconds["ours"]
     print(f"{name}: ours / transformers {ratio:.1f}, {same:.2%} of the ids alike\n")
     return ratio
@@ -157,8 +177,11 @@ def compare(
 
 def main(args: Args) -> None:
     replies = 2 * args.turns
-    ratios = [compare("tiny base", load_model(BASE, weights="fp32"), args.tiny_slots,
-                      recorded(args.tiny_slots, replies), args)]  # fmt: skip
+    ratios = [
+        compare(
+            "tiny base", load_model(BASE, weights="fp32"), args.tiny_slots, recorded(args.tiny_slots, replies), args
+        )
+    ]
     model, games = Mistral(MISTRAL_100M, rngs=nnx.Rngs(0)), recorded(args.slots, replies)
     prompt = prompt_ids(load_tokenizer(BASE), BASE, PROMPT.read_text())
     for name, before in (("98 M parameters", ()), (f"98 M parameters, {len(prompt)} ids of prompt", prompt)):

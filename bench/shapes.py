@@ -14,14 +14,28 @@ from lora.mistral import Config, Mistral
 from lora.sharding import check_divisible, spec_of
 
 MISTRAL_7B = Config(
-    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8, head_dim=128, max_position_embeddings=32768, rope_theta=1e6,
-)  # fmt: skip
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=32768,
+    rope_theta=1e6,
+)
 # 98 M parameters: the same family at a size that a laptop trains.
 MISTRAL_100M = Config(
-    vocab_size=32000, hidden_size=640, intermediate_size=1792, num_hidden_layers=13, num_attention_heads=10,
-    num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, rope_theta=1e6,
-)  # fmt: skip
+    vocab_size=32000,
+    hidden_size=640,
+    intermediate_size=1792,
+    num_hidden_layers=13,
+    num_attention_heads=10,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_position_embeddings=4096,
+    rope_theta=1e6,
+)
 
 
 def described(config: Config, lora: LoRAConfig, mesh: Mesh, *, double: bool = False, dtype=jnp.bfloat16) -> Mistral:
@@ -43,8 +57,11 @@ def described(config: Config, lora: LoRAConfig, mesh: Mesh, *, double: bool = Fa
         M = sum(-(-rows * G // nf4.NESTED_BLOCK) for rows in linear.rows)
         fields = {"codes": ((N, sum(linear.rows), G, nf4.BLOCK), jnp.uint4)}
         if double:
-            fields |= {"absmax_codes": ((N, M, nf4.NESTED_BLOCK), jnp.uint8), "nested": ((N, M), jnp.float32),
-                       "offset": ((N, M), jnp.float32)}  # fmt: skip
+            fields |= {
+                "absmax_codes": ((N, M, nf4.NESTED_BLOCK), jnp.uint8),
+                "nested": ((N, M), jnp.float32),
+                "offset": ((N, M), jnp.float32),
+            }
         else:
             fields["absmax"] = ((N, sum(linear.rows), G), jnp.float32)
         made = {field: array(*how, spec_of(name, field), f"{name}.{field}") for field, how in fields.items()}

@@ -55,8 +55,16 @@ def main(args: Args) -> None:
         jobs = [Job(task, 0) for task in world().tasks(split)]
         policy = ScriptedPolicy(DemonstratorScript) if args.player == "script" else LocalPolicy("models/tiny-alfworld")
         compose = Compose(probability=0.5, reason="template") if args.player == "script" else None
-        settings = Play(env="alfworld", stage="soak", round=0, seed=args.seed, max_turns=20, patience=3,
-                        temperature=0.0, compose=compose)  # fmt: skip
+        settings = Play(
+            env="alfworld",
+            stage="soak",
+            round=0,
+            seed=args.seed,
+            max_turns=20,
+            patience=3,
+            temperature=0.0,
+            compose=compose,
+        )
 
         def on_done(trajectory: Trajectory) -> tuple[Job, ...]:
             writer.write(trajectory)
@@ -67,10 +75,22 @@ def main(args: Args) -> None:
 
         rates = play(jobs, settings, world, policy, None, on_done, total=len(jobs))
     growth = round(memory[-1] - memory[0], 1)
-    print(f"{args.player}: {len(jobs)} different games in one process, {rates['trajectories_per_hour']:,.0f} an hour; "
-          f"{growth:+.1f} MiB from game {EVERY} to the last")  # fmt: skip
-    print(json.dumps({"bench": "soak", "player": args.player, "games": len(jobs), "resident_mib": memory,
-                      "growth_mib": growth, "rates": rates}))  # fmt: skip
+    print(
+        f"{args.player}: {len(jobs)} different games in one process, {rates['trajectories_per_hour']:,.0f} an hour; "
+        f"{growth:+.1f} MiB from game {EVERY} to the last"
+    )
+    print(
+        json.dumps(
+            {
+                "bench": "soak",
+                "player": args.player,
+                "games": len(jobs),
+                "resident_mib": memory,
+                "growth_mib": growth,
+                "rates": rates,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -102,8 +102,9 @@ def compile_case(case: Case) -> dict:
     places = state_places(optimizer, adapter, mesh)
     state = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        jax.eval_shape(optimizer.init, adapter), places,
-    )  # fmt: skip
+        jax.eval_shape(optimizer.init, adapter),
+        places,
+    )
     shape = (1, case.mesh[0] * case.mesh[1], case.tokens)
     rows = NamedSharding(mesh, P(None, *ROWS))
     batch = Batch(*(jax.ShapeDtypeStruct(shape, d, sharding=rows) for d in (jnp.int32, jnp.int32, jnp.float32)))
@@ -148,11 +149,12 @@ def facts(compiled, case: Case | Decode) -> dict:
     """Bytes, all-gathers and decoded weights of a compiled program; a dense base has none to decode."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return {
-        "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "all_gathers": sorted(set(re.findall(r"= \(?(\w+\[[\d,]*\]).{0,200}? all-gather(?:-start)?\(", text))),
         "decoded": decoded_weights(text, case) if getattr(case, "weights", "nf4") == "nf4" else [],
-    }  # fmt: skip
+    }
 
 
 def decoded_weights(text: str, case: Case | Decode) -> list[str]:

@@ -190,8 +190,10 @@ def peer(args: Args, base: str, layout: str) -> tuple[list[Callable[[], object]]
 def padded(texts: list[np.ndarray]) -> dict[str, np.ndarray]:
     """A batch as transformers' collators make it: filled up to the longest, the filling masked and without a loss."""
     longest = max(len(ids) for ids in texts)
-    ids, mask = (np.stack([np.pad(row, (0, longest - len(row))) for row in rows])
-                 for rows in (texts, [np.ones(len(ids), np.int64) for ids in texts]))  # fmt: skip
+    ids, mask = (
+        np.stack([np.pad(row, (0, longest - len(row))) for row in rows])
+        for rows in (texts, [np.ones(len(ids), np.int64) for ids in texts])
+    )
     return {"input_ids": ids, "attention_mask": mask, "labels": np.where(mask, ids, -100)}
 
 
@@ -201,17 +203,22 @@ def restarting(ids: np.ndarray, segments: np.ndarray) -> dict[str, np.ndarray]:
     place = np.arange(ids.shape[1])
     positions = place - np.maximum.accumulate(np.where(new, place, 0), axis=1)
     labels = np.where((segments > 0) & ~new, ids, -100)
-    return {name: x.astype(np.int64) for name, x in
-            (("input_ids", ids), ("position_ids", positions), ("labels", labels))}  # fmt: skip
+    return {
+        name: x.astype(np.int64) for name, x in (("input_ids", ids), ("position_ids", positions), ("labels", labels))
+    }
 
 
 def replace(holder, name: str, bitsandbytes, dtype, device: str) -> None:
     """Puts bitsandbytes' NF4 layer in the place of a dense one, with its weight."""
     dense = getattr(holder, name)
     layer = bitsandbytes.nn.Linear4bit(
-        dense.in_features, dense.out_features, bias=False, compute_dtype=dtype, compress_statistics=False,
+        dense.in_features,
+        dense.out_features,
+        bias=False,
+        compute_dtype=dtype,
+        compress_statistics=False,
         quant_type="nf4",
-    )  # fmt: skip
+    )
     layer.load_state_dict({"weight": dense.weight.data.cpu()})
     setattr(holder, name, layer.to(device))
 
@@ -270,9 +277,11 @@ class Contender:
         self._process.communicate()
         tokens, seconds = sum(map(len, trajectories_of(args, config.vocab_size))), sum(self.seconds)
         return said | {
-            "tokens_per_s": tokens / seconds, "flops_per_s": lora_step_flops(config, tokens) / seconds,
-            "seconds": [round(s, 3) for s in self.seconds], "tokens": tokens,
-        }  # fmt: skip
+            "tokens_per_s": tokens / seconds,
+            "flops_per_s": lora_step_flops(config, tokens) / seconds,
+            "seconds": [round(s, 3) for s in self.seconds],
+            "tokens": tokens,
+        }
 
 
 def processor() -> str:
@@ -291,8 +300,11 @@ def main(args: Args) -> None:
             behind.turn(args.turn)
         found = {name: contender.result(args) for name, contender in contenders.items()}
         for name, row in found.items():
-            print(f"{name:12} {row['tokens_per_s']:10.1f} tokens/s {row['flops_per_s'] / 1e12:8.3f} TFLOP/s "
-                  f"{row['peak_memory'] / 2**30:7.2f} GiB   {row['device']}", flush=True)  # fmt: skip
+            print(
+                f"{name:12} {row['tokens_per_s']:10.1f} tokens/s {row['flops_per_s'] / 1e12:8.3f} TFLOP/s "
+                f"{row['peak_memory'] / 2**30:7.2f} GiB   {row['device']}",
+                flush=True,
+            )
         meetings.append(found | {"against": against})
     ratios: dict[str, float] = {}
     for found in meetings:

@@ -77,8 +77,9 @@ def write_terms(data: str, folder: str) -> dict:
     """Every product's terms as numbers, one product after the other, read back from the index of the prepared folder:
     terms.npy, ends.npy, words.json."""
     index = prepare(data) / "index"
-    counts, documents, starts, ends = (np.load(index / f"{name}.npy") for name in
-                                       ("counts", "documents", "starts", "word_ends"))  # fmt: skip
+    counts, documents, starts, ends = (
+        np.load(index / f"{name}.npy") for name in ("counts", "documents", "starts", "word_ends")
+    )
     size = len(np.load(index / "inverse.npy"))
     rows = csc_array((counts, documents, starts), shape=(size, len(ends))).tocsr()
     terms = np.repeat(rows.indices, rows.data)

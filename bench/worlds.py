@@ -124,8 +124,13 @@ def measure(world: World, task_ids: list[str], agent: Callable, args: Args) -> d
         rows.append(agent(world, task_id, args))
         seconds += time.perf_counter() - start
     success, progress, turns = (sum(column) for column in zip(*rows, strict=True))
-    return {"success": success, "n": len(rows), "progress": round(progress / len(rows), 4),
-            "turns": round(turns / len(rows), 2), "turns_per_s": round(turns / seconds)}  # fmt: skip
+    return {
+        "success": success,
+        "n": len(rows),
+        "progress": round(progress / len(rows), 4),
+        "turns": round(turns / len(rows), 2),
+        "turns_per_s": round(turns / seconds),
+    }
 
 
 def start_progress(world: World, task_ids: list[str]) -> float:
@@ -152,7 +157,8 @@ def write_problem(folder: Path, task_id: str) -> None:
     rules = re.sub(r"\(:types[^)]*\)", lambda part: re.sub(r"( - \w+)", "\\1 \n ", part[0]), domain.pddl)  # wants lines
     (folder / "domain.pddl").write_text(rules)
     (folder / "problems" / "problem.pddl").write_text(
-        f"(define (problem p) (:domain {name}) (:objects {typed}) (:init {facts[0]}) (:goal (and {facts[1]})))")
+        f"(define (problem p) (:domain {name}) (:objects {typed}) (:init {facts[0]}) (:goal (and {facts[1]})))"
+    )
 
 
 def plain(literal: Any) -> tuple[str, ...]:
@@ -174,8 +180,9 @@ def beside_pddlgym(world: World, task_ids: list[str], args: Args) -> dict[str, f
         world.reset(task_id)
         with tempfile.TemporaryDirectory() as folder:
             write_problem(Path(folder), task_id)
-            peer = PDDLEnv(f"{folder}/domain.pddl", f"{folder}/problems", operators_as_actions=True,
-                           dynamic_action_space=True)  # fmt: skip
+            peer = PDDLEnv(
+                f"{folder}/domain.pddl", f"{folder}/problems", operators_as_actions=True, dynamic_action_space=True
+            )
             seen, _ = peer.reset()
             for _ in range(args.turns):
                 start = time.perf_counter()
@@ -199,8 +206,14 @@ def beside_pddlgym(world: World, task_ids: list[str], args: Args) -> dict[str, f
                 different += done != result.done
                 if done or result.done:
                     break
-    return {"peer": "pddlgym", "steps": steps, "different": different, "ours_steps_per_s": round(steps / ours),
-            "peer_steps_per_s": round(steps / theirs, 1), "ratio": round(theirs / ours, 2)}  # fmt: skip
+    return {
+        "peer": "pddlgym",
+        "steps": steps,
+        "different": different,
+        "ours_steps_per_s": round(steps / ours),
+        "peer_steps_per_s": round(steps / theirs, 1),
+        "ratio": round(theirs / ours, 2),
+    }
 
 
 def beside_minigrid(world: World, task_ids: list[str], args: Args) -> dict[str, float]:
@@ -225,9 +238,15 @@ def beside_minigrid(world: World, task_ids: list[str], args: Args) -> dict[str, 
             if peer.step(rng.randrange(6))[2]:
                 break
         theirs += time.perf_counter() - start
-    return {"peer": "minigrid", "commands": commands, "moves": moves, "ours_commands_per_s": round(commands / ours),
-            "ours_moves_per_s": round(moves / ours), "peer_moves_per_s": round(steps / theirs),
-            "ratio": round(moves / ours * theirs / steps, 2)}  # fmt: skip
+    return {
+        "peer": "minigrid",
+        "commands": commands,
+        "moves": moves,
+        "ours_commands_per_s": round(commands / ours),
+        "ours_moves_per_s": round(moves / ours),
+        "peer_moves_per_s": round(steps / theirs),
+        "ratio": round(moves / ours * theirs / steps, 2),
+    }
 
 
 def beside_scienceworld(world: World, task_ids: list[str], args: Args) -> dict[str, float]:
@@ -270,9 +289,15 @@ def beside_scienceworld(world: World, task_ids: list[str], args: Args) -> dict[s
                 different[listing] += text != result.observation or max(0, info["score"]) != round(100 * result.reward)
             peer.close()
         steps += len(played)
-    return {"peer": "scienceworld", "steps": steps, "different": different[False],
-            "different_with_listing": different[True], "ours_steps_per_s": round(steps / ours, 1),
-            "peer_steps_per_s": round(steps / theirs, 1), "ratio": round(theirs / ours, 1)}  # fmt: skip
+    return {
+        "peer": "scienceworld",
+        "steps": steps,
+        "different": different[False],
+        "different_with_listing": different[True],
+        "ours_steps_per_s": round(steps / ours, 1),
+        "peer_steps_per_s": round(steps / theirs, 1),
+        "ratio": round(theirs / ours, 1),
+    }
 
 
 def beside_jericho(world: Jericho, task_ids: list[str], args: Args) -> dict[str, float]:
@@ -302,12 +327,22 @@ def beside_jericho(world: Jericho, task_ids: list[str], args: Args) -> dict[str,
             different += text.strip() != result.observation
             different += max(0, info["score"]) != round(result.reward * peer.get_max_score())
         steps += len(played)
-    return {"peer": "jericho", "steps": steps, "different": different, "ours_steps_per_s": round(steps / ours),
-            "peer_steps_per_s": round(steps / theirs), "ratio": round(theirs / ours, 2)}  # fmt: skip
+    return {
+        "peer": "jericho",
+        "steps": steps,
+        "different": different,
+        "ours_steps_per_s": round(steps / ours),
+        "peer_steps_per_s": round(steps / theirs),
+        "ratio": round(theirs / ours, 2),
+    }
 
 
-PEERS = {"pddl": ("pddlgym", beside_pddlgym), "babyai": ("minigrid", beside_minigrid),
-         "scienceworld": ("scienceworld", beside_scienceworld), "jericho": ("jericho", beside_jericho)}  # fmt: skip
+PEERS = {
+    "pddl": ("pddlgym", beside_pddlgym),
+    "babyai": ("minigrid", beside_minigrid),
+    "scienceworld": ("scienceworld", beside_scienceworld),
+    "jericho": ("jericho", beside_jericho),
+}
 
 
 def world_and_tasks(name: str, folder: str, args: Args) -> tuple[World, list[str]]:
@@ -332,8 +367,10 @@ def main(args: Args) -> None:
             print(f"{name}: progress before the first action {found[name]['start_progress']:.3f}")
             for agent in (play_random, play_scripted):
                 one = found[name][agent.__name__] = measure(world, task_ids, agent, args)
-                print(f"{name}, {agent.__name__}: success {one['success']}/{one['n']}, progress {one['progress']:.3f}, "
-                      f"turns {one['turns']:.1f}, turns/s {one['turns_per_s']}")
+                print(
+                    f"{name}, {agent.__name__}: success {one['success']}/{one['n']}, progress {one['progress']:.3f}, "
+                    f"turns {one['turns']:.1f}, turns/s {one['turns_per_s']}"
+                )
             package, compare = PEERS[name]
             if importlib.util.find_spec(package) is None:
                 print(f"{name}: not compared, {package} is not installed")

@@ -36,11 +36,21 @@ _HELP = """Available commands:
 """
 
 _COMMANDS = (
-    "go to {receptacle}", "open {receptacle}", "close {receptacle}", "take {object} from {receptacle}",
-    "move {object} to {receptacle}", "clean {object} with {receptacle}", "heat {object} with {receptacle}",
-    "cool {object} with {receptacle}", "use {object}", "slice {object} with {object}", "examine {something}",
-    "look", "inventory", "help",
-)  # fmt: skip
+    "go to {receptacle}",
+    "open {receptacle}",
+    "close {receptacle}",
+    "take {object} from {receptacle}",
+    "move {object} to {receptacle}",
+    "clean {object} with {receptacle}",
+    "heat {object} with {receptacle}",
+    "cool {object} with {receptacle}",
+    "use {object}",
+    "slice {object} with {object}",
+    "examine {something}",
+    "look",
+    "inventory",
+    "help",
+)
 COMMANDS = {"0.4": _COMMANDS, "0.3": tuple(c.replace("move {object} to", "put {object} in/on") for c in _COMMANDS[:-1])}
 
 
@@ -104,6 +114,7 @@ class Game:
 
     def _read_facts(self, facts: dict[str, list[tuple[str, str]]]) -> None:
         self.names = names_of({i for rows in facts.values() for row in rows for i in row})
+
         def having(predicate: str) -> set[str]:
             return {first for first, _ in facts[predicate]}
 
@@ -144,7 +155,7 @@ class Game:
         wanted = re.search(r"\(receptacletype \?\w+ (\w+)\)", goal)
         if wanted is None or len(of_type) != 1:
             raise ValueError(f"a goal that is none of ALFWorld's six: {' '.join(goal.split())[:200]}")
-        objects, = of_type.values()
+        (objects,) = of_type.values()
         receptacles = tuple(r for r in self.location if self.receptacle_type.get(r) == wanted[1])
         for kind, changed in (("clean", "isclean"), ("heat", "ishot"), ("cool", "iscool")):
             if f"({changed} " in goal:
@@ -159,8 +170,11 @@ class Game:
         """
         goal = self.goal
         if goal.kind == "look":
-            lit = any(lamp in self.state["toggled"] and lamp in self.contents[r]
-                      for lamp in goal.lamps for r in self.at.get(self.here, ()))
+            lit = any(
+                lamp in self.state["toggled"] and lamp in self.contents[r]
+                for lamp in goal.lamps
+                for r in self.at.get(self.here, ())
+            )
             return lit + (self.held in goal.objects), 2
         counts = [sum(thing in goal.objects for thing in self.contents[r]) for r in goal.receptacles]
         if goal.kind == "two":
@@ -190,11 +204,17 @@ class Game:
             if held:
                 if not shut and self._fits(held, r):
                     found.append(f"put {names[held]} in/on {name}" if old else f"move {names[held]} to {name}")
-                found += [f"{verb} {names[held]} with {name}" for verb, tool in _TOOLS.items()
-                          if held in self.able[verb] and self.receptacle_type.get(r) == tool]
+                found += [
+                    f"{verb} {names[held]} with {name}"
+                    for verb, tool in _TOOLS.items()
+                    if held in self.able[verb] and self.receptacle_type.get(r) == tool
+                ]
         if held and self._cuts(held):
-            found += [f"slice {names[o]} with {names[held]}" for o, location in self.places
-                      if location == self.here and o in self.sliceable]
+            found += [
+                f"slice {names[o]} with {names[held]}"
+                for o, location in self.places
+                if location == self.here and o in self.sliceable
+            ]
         return sorted(set(found))
 
     def act(self, command: str) -> str | None:
@@ -231,8 +251,9 @@ class Game:
         if self.here not in self.at:
             return f"{_MIDDLE} nothing."
         # Beside a receptacle is what was once taken out of it and now lies in another one at the same place.
-        beside = sorted((o, r) for o, r in self.taken_from
-                        if self.location[r] == self.here and (o, self.here) in self.places)
+        beside = sorted(
+            (o, r) for o, r in self.taken_from if self.location[r] == self.here and (o, self.here) in self.places
+        )
         things = listing([f"a {self.names[o]}" for o, _ in beside])
         facing = listing([self.names[r] for r in self.at[self.here]])
         return f"You are facing the {facing}. Next to it, you see {things}."

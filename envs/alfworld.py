@@ -84,14 +84,17 @@ class AlfWorld:
         if task_id not in splits.get(split, ()):
             raise ValueError(
                 f"unknown task {task_id!r}: expected <split>/<task>/<trial> of a playable game in {root}, which has "
-                f"the splits {', '.join(sorted(splits))}; `python -m envs.play --tasks --split SPLIT` lists ids")
+                f"the splits {', '.join(sorted(splits))}; `python -m envs.play --tasks --split SPLIT` lists ids"
+            )
         file = root / task_id / "game.tw-pddl"
         make = Game if self.engine == "ours" else _TextWorldGame
         try:
             self._game = make(json.loads(file.read_bytes()), self.grammar)
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"cannot read the game {file} ({type(error).__name__}: {error}): expected JSON with the "
-                             "pddl_problem and grammar of an ALFRED game; unpack or generate it again") from error
+            raise ValueError(
+                f"cannot read the game {file} ({type(error).__name__}: {error}): expected JSON with the "
+                "pddl_problem and grammar of an ALFRED game; unpack or generate it again"
+            ) from error
         met, total = self._game.conditions()
         self._progress, self._done = met / total, False
         return Observation(text=self._game.text, task=self._game.task)
@@ -104,8 +107,14 @@ class AlfWorld:
         met, total = self._game.conditions()
         self._done = met == total
         self._progress = max(self._progress, met / total)
-        return Result(observation=NOTHING if answer is None else answer, reward=float(self._done),
-                      progress=self._progress, success=self._done, done=self._done, valid=answer is not None)
+        return Result(
+            observation=NOTHING if answer is None else answer,
+            reward=float(self._done),
+            progress=self._progress,
+            success=self._done,
+            done=self._done,
+            valid=answer is not None,
+        )
 
     def actions(self) -> list[str]:
         """Every admissible command, sorted; after the end, those that the last state would admit."""
@@ -134,7 +143,8 @@ def _data_root(data: str | None) -> Path:
     if not root.is_dir():
         raise FileNotFoundError(
             f"{'data' if data else '$ALFWORLD_DATA'} is {given!r}, but there is no folder {root}: expected the folder "
-            "that holds json_2.1.1 (alfworld-download makes one), or nothing at all for generated games")
+            "that holds json_2.1.1 (alfworld-download makes one), or nothing at all for generated games"
+        )
     return root.resolve()
 
 
@@ -237,7 +247,8 @@ class _TextWorldGame:
         except ImportError as error:
             raise ImportError(
                 f"engine 'textworld' needs alfworld with TextWorld ({error}): install the Debian packages cmake and "
-                "g++, then `pip install alfworld==0.4.2`; or play with engine 'ours'") from error
+                "g++, then `pip install alfworld==0.4.2`; or play with engine 'ours'"
+            ) from error
         finally:
             os.environ.clear()
             os.environ.update(environment)

@@ -23,12 +23,35 @@ from typing import Any, NamedTuple
 from envs.base import Observation, Result, check_split, check_task
 
 LEVELS = (
-    "GoToRedBallGrey", "GoToRedBall", "GoToRedBallNoDists", "GoToObjS6", "GoToLocalS8N7", "GoToObjMazeS7",
-    "GoToImpUnlock", "GoToSeqS5R2", "GoToRedBlueBall", "GoToDoor", "GoToObjDoor", "Open", "OpenRedDoor", "OpenDoorLoc",
-    "OpenRedBlueDoorsDebug", "OpenDoorsOrderN4", "Pickup", "UnblockPickup", "PickupLoc", "PickupDistDebug",
-    "PickupAbove", "Unlock", "UnlockLocalDist", "UnlockPickupDist", "BlockedUnlockPickup", "UnlockToUnlock",
-    "FindObjS7", "KeyCorridorS6R3",
-)  # fmt: skip
+    "GoToRedBallGrey",
+    "GoToRedBall",
+    "GoToRedBallNoDists",
+    "GoToObjS6",
+    "GoToLocalS8N7",
+    "GoToObjMazeS7",
+    "GoToImpUnlock",
+    "GoToSeqS5R2",
+    "GoToRedBlueBall",
+    "GoToDoor",
+    "GoToObjDoor",
+    "Open",
+    "OpenRedDoor",
+    "OpenDoorLoc",
+    "OpenRedBlueDoorsDebug",
+    "OpenDoorsOrderN4",
+    "Pickup",
+    "UnblockPickup",
+    "PickupLoc",
+    "PickupDistDebug",
+    "PickupAbove",
+    "Unlock",
+    "UnlockLocalDist",
+    "UnlockPickupDist",
+    "BlockedUnlockPickup",
+    "UnlockToUnlock",
+    "FindObjS7",
+    "KeyCorridorS6R3",
+)
 EASY = ("GoToRedBallNoDists", "GoToObjS6", "OpenRedDoor", "PickupDistDebug")
 SPLITS = {"babyai_easy": (EASY, range(3)), "babyai_test": (LEVELS, range(1234, 1238))}
 CHECK = "check available actions"
@@ -111,8 +134,14 @@ class BabyAI:
             text = f"You cannot {command} here."
         else:
             text = f'That is no action that can be done here. "{CHECK}" lists what you can do.'
-        return Result(observation=text, reward=float(self._success), progress=self._progress, success=self._success,
-                      done=self._done, valid=valid)
+        return Result(
+            observation=text,
+            reward=float(self._success),
+            progress=self._progress,
+            success=self._success,
+            done=self._done,
+            valid=valid,
+        )
 
     def actions(self) -> list[str]:
         """What can be done here, sorted: things can be named that are in sight and can be walked to."""

@@ -92,8 +92,10 @@ def check_task(
     """Raises ValueError, naming the `form` of an id after its split, unless the id is one of its split's."""
     split = task_id.partition("/")[0]
     if split not in splits or task_id not in ids_of(split):
-        raise ValueError(f"unknown task {task_id!r}: expected <split>/{form} with the splits {', '.join(splits)}; "
-                         f"`python -m envs.play --env {env} --tasks --split SPLIT` lists ids")  # fmt: skip
+        raise ValueError(
+            f"unknown task {task_id!r}: expected <split>/{form} with the splits {', '.join(splits)}; "
+            f"`python -m envs.play --env {env} --tasks --split SPLIT` lists ids"
+        )
 
 
 def make_world(env: str, *, perturb: str = "none", tell_commands: bool = False, **how: str | None) -> World:

@@ -56,12 +56,34 @@ STAMP = "generated.json"  # in a split's folder: what stamp_of says
 # How many objects one receptacle of a type attracts, beside others that may hold the same object (CounterTop = 10):
 # maximum likelihood over the places of all objects in the real training games.
 ATTRACTION = {
-    "Bed": 36, "CoffeeMachine": 22, "StoveBurner": 20, "DiningTable": 18, "BathtubBasin": 17, "CoffeeTable": 15,
-    "Desk": 14, "TVStand": 14, "Fridge": 14, "Dresser": 14, "Sofa": 13, "CounterTop": 10, "Cart": 9, "Toilet": 7,
-    "SideTable": 6.7, "TowelHolder": 6.3, "Ottoman": 5.6, "Safe": 5.1, "ToiletPaperHanger": 4.5, "Microwave": 4.5,
-    "SinkBasin": 4.4, "ArmChair": 4.4, "GarbageCan": 3.8, "Shelf": 3.3, "Drawer": 1.9, "Cabinet": 1.8,
+    "Bed": 36,
+    "CoffeeMachine": 22,
+    "StoveBurner": 20,
+    "DiningTable": 18,
+    "BathtubBasin": 17,
+    "CoffeeTable": 15,
+    "Desk": 14,
+    "TVStand": 14,
+    "Fridge": 14,
+    "Dresser": 14,
+    "Sofa": 13,
+    "CounterTop": 10,
+    "Cart": 9,
+    "Toilet": 7,
+    "SideTable": 6.7,
+    "TowelHolder": 6.3,
+    "Ottoman": 5.6,
+    "Safe": 5.1,
+    "ToiletPaperHanger": 4.5,
+    "Microwave": 4.5,
+    "SinkBasin": 4.4,
+    "ArmChair": 4.4,
+    "GarbageCan": 3.8,
+    "Shelf": 3.3,
+    "Drawer": 1.9,
+    "Cabinet": 1.8,
     "HandTowelHolder": 1000,
-}  # fmt: skip
+}
 
 FIXED_ONLY = {"DeskLamp", "HousePlant", "Television", "Sink", "Mirror", "Window", "Bathtub"}  # the rest can be taken
 
@@ -228,8 +250,13 @@ def generate_game(seed: int, split: str, number: int) -> tuple[str, dict, dict]:
     }
     parent, lamp = ("", goal) if task == "look_at_obj_in_light" else (goal, "")
     trial = f"trial_{number:06d}_{hashlib.sha256((phrase + problem).encode()).hexdigest()[:10]}"
-    parameters = {"object_target": target, "parent_target": parent, "toggle_target": lamp, "mrecep_target": "",
-                  "object_sliced": False}  # fmt: skip
+    parameters = {
+        "object_target": target,
+        "parent_target": parent,
+        "toggle_target": lamp,
+        "mrecep_target": "",
+        "object_sliced": False,
+    }
     record = {
         "task_id": trial,
         "task_type": task,

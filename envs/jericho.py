@@ -25,18 +25,51 @@ from typing import Any
 from envs.base import Observation, Result, check_split
 
 GAMES = (
-    "905", "acorncourt", "afflicted", "balances", "detective", "dragon", "huntdark", "jewel", "library", "loose",
-    "night", "omniquest", "pentari", "reverb", "snacktime", "weapon", "zenon", "zork1", "zork2", "zork3",
-)  # fmt: skip
+    "905",
+    "acorncourt",
+    "afflicted",
+    "balances",
+    "detective",
+    "dragon",
+    "huntdark",
+    "jewel",
+    "library",
+    "loose",
+    "night",
+    "omniquest",
+    "pentari",
+    "reverb",
+    "snacktime",
+    "weapon",
+    "zenon",
+    "zork1",
+    "zork2",
+    "zork3",
+)
 SPLITS = ("jericho_all", "jericho_test")
 META = {"quit", "q", "restart", "restore", "save", "script", "unscript", "transcript", "verbose", "brief", "superbrief"}
 LONGEST = 190  # bytes of a command; jericho cuts what is longer than 198
 COMMANDS = (
-    "go {direction}", "look", "inventory", "examine {object}", "take {object}", "drop {object}", "open {object}",
-    "close {object}", "put {object} in {object}", "give {object} to {person}", "attack {person} with {object}",
-    "unlock {object} with {object}", "push {object}", "pull {object}", "turn on {object}", "turn off {object}",
-    "read {object}", "ask {person} about {topic}", "wait",
-)  # fmt: skip
+    "go {direction}",
+    "look",
+    "inventory",
+    "examine {object}",
+    "take {object}",
+    "drop {object}",
+    "open {object}",
+    "close {object}",
+    "put {object} in {object}",
+    "give {object} to {person}",
+    "attack {person} with {object}",
+    "unlock {object} with {object}",
+    "push {object}",
+    "pull {object}",
+    "turn on {object}",
+    "turn off {object}",
+    "read {object}",
+    "ask {person} about {topic}",
+    "wait",
+)
 
 
 def words_of(text: str) -> set[tuple[str, str]]:
@@ -70,7 +103,8 @@ class Jericho:
         if not files:
             raise FileNotFoundError(
                 f"env 'jericho' needs games, and {given!r} holds none: expected a folder with story files such as "
-                "zork1.z5, of releases that jericho supports; name it by --data or $JERICHO_GAMES")
+                "zork1.z5, of releases that jericho supports; name it by --data or $JERICHO_GAMES"
+            )
         self._files = {file.stem: file for file in files}
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
         self.facts = {"jericho": jericho.__version__, "games": digest[:16]}
@@ -86,15 +120,19 @@ class Jericho:
         """Start a game. ValueError for an unknown id or a file that jericho does not support."""
         split, _, name = task_id.partition("/")
         if split not in SPLITS or task_id not in self.tasks(split):
-            raise ValueError(f"unknown task {task_id!r}: expected jericho_test/<game> or jericho_all/<game>, where "
-                             f"<game> is one of {', '.join(sorted(self._files))}")
+            raise ValueError(
+                f"unknown task {task_id!r}: expected jericho_test/<game> or jericho_all/<game>, where "
+                f"<game> is one of {', '.join(sorted(self._files))}"
+            )
         import jericho
 
         package_util().extract_objs = words_of
         self._game = jericho.FrotzEnv(str(self._files[name]))
         if not self._game.is_fully_supported:
-            raise ValueError(f"jericho does not know {self._files[name]}, so that there is no score: expected the "
-                             "release of the game that its documentation lists")
+            raise ValueError(
+                f"jericho does not know {self._files[name]}, so that there is no score: expected the "
+                "release of the game that its documentation lists"
+            )
         if not self._game.bindings.get("seed"):
             self._game.seed(1)  # without one it takes the time
         text, _ = self._game.reset()
@@ -121,8 +159,14 @@ class Jericho:
         success = self._game.victory() or score == 1.0
         self._done = self._done or success or self._game._emulator_halted()
         self._progress = 1.0 if success else max(self._progress, score)
-        return Result(observation=text, reward=score, progress=self._progress, success=success, done=self._done,
-                      valid=valid or self._done)
+        return Result(
+            observation=text,
+            reward=score,
+            progress=self._progress,
+            success=success,
+            done=self._done,
+            valid=valid or self._done,
+        )
 
     def actions(self) -> list[str]:
         """Commands that change the game's world, as jericho finds them by trying, and `look` and `inventory`; sorted.

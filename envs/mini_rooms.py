@@ -9,10 +9,37 @@ They use ALFWorld's names, so that the same words do, but not its rooms: few rec
 ROOMS = {
     "Kitchen": (
         90,
-        {"Cabinet": 4, "CounterTop": 2, "Drawer": 3, "DiningTable": 1, "Fridge": 1, "Microwave": 1, "SinkBasin": 1,
-         "StoveBurner": 2, "CoffeeMachine": 1, "GarbageCan": 1, "Shelf": 1},
-        ("Apple", "Bowl", "Bread", "Cup", "DishSponge", "Egg", "Fork", "Knife", "Mug", "Pan", "PepperShaker", "Plate",
-         "Pot", "Potato", "Spoon", "Tomato"),
+        {
+            "Cabinet": 4,
+            "CounterTop": 2,
+            "Drawer": 3,
+            "DiningTable": 1,
+            "Fridge": 1,
+            "Microwave": 1,
+            "SinkBasin": 1,
+            "StoveBurner": 2,
+            "CoffeeMachine": 1,
+            "GarbageCan": 1,
+            "Shelf": 1,
+        },
+        (
+            "Apple",
+            "Bowl",
+            "Bread",
+            "Cup",
+            "DishSponge",
+            "Egg",
+            "Fork",
+            "Knife",
+            "Mug",
+            "Pan",
+            "PepperShaker",
+            "Plate",
+            "Pot",
+            "Potato",
+            "Spoon",
+            "Tomato",
+        ),
     ),
     "LivingRoom": (
         290,
@@ -26,11 +53,19 @@ ROOMS = {
     ),
     "Bathroom": (
         490,
-        {"BathtubBasin": 1, "Cabinet": 3, "CounterTop": 1, "GarbageCan": 1, "Shelf": 1, "SinkBasin": 1, "Toilet": 1,
-         "ToiletPaperHanger": 1},
+        {
+            "BathtubBasin": 1,
+            "Cabinet": 3,
+            "CounterTop": 1,
+            "GarbageCan": 1,
+            "Shelf": 1,
+            "SinkBasin": 1,
+            "Toilet": 1,
+            "ToiletPaperHanger": 1,
+        },
         ("Candle", "Cloth", "SoapBar", "SoapBottle", "SprayBottle", "ToiletPaper"),
     ),
-}  # fmt: skip
+}
 
 FOOD = frozenset({"Apple", "Bread", "Egg", "Potato", "Tomato"})
 DISHES = frozenset({"Bowl", "Cup", "Mug", "Plate"})

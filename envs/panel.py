@@ -58,9 +58,11 @@ SMALL_SHOP = {"webshop_small_train-100": "small_train", "webshop_small_test-200"
 GENERATED_SHOP = {"webshop_gen_train-100": "gen_train", "webshop_gen_test-200": "gen_test"}
 WEBSHOP = (*OFFICIAL_SHOP, *SMALL_SHOP, *GENERATED_SHOP)
 HELD_OUT = {  # worlds that are never trained on
-    "pddl": "pddl_test-60", "babyai": "babyai_test-112", "scienceworld": "scienceworld_test-90",
+    "pddl": "pddl_test-60",
+    "babyai": "babyai_test-112",
+    "scienceworld": "scienceworld_test-90",
     "jericho": "jericho_test-20",
-}  # fmt: skip
+}
 SYNTHETIC = {"syn_valid-60": "syn_valid", "syn_held-60": "syn_held"}
 NAMES = (*ALFWORLD, *WEBSHOP, *SYNTHETIC, *HELD_OUT.values())
 

@@ -143,8 +143,14 @@ class Pddl:
         else:
             valid, text = False, f'That is no action here. "{CHECK}" lists what you can do.'
         self._look()
-        return Result(observation=text, reward=float(self._done), progress=self._progress, success=self._done,
-                      done=self._done, valid=valid)
+        return Result(
+            observation=text,
+            reward=float(self._done),
+            progress=self._progress,
+            success=self._done,
+            done=self._done,
+            valid=valid,
+        )
 
     def actions(self) -> list[str]:
         """Every command that can be done now, sorted."""

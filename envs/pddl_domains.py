@@ -150,12 +150,21 @@ BLOCKSWORLD = Domain(
         (not (on ?block ?below)))))""",
     about="You have a table with blocks on it, some stacked, and one hand. You can move one block at a time, and only "
     "one that has nothing on it. A block can be put on the table, or on a block that has nothing on it.",
-    actions={"pick-up": "pick up {block}", "put-down": "put down {block}", "stack": "stack {block} on {below}",
-             "unstack": "unstack {block} from {below}"},
-    says={"on": ("{} is on {}", ""), "ontable": ("{} is on the table", ""), "clear": ("{} has nothing on it", ""),
-          "handempty": ("your hand is empty", ""), "holding": ("you hold {}", "")},
+    actions={
+        "pick-up": "pick up {block}",
+        "put-down": "put down {block}",
+        "stack": "stack {block} on {below}",
+        "unstack": "unstack {block} from {below}",
+    },
+    says={
+        "on": ("{} is on {}", ""),
+        "ontable": ("{} is on the table", ""),
+        "clear": ("{} has nothing on it", ""),
+        "handempty": ("your hand is empty", ""),
+        "holding": ("you hold {}", ""),
+    },
     draw=draw_blocks,
-)  # fmt: skip
+)
 
 GRIPPER = Domain(
     pddl="""(define (domain gripper) (:requirements :strips :typing :negative-preconditions) (:types room ball gripper)
@@ -171,12 +180,19 @@ GRIPPER = Domain(
       :effect (and (at ?ball ?room) (free ?gripper) (not (carry ?ball ?gripper)))))""",
     about="You are a robot with a left and a right gripper, each of which carries one ball. You can go to any room, "
     "pick up a ball of the room that you are in, and drop there what you carry.",
-    actions={"move": "move to {room}", "pick": "pick up {ball} with {gripper} gripper",
-             "drop": "drop {ball} in {room}"},
-    says={"robot-in": ("you are in {}", ""), "at": ("{} is in {}", "{} is no longer in {}"),
-          "free": ("your {} gripper is free", ""), "carry": ("you carry {} in your {} gripper", "")},
+    actions={
+        "move": "move to {room}",
+        "pick": "pick up {ball} with {gripper} gripper",
+        "drop": "drop {ball} in {room}",
+    },
+    says={
+        "robot-in": ("you are in {}", ""),
+        "at": ("{} is in {}", "{} is no longer in {}"),
+        "free": ("your {} gripper is free", ""),
+        "carry": ("you carry {} in your {} gripper", ""),
+    },
     draw=draw_gripper,
-)  # fmt: skip
+)
 
 BARMAN = Domain(
     pddl="""(define (domain barman) (:requirements :strips :typing)
@@ -238,19 +254,34 @@ BARMAN = Domain(
     "one hand and keep the other empty. A shot glass must be clean and empty before another drink goes into it, and "
     "the shaker before the first ingredient. A cocktail is made by pouring its two ingredients into the shaker and "
     "shaking; it is served into a clean shot glass.",
-    actions={"grasp": "grasp {cup} with {hand} hand", "leave": "leave {cup} on the table",
-             "fill": "fill {shot} with {ingredient}", "refill": "fill {shot} with {ingredient}",
-             "empty-shot": "empty {shot}", "clean-shot": "clean {shot}", "pour-first": "pour {shot} into {shaker}",
-             "pour-more": "pour {shot} into {shaker}", "empty-shaker": "empty {shaker}",
-             "clean-shaker": "clean {shaker}", "shake": "shake {shaker} to make {drink}",
-             "serve": "serve {shaker} into {shot}"},
-    says={"ontable": ("{} is on the table", ""), "holding": ("your {} hand holds {}", ""),
-          "handempty": ("your {} hand is empty", ""), "empty": ("{} is empty", ""),
-          "contains": ("{} contains {}", "{} no longer contains {}"), "clean": ("{} is clean", "{} is no longer clean"),
-          "used": ("{} has had {} in it", ""), "unshaken": ("{} is to be shaken", ""), "shaken": ("{} is shaken", ""),
-          "recipe": ("{} is made of {} and {}", "")},
+    actions={
+        "grasp": "grasp {cup} with {hand} hand",
+        "leave": "leave {cup} on the table",
+        "fill": "fill {shot} with {ingredient}",
+        "refill": "fill {shot} with {ingredient}",
+        "empty-shot": "empty {shot}",
+        "clean-shot": "clean {shot}",
+        "pour-first": "pour {shot} into {shaker}",
+        "pour-more": "pour {shot} into {shaker}",
+        "empty-shaker": "empty {shaker}",
+        "clean-shaker": "clean {shaker}",
+        "shake": "shake {shaker} to make {drink}",
+        "serve": "serve {shaker} into {shot}",
+    },
+    says={
+        "ontable": ("{} is on the table", ""),
+        "holding": ("your {} hand holds {}", ""),
+        "handempty": ("your {} hand is empty", ""),
+        "empty": ("{} is empty", ""),
+        "contains": ("{} contains {}", "{} no longer contains {}"),
+        "clean": ("{} is clean", "{} is no longer clean"),
+        "used": ("{} has had {} in it", ""),
+        "unshaken": ("{} is to be shaken", ""),
+        "shaken": ("{} is shaken", ""),
+        "recipe": ("{} is made of {} and {}", ""),
+    },
     draw=draw_barman,
-)  # fmt: skip
+)
 
 TYREWORLD = Domain(
     pddl="""(define (domain tyreworld) (:requirements :strips :typing)
@@ -299,18 +330,39 @@ TYREWORLD = Domain(
     about="You are to mend a car. Tools and spare wheels belong in the boot. Nuts are loosened and tightened with the "
     "wrench while their hub is on the ground, and undone and done up, loosely, while it is raised by the jack. A wheel "
     "can be taken off a raised hub whose nut is undone. A flat wheel that is intact is inflated with the pump.",
-    actions={"open": "open {container}", "close": "close {container}", "fetch": "fetch {thing} from {container}",
-             "put-away": "put {thing} into {container}", "loosen": "loosen {nut} on {hub}",
-             "tighten": "tighten {nut} on {hub}", "jack-up": "jack up {hub}", "jack-down": "jack down {hub}",
-             "undo": "undo {nut} on {hub}", "do-up": "do up {nut} on {hub}", "remove": "remove {wheel} from {hub}",
-             "put-on": "put {wheel} on {hub}", "inflate": "inflate {wheel}"},
-    says={"opened": ("{} is open", ""), "closed": ("{} is closed", ""), "in": ("{} is in {}", ""),
-          "have": ("you have {}", ""), "tight": ("{} is tight on {}", ""), "loose": ("{} is loose on {}", ""),
-          "on-ground": ("{} is on the ground", ""), "raised": ("{} is raised", ""),
-          "fastened": ("{} is fastened", ""), "unfastened": ("{} is unfastened", ""),
-          "free": ("{} has no wheel", ""), "on": ("{} is on {}", ""), "flat": ("{} is flat", ""),
-          "inflated": ("{} is inflated", ""), "intact": ("{} is intact", "")},
+    actions={
+        "open": "open {container}",
+        "close": "close {container}",
+        "fetch": "fetch {thing} from {container}",
+        "put-away": "put {thing} into {container}",
+        "loosen": "loosen {nut} on {hub}",
+        "tighten": "tighten {nut} on {hub}",
+        "jack-up": "jack up {hub}",
+        "jack-down": "jack down {hub}",
+        "undo": "undo {nut} on {hub}",
+        "do-up": "do up {nut} on {hub}",
+        "remove": "remove {wheel} from {hub}",
+        "put-on": "put {wheel} on {hub}",
+        "inflate": "inflate {wheel}",
+    },
+    says={
+        "opened": ("{} is open", ""),
+        "closed": ("{} is closed", ""),
+        "in": ("{} is in {}", ""),
+        "have": ("you have {}", ""),
+        "tight": ("{} is tight on {}", ""),
+        "loose": ("{} is loose on {}", ""),
+        "on-ground": ("{} is on the ground", ""),
+        "raised": ("{} is raised", ""),
+        "fastened": ("{} is fastened", ""),
+        "unfastened": ("{} is unfastened", ""),
+        "free": ("{} has no wheel", ""),
+        "on": ("{} is on {}", ""),
+        "flat": ("{} is flat", ""),
+        "inflated": ("{} is inflated", ""),
+        "intact": ("{} is intact", ""),
+    },
     draw=draw_tyreworld,
-)  # fmt: skip
+)
 
 DOMAINS = {"barman": BARMAN, "blocksworld": BLOCKSWORLD, "gripper": GRIPPER, "tyreworld": TYREWORLD}

@@ -59,8 +59,14 @@ def play(world: World, task_id: str) -> None:
     for line in open(sys.stdin.fileno(), encoding="utf-8", errors="replace", closefd=False):  # any bytes are an action
         result = world.step(line.rstrip("\r\n"))
         actions = [] if result.done else world.actions()
-        say(observation=result.observation, reward=result.reward, success=result.success, done=result.done,
-            valid=result.valid, actions=actions)
+        say(
+            observation=result.observation,
+            reward=result.reward,
+            success=result.success,
+            done=result.done,
+            valid=result.valid,
+            actions=actions,
+        )
         if result.done:
             return
 
@@ -70,8 +76,15 @@ def main(args: Args) -> int:
     try:
         if args.list_tasks == bool(args.task):
             raise ValueError("expected either --task ID (play it) or --tasks (list the ids of --split)")
-        world = make_world(args.env, data=args.data, engine=args.engine, grammar=args.grammar, mode=args.mode,
-                           perturb=args.perturb, tell_commands=args.tell_commands)
+        world = make_world(
+            args.env,
+            data=args.data,
+            engine=args.engine,
+            grammar=args.grammar,
+            mode=args.mode,
+            perturb=args.perturb,
+            tell_commands=args.tell_commands,
+        )
         if args.list_tasks:
             print("\n".join(world.tasks(args.split)), flush=True)
         else:

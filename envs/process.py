@@ -56,9 +56,12 @@ class WorldProcess:
             code = f"from envs.process import serve; serve({theirs.fileno()}, {self._folder.name!r})"
             self._process = subprocess.Popen(
                 [sys.executable, "-c", code],
-                env=os.environ | {"PYTHONPATH": path, "TMPDIR": self._folder.name}, pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
+                env=os.environ | {"PYTHONPATH": path, "TMPDIR": self._folder.name},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         self._write(message)
 
     def send(self, method: str, *args) -> None:

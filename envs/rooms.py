@@ -28,28 +28,36 @@ UNSEEN_SCENES = {9, 10, 29, 215, 219, 226, 308, 315, 325, 404, 424, 425}
 # Task type: games in the real training split, the same by room, the two phrases of the task line.
 TASKS = {
     "pick_and_place_simple": (
-        790, {"Kitchen": 79, "LivingRoom": 210, "Bedroom": 237, "Bathroom": 264},
+        790,
+        {"Kitchen": 79, "LivingRoom": 210, "Bedroom": 237, "Bathroom": 264},
         ("put a {obj} in {recep}.", "put some {obj} on {recep}."),
     ),
     "look_at_obj_in_light": (
-        308, {"LivingRoom": 51, "Bedroom": 257},
+        308,
+        {"LivingRoom": 51, "Bedroom": 257},
         ("look at {obj} under the desklamp.", "examine the {obj} with the desklamp."),
     ),
     "pick_clean_then_place_in_recep": (
-        650, {"Kitchen": 501, "Bathroom": 149},
+        650,
+        {"Kitchen": 501, "Bathroom": 149},
         ("put a clean {obj} in {recep}.", "clean some {obj} and put it in {recep}."),
     ),
     "pick_heat_then_place_in_recep": (
-        459, {"Kitchen": 459}, ("put a hot {obj} in {recep}.", "heat some {obj} and put it in {recep}."),
+        459,
+        {"Kitchen": 459},
+        ("put a hot {obj} in {recep}.", "heat some {obj} and put it in {recep}."),
     ),
     "pick_cool_then_place_in_recep": (
-        533, {"Kitchen": 533}, ("put a cool {obj} in {recep}.", "cool some {obj} and put it in {recep}."),
+        533,
+        {"Kitchen": 533},
+        ("put a cool {obj} in {recep}.", "cool some {obj} and put it in {recep}."),
     ),
     "pick_two_obj_and_place": (
-        813, {"Kitchen": 124, "LivingRoom": 216, "Bedroom": 240, "Bathroom": 233},
+        813,
+        {"Kitchen": 124, "LivingRoom": 216, "Bedroom": 240, "Bathroom": 233},
         ("put two {obj} in {recep}.", "find two {obj} and put them in {recep}."),
     ),
-}  # fmt: skip
+}
 
 # Task type with a state change: what the object must be, what it then is, the command, the receptacle that does it.
 CHANGES = {
@@ -258,9 +266,12 @@ def build_catalogue(rooms: list[tuple], holds: dict, abilities: dict, domain: st
         facts += [f"(openable {one.identifier})" for one in receptacles if one.opens]
         facts += [f"(receptacleAtLocation {one.identifier} {one.location})" for one in receptacles]
         scene = Scene(
-            number=number, receptacles=tuple(receptacles), object_types=tuple(present), objects=lines(objects),
+            number=number,
+            receptacles=tuple(receptacles),
+            object_types=tuple(present),
+            objects=lines(objects),
             facts=lines(facts),
-        )  # fmt: skip
+        )
         for task in goals:
             if room in goals[task] and (choices := possible_goals(task, kinds, lying, standing, holds, abilities)):
                 goals[task][room].append((scene, choices))

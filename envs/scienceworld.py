@@ -24,21 +24,37 @@ from envs.base import Observation, Result, check_split, check_task
 
 # Variations of each task in train, dev and test, which follow one another in this order.
 TASKS = {
-    "boil": (14, 7, 9), "change-the-state-of-matter-of": (14, 7, 9), "chemistry-mix": (16, 8, 8),
-    "chemistry-mix-paint-secondary-color": (18, 9, 9), "chemistry-mix-paint-tertiary-color": (18, 9, 9),
-    "find-animal": (150, 75, 75), "find-living-thing": (150, 75, 75), "find-non-living-thing": (150, 75, 75),
-    "find-plant": (150, 75, 75), "freeze": (14, 7, 9), "grow-fruit": (62, 31, 33), "grow-plant": (62, 31, 33),
-    "identify-life-stages-1": (6, 3, 5), "identify-life-stages-2": (4, 2, 4),
-    "inclined-plane-determine-angle": (84, 42, 42), "inclined-plane-friction-named-surfaces": (692, 346, 348),
-    "inclined-plane-friction-unnamed-surfaces": (80, 40, 42), "lifespan-longest-lived": (62, 31, 32),
-    "lifespan-longest-lived-then-shortest-lived": (62, 31, 32), "lifespan-shortest-lived": (62, 31, 32),
+    "boil": (14, 7, 9),
+    "change-the-state-of-matter-of": (14, 7, 9),
+    "chemistry-mix": (16, 8, 8),
+    "chemistry-mix-paint-secondary-color": (18, 9, 9),
+    "chemistry-mix-paint-tertiary-color": (18, 9, 9),
+    "find-animal": (150, 75, 75),
+    "find-living-thing": (150, 75, 75),
+    "find-non-living-thing": (150, 75, 75),
+    "find-plant": (150, 75, 75),
+    "freeze": (14, 7, 9),
+    "grow-fruit": (62, 31, 33),
+    "grow-plant": (62, 31, 33),
+    "identify-life-stages-1": (6, 3, 5),
+    "identify-life-stages-2": (4, 2, 4),
+    "inclined-plane-determine-angle": (84, 42, 42),
+    "inclined-plane-friction-named-surfaces": (692, 346, 348),
+    "inclined-plane-friction-unnamed-surfaces": (80, 40, 42),
+    "lifespan-longest-lived": (62, 31, 32),
+    "lifespan-longest-lived-then-shortest-lived": (62, 31, 32),
+    "lifespan-shortest-lived": (62, 31, 32),
     "measure-melting-point-known-substance": (218, 109, 109),
-    "measure-melting-point-unknown-substance": (150, 75, 75), "melt": (14, 7, 9),
-    "mendelian-genetics-known-plant": (60, 30, 30), "mendelian-genetics-unknown-plant": (240, 120, 120),
-    "power-component": (10, 5, 5), "power-component-renewable-vs-nonrenewable-energy": (10, 5, 5),
-    "test-conductivity": (450, 225, 225), "test-conductivity-of-unknown-substances": (300, 150, 150),
+    "measure-melting-point-unknown-substance": (150, 75, 75),
+    "melt": (14, 7, 9),
+    "mendelian-genetics-known-plant": (60, 30, 30),
+    "mendelian-genetics-unknown-plant": (240, 120, 120),
+    "power-component": (10, 5, 5),
+    "power-component-renewable-vs-nonrenewable-energy": (10, 5, 5),
+    "test-conductivity": (450, 225, 225),
+    "test-conductivity-of-unknown-substances": (300, 150, 150),
     "use-thermometer": (270, 135, 135),
-}  # fmt: skip
+}
 SPLITS = ("scienceworld_train", "scienceworld_dev", "scienceworld_test")
 SIMPLE = "selfWateringFlowerPots,openContainers,openDoors"
 CHECK, RESET = "check valid actions", "reset task"
@@ -47,15 +63,25 @@ UNKNOWN = "No known action matches that input."  # the simulator's
 # the order of Java's, which come from numbers that each thread draws when it starts. So which threads a machine
 # happened to start decided the order of a room's things, and where a bee flew. All hashes alike, the order is that in
 # which things were put there.
-JAVA_OPTIONS = ["-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1",
-                "-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2"]  # fmt: skip
+JAVA_OPTIONS = [
+    "-Xmx512m",
+    "-XX:+UseSerialGC",
+    "-XX:TieredStopAtLevel=1",
+    "-XX:+UnlockExperimentalVMOptions",
+    "-XX:hashCode=2",
+]
 
 
 @lru_cache
 def ids_of(split: str) -> tuple[str, ...]:
     place = SPLITS.index(split)
-    return tuple(sorted(f"{split}/{task}-{sum(counts[:place]) + number:04d}"
-                        for task, counts in TASKS.items() for number in range(counts[place])))  # fmt: skip
+    return tuple(
+        sorted(
+            f"{split}/{task}-{sum(counts[:place]) + number:04d}"
+            for task, counts in TASKS.items()
+            for number in range(counts[place])
+        )
+    )
 
 
 def panel_ids(split: str = "scienceworld_test") -> list[str]:
@@ -82,12 +108,20 @@ class ScienceWorld:
     isolated = True
 
     def __init__(self):
-        missing = [name for name, there in (("scienceworld", importlib.util.find_spec("scienceworld")),
-                                            ("Java", shutil.which("java"))) if not there]  # fmt: skip
+        missing = [
+            name
+            for name, there in (
+                ("scienceworld", importlib.util.find_spec("scienceworld")),
+                ("Java", shutil.which("java")),
+            )
+            if not there
+        ]
         if missing:
-            raise ImportError(f"env 'scienceworld' needs {' and '.join(missing)}: pip install -r "
-                              "requirements-worlds.txt, and a Java runtime of version 8 or later on the PATH (Debian: "
-                              "apt install default-jre-headless)")
+            raise ImportError(
+                f"env 'scienceworld' needs {' and '.join(missing)}: pip install -r "
+                "requirements-worlds.txt, and a Java runtime of version 8 or later on the PATH (Debian: "
+                "apt install default-jre-headless)"
+            )
         self.facts = {"scienceworld": importlib.metadata.version("scienceworld"), "simplifications": SIMPLE}
         self._env: Any = None
         self._task_id, self._progress, self._done, self._actions = "", 0.0, False, []
@@ -122,8 +156,14 @@ class ScienceWorld:
         score = server.getScore()
         self._progress = max(self._progress, score)
         self._done = score < 0 or server.getCompleted()
-        return Result(observation=text, reward=max(0.0, score), progress=self._progress, success=score >= 1.0,
-                      done=self._done, valid=text != UNKNOWN)
+        return Result(
+            observation=text,
+            reward=max(0.0, score),
+            progress=self._progress,
+            success=score >= 1.0,
+            done=self._done,
+            valid=text != UNKNOWN,
+        )
 
     def actions(self) -> list[str]:
         """All actions with objects at hand that the simulator accepts, sorted; hundreds, and a tenth of a second. An

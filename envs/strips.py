@@ -99,8 +99,16 @@ def read_domain(text: str) -> tuple[dict[str, str], list[Operator]]:
             fields = dict(zip(part[2::2], part[3::2], strict=True))
             need, forbid = read_condition(fields.get(":precondition", []))
             add, delete = read_condition(fields[":effect"])
-            operators.append(Operator(name=part[1], parameters=read_typed(fields[":parameters"]), need=need,
-                                      forbid=forbid, add=add, delete=delete))  # fmt: skip
+            operators.append(
+                Operator(
+                    name=part[1],
+                    parameters=read_typed(fields[":parameters"]),
+                    need=need,
+                    forbid=forbid,
+                    add=add,
+                    delete=delete,
+                )
+            )
     return types, operators
 
 
@@ -114,8 +122,14 @@ class Problem:
     `objects`: {object: type}. Raises ValueError for a goal that no actions can bring about even if none undid anything.
     """
 
-    def __init__(self, types: dict[str, str], operators: Iterable[Operator], objects: dict[str, str],
-                 start: Iterable[Fact], goal: Iterable[Fact]):  # fmt: skip
+    def __init__(
+        self,
+        types: dict[str, str],
+        operators: Iterable[Operator],
+        objects: dict[str, str],
+        start: Iterable[Fact],
+        goal: Iterable[Fact],
+    ):
         operators, start, goal = list(operators), set(start), list(goal)
         changing = {fact[0] for operator in operators for fact in (*operator.add, *operator.delete)}
         left = [each for one in operators for each in ground(one, types, objects, start, changing)]
@@ -144,9 +158,11 @@ class Problem:
         return [fact for number, fact in enumerate(self.facts) if state >> number & 1]
 
 
-def ground(operator: Operator, types: dict[str, str], objects: dict[str, str], start: set[Fact],
-           changing: set[str]) -> Iterator[tuple]:  # fmt: skip
+def ground(
+    operator: Operator, types: dict[str, str], objects: dict[str, str], start: set[Fact], changing: set[str]
+) -> Iterator[tuple]:
     """(name, objects, need, forbid, add, delete) for every choice of objects that the facts that never change allow."""
+
     def is_a(kind: str | None, wanted: str) -> bool:
         return kind == wanted or (kind is not None and is_a(types.get(kind), wanted))
 

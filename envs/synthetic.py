@@ -158,10 +158,15 @@ class Draw:
     def commands(self, work: str, repair: str) -> dict[str, str]:
         """A template for each role, placeholders called what the vocabulary calls them."""
         chosen = {role: self.one(templates) for role, templates in self.words.commands.items()}
-        filled = {**chosen, "work": chosen["work"].replace("{verb}", work),
-                  "repair": chosen["repair"].replace("{verb}", repair)}  # fmt: skip
-        return {role: re.sub(r"\{(\w+)\}", lambda name: f"{{{self.words.names[name[1]]}}}", template)
-                for role, template in filled.items()}  # fmt: skip
+        filled = {
+            **chosen,
+            "work": chosen["work"].replace("{verb}", work),
+            "repair": chosen["repair"].replace("{verb}", repair),
+        }
+        return {
+            role: re.sub(r"\{(\w+)\}", lambda name: f"{{{self.words.names[name[1]]}}}", template)
+            for role, template in filled.items()
+        }
 
     def places(self) -> tuple[list[str], list[str]]:
         """(all places in a drawn order, those that are containers)"""
@@ -215,13 +220,25 @@ class Draw:
         kinds_of = {**things, **{name: name for name in lies if name not in things}}
         hands = 2 if work_tool or lock or self.chance(0.3) else 1
         drawn = {
-            "setting": self.theme.setting, "places": tuple(places), "boxes": frozenset(boxes), "lock": lock,
-            "lies": lies, "kinds": kinds_of, "fixtures": frozenset(fixtures), "station": station, "work": work,
-            "work_tool": work_tool, "repair": repair, "repair_tool": repair_tool,
-            "raw": worked and self.chance(0.5), "order": order, "hands": hands, "goals": tuple(goals),
+            "setting": self.theme.setting,
+            "places": tuple(places),
+            "boxes": frozenset(boxes),
+            "lock": lock,
+            "lies": lies,
+            "kinds": kinds_of,
+            "fixtures": frozenset(fixtures),
+            "station": station,
+            "work": work,
+            "work_tool": work_tool,
+            "repair": repair,
+            "repair_tool": repair_tool,
+            "raw": worked and self.chance(0.5),
+            "order": order,
+            "hands": hands,
+            "goals": tuple(goals),
             "commands": self.commands(work[0], repair[0]),
             "says": {event: self.one(wordings) for event, wordings in words.says.items()},
-        }  # fmt: skip
+        }
         for role, there in (("work", station), ("repair", repair_tool)):
             if not there:
                 del drawn["commands"][role]
@@ -422,8 +439,10 @@ class Synthetic:
         split, _, number = task_id.partition("/")
         good = split in SPLITS and re.fullmatch(r"[0-9]{5}|[1-9][0-9]{5,8}", number)
         if not good or (split != "syn_train" and int(number) >= SPLITS[split]):
-            raise ValueError(f"unknown task {task_id!r}: expected one of {', '.join(SPLITS)}, a slash and a number "
-                             "of the split with five digits")  # fmt: skip
+            raise ValueError(
+                f"unknown task {task_id!r}: expected one of {', '.join(SPLITS)}, a slash and a number "
+                "of the split with five digits"
+            )
         spec = spec_of(task_id)
         self._task_id, self._state = task_id, State("", spec.lies)
         self._progress, self._done = 0.0, False
@@ -442,8 +461,14 @@ class Synthetic:
         self._progress = max(self._progress, met / total)
         self._done = met == total
         observation = spec.say(event, **values, things=self._things(event), view=self._view(rules))
-        return Result(observation=observation, reward=float(self._done), progress=self._progress, success=self._done,
-                      done=self._done, valid=valid)  # fmt: skip
+        return Result(
+            observation=observation,
+            reward=float(self._done),
+            progress=self._progress,
+            success=self._done,
+            done=self._done,
+            valid=valid,
+        )
 
     def actions(self) -> list[str]:
         """Every command that is accepted now, sorted."""

@@ -58,65 +58,139 @@ def pairs(text: str) -> tuple[tuple[str, str], ...]:
 
 TRAIN = Words(
     themes=(
-        theme("farm", "well, barn, field, gate, stable, porch", "shed, coop, trough, cart", "egg, rope, hat, pumpkin, "
-              "sack, saddle, carrot, boot", "pump, fence, tractor", "rake, spade, pitchfork"),
-        theme("ship", "deck, bridge, mast, bow, galley, rail", "hold, cabin, barrel, chest", "map, sail, flag, coin, "
-              "biscuit, lamp, parrot, compass", "anchor, engine, wheel", "hook, wrench, telescope"),
-        theme("workshop", "bench, forge, rack, counter, doorway, lathe", "crate, tool box, bin, locker", "nail, plank, "
-              "hinge, cog, bolt, spring, handle, chair", "press, saw, grinder", "hammer, pliers, drill"),
-        theme("office", "desk, lobby, printer, window, hallway, reception", "closet, file box, mail bag, safe",
-              "letter, stapler, folder, badge, pen, report, phone, ticket", "copier, clock, projector",
-              "screwdriver, cable, marker"),
-        theme("castle", "throne, tower, hall, courtyard, wall, fountain", "dungeon, coffer, cellar, wardrobe",
-              "crown, sword, shield, scroll, ring, goblet, banner, robe", "drawbridge, catapult, bell",
-              "lever, chain, crank"),
-        theme("garden", "pond, path, hedge, lawn, terrace, oak tree", "greenhouse, basket, urn, hut", "rose, apple, "
-              "seed, pot, leaf, glove, stone, bird house", "sprinkler, sundial, swing", "shears, hose, trowel"),
-        theme("bakery", "oven, display, table, till, kitchen, corner", "pantry, jar, tin, freezer", "bun, cake, pie, "
-              "cookie, loaf, tray, apron, pretzel", "mixer, scale, toaster", "whisk, spoon, brush"),
-        theme("camp", "fire, tent, river, trail, meadow, log", "backpack, cooler, cave, trunk", "blanket, mug, torch, "
-              "fish, kettle, stick, whistle, sandwich", "radio, stove, raft", "axe, shovel, net"),
-        theme("laboratory", "microscope, sink, table, board, fume hood, door", "cabinet, vault, cupboard, case",
-              "flask, sample, crystal, magnet, beaker, battery, lens, notebook", "laser, robot, scanner",
-              "probe, tweezers, sensor"),
-        theme("museum", "gallery, arch, staircase, podium, entrance, balcony", "glass case, archive, vitrine, attic",
-              "vase, mask, statue, painting, fossil, coin, helmet, book", "alarm, elevator, piano",
-              "ladder, duster, cloth"),
+        theme(
+            "farm",
+            "well, barn, field, gate, stable, porch",
+            "shed, coop, trough, cart",
+            "egg, rope, hat, pumpkin, sack, saddle, carrot, boot",
+            "pump, fence, tractor",
+            "rake, spade, pitchfork",
+        ),
+        theme(
+            "ship",
+            "deck, bridge, mast, bow, galley, rail",
+            "hold, cabin, barrel, chest",
+            "map, sail, flag, coin, biscuit, lamp, parrot, compass",
+            "anchor, engine, wheel",
+            "hook, wrench, telescope",
+        ),
+        theme(
+            "workshop",
+            "bench, forge, rack, counter, doorway, lathe",
+            "crate, tool box, bin, locker",
+            "nail, plank, hinge, cog, bolt, spring, handle, chair",
+            "press, saw, grinder",
+            "hammer, pliers, drill",
+        ),
+        theme(
+            "office",
+            "desk, lobby, printer, window, hallway, reception",
+            "closet, file box, mail bag, safe",
+            "letter, stapler, folder, badge, pen, report, phone, ticket",
+            "copier, clock, projector",
+            "screwdriver, cable, marker",
+        ),
+        theme(
+            "castle",
+            "throne, tower, hall, courtyard, wall, fountain",
+            "dungeon, coffer, cellar, wardrobe",
+            "crown, sword, shield, scroll, ring, goblet, banner, robe",
+            "drawbridge, catapult, bell",
+            "lever, chain, crank",
+        ),
+        theme(
+            "garden",
+            "pond, path, hedge, lawn, terrace, oak tree",
+            "greenhouse, basket, urn, hut",
+            "rose, apple, seed, pot, leaf, glove, stone, bird house",
+            "sprinkler, sundial, swing",
+            "shears, hose, trowel",
+        ),
+        theme(
+            "bakery",
+            "oven, display, table, till, kitchen, corner",
+            "pantry, jar, tin, freezer",
+            "bun, cake, pie, cookie, loaf, tray, apron, pretzel",
+            "mixer, scale, toaster",
+            "whisk, spoon, brush",
+        ),
+        theme(
+            "camp",
+            "fire, tent, river, trail, meadow, log",
+            "backpack, cooler, cave, trunk",
+            "blanket, mug, torch, fish, kettle, stick, whistle, sandwich",
+            "radio, stove, raft",
+            "axe, shovel, net",
+        ),
+        theme(
+            "laboratory",
+            "microscope, sink, table, board, fume hood, door",
+            "cabinet, vault, cupboard, case",
+            "flask, sample, crystal, magnet, beaker, battery, lens, notebook",
+            "laser, robot, scanner",
+            "probe, tweezers, sensor",
+        ),
+        theme(
+            "museum",
+            "gallery, arch, staircase, podium, entrance, balcony",
+            "glass case, archive, vitrine, attic",
+            "vase, mask, statue, painting, fossil, coin, helmet, book",
+            "alarm, elevator, piano",
+            "ladder, duster, cloth",
+        ),
     ),
     adjectives=split("red, blue, green, white, black, old, small, heavy, broken, wooden"),
     keys=split("key, iron key, pass card, gold key, code card"),
     names={"place": "place", "object": "object", "tool": "tool"},
     commands={
-        "go": split("go to {place}, walk to {place}, head to {place}, visit {place}, run to {place}, enter {place}, "
-                    "approach {place}, move to {place}, travel to {place}"),
-        "take": split("take {object} from {place}, grab {object} from {place}, pick up {object}, get {object}, "
-                      "from {place} take {object}, collect {object} at {place}, fetch {object} from {place}, "
-                      "lift {object}"),
-        "put": split("put {object} in {place}, drop {object} at {place}, leave {object} at {place}, drop {object}, "
-                     "store {object} in {place}, at {place} put {object}, release {object}, "
-                     "deliver {object} to {place}"),
+        "go": split(
+            "go to {place}, walk to {place}, head to {place}, visit {place}, run to {place}, enter {place}, "
+            "approach {place}, move to {place}, travel to {place}"
+        ),
+        "take": split(
+            "take {object} from {place}, grab {object} from {place}, pick up {object}, get {object}, "
+            "from {place} take {object}, collect {object} at {place}, fetch {object} from {place}, "
+            "lift {object}"
+        ),
+        "put": split(
+            "put {object} in {place}, drop {object} at {place}, leave {object} at {place}, drop {object}, "
+            "store {object} in {place}, at {place} put {object}, release {object}, "
+            "deliver {object} to {place}"
+        ),
         "open": split("open {place}, unlatch {place}, pull open {place}, uncover {place}"),
-        "work": split("{verb} {object}, {verb} {object} at {place}, {verb} {object} with {place}, "
-                      "{verb} {object} using {place}, use {place} to {verb} {object}, at {place} {verb} {object}"),
-        "repair": split("{verb} {object} with {tool}, {verb} {object} using {tool}, use {tool} on {object}, "
-                        "use {tool} to {verb} {object}, with {tool} {verb} {object}"),
+        "work": split(
+            "{verb} {object}, {verb} {object} at {place}, {verb} {object} with {place}, "
+            "{verb} {object} using {place}, use {place} to {verb} {object}, at {place} {verb} {object}"
+        ),
+        "repair": split(
+            "{verb} {object} with {tool}, {verb} {object} using {tool}, use {tool} on {object}, "
+            "use {tool} to {verb} {object}, with {tool} {verb} {object}"
+        ),
         "look": split("look, look around, check place, observe"),
         "inventory": split("inventory, check hands, list things, check bag"),
     },
-    work=pairs("wash/washed, paint/painted, dry/dried, weigh/weighed, stamp/stamped, polish/polished, label/labelled, "
-               "scan/scanned, sharpen/sharpened, wrap/wrapped, measure/measured, dye/dyed, soak/soaked"),
-    repair=pairs("repair/repaired, oil/oiled, fix/fixed, start/started, tune/tuned, dust/dusted, adjust/adjusted, "
-                 "reset/reset"),
+    work=pairs(
+        "wash/washed, paint/painted, dry/dried, weigh/weighed, stamp/stamped, polish/polished, label/labelled, "
+        "scan/scanned, sharpen/sharpened, wrap/wrapped, measure/measured, dye/dyed, soak/soaked"
+    ),
+    repair=pairs(
+        "repair/repaired, oil/oiled, fix/fixed, start/started, tune/tuned, dust/dusted, adjust/adjusted, reset/reset"
+    ),
     says={
         "setting": ("You are in {setting}.", "You are in the middle of {setting}.", "This is {setting}."),
         "around": ("Around you are {things}.", "You see {things}.", "Places: {things}."),
-        "station": ("Things are {done} at the {station}.", "You can {verb} what you have at the {station}.",
-                    "Use the {station} to {verb} things."),
+        "station": (
+            "Things are {done} at the {station}.",
+            "You can {verb} what you have at the {station}.",
+            "Use the {station} to {verb} things.",
+        ),
         "tool": ("You need the {tool} for it.", "It works only with the {tool} in your hand."),
         "repair": ("The {object} can be {done} with the {tool}.", "To {verb} the {object}, have the {tool}."),
         "lock": ("The {place} is locked and opens with the {tool}.", "You need the {tool} to open the {place}."),
-        "first": ("The {other} must be in the {place} before the {object}.",
-                  "In the {place}, the {other} comes before the {object}."),
+        "first": (
+            "The {other} must be in the {place} before the {object}.",
+            "In the {place}, the {other} comes before the {object}.",
+        ),
         "raw": ("The {place} takes the {object} only when it is {done}.",),
         "carry_one": ("You can carry one thing.", "You have only one free hand."),
         "carry_two": ("You can carry two things.", "You have two free hands."),
@@ -124,8 +198,12 @@ TRAIN = Words(
         "bring": ("bring {object} to the {place}", "put {object} in the {place}", "deliver {object} to the {place}"),
         "work_bring": ("{verb} {object} and bring it to the {place}", "bring {object} to the {place}, {done}"),
         "do_repair": ("{verb} the {object}",),
-        "arrive": ("You arrive at the {place}. {view}", "You are at the {place} now. {view}",
-                   "You reach the {place}. {view}", "This is the {place}. {view}"),
+        "arrive": (
+            "You arrive at the {place}. {view}",
+            "You are at the {place} now. {view}",
+            "You reach the {place}. {view}",
+            "This is the {place}. {view}",
+        ),
         "middle": ("You are in the middle of the {setting}.", "You are at no place yet."),
         "some": ("You see {things}.", "You find {things}.", "Here is {things}."),
         "none": ("You see nothing.", "It is empty.", "There is nothing here."),
@@ -137,8 +215,11 @@ TRAIN = Words(
         "carry": ("You carry {things}.", "In your hands: {things}."),
         "carry_none": ("You carry nothing.", "Your hands are empty."),
         "unknown": ("That is not a command.", "Error: unknown command.", "Nothing happens. This is no command."),
-        "no_such": ("There is no {name} for that.", "Error: {name} does not exist for that.",
-                    "You know no {name} for that."),
+        "no_such": (
+            "There is no {name} for that.",
+            "Error: {name} does not exist for that.",
+            "You know no {name} for that.",
+        ),
         "not_there": ("You are not at the {place}.", "The {place} is too far away."),
         "not_here": ("The {object} is not here.", "You do not see the {object} here."),
         "shut": ("The {place} is still closed.", "You must open the {place} before that."),
@@ -158,24 +239,47 @@ TRAIN = Words(
 
 HELD = Words(
     themes=(
-        theme("reef", "lagoon, coral, dune, jetty, wreck, sandbar", "oyster, grotto, amphora, clam", "pearl, starfish, "
-              "trident, sponge, urchin, seahorse, ingot, flute", "buoy, windlass, lighthouse", "harpoon, oar, snorkel"),
-        theme("monastery", "cloister, altar, chapel, orchard, refectory, spire", "reliquary, crypt, hamper, alcove",
-              "candle, psalter, rosary, chalice, quill, icon, incense, lantern", "organ, loom, hourglass",
-              "bellows, tongs, chisel"),
-        theme("mine", "shaft, tunnel, quarry, derrick, ledge, seam", "wagon, silo, satchel, hopper", "nugget, pickaxe, "
-              "fuse, opal, canteen, detonator, geode, candlestick", "conveyor, winch, turbine", "crowbar, jack, auger"),
-        theme("orbiter", "airlock, cockpit, hangar, antenna, ramp, dome", "capsule, canister, pod, duffel",
-              "visor, chip, beacon, tether, module, gauntlet, relay, tablet", "reactor, thruster, gyroscope",
-              "spanner, welder, clamp"),
+        theme(
+            "reef",
+            "lagoon, coral, dune, jetty, wreck, sandbar",
+            "oyster, grotto, amphora, clam",
+            "pearl, starfish, trident, sponge, urchin, seahorse, ingot, flute",
+            "buoy, windlass, lighthouse",
+            "harpoon, oar, snorkel",
+        ),
+        theme(
+            "monastery",
+            "cloister, altar, chapel, orchard, refectory, spire",
+            "reliquary, crypt, hamper, alcove",
+            "candle, psalter, rosary, chalice, quill, icon, incense, lantern",
+            "organ, loom, hourglass",
+            "bellows, tongs, chisel",
+        ),
+        theme(
+            "mine",
+            "shaft, tunnel, quarry, derrick, ledge, seam",
+            "wagon, silo, satchel, hopper",
+            "nugget, pickaxe, fuse, opal, canteen, detonator, geode, candlestick",
+            "conveyor, winch, turbine",
+            "crowbar, jack, auger",
+        ),
+        theme(
+            "orbiter",
+            "airlock, cockpit, hangar, antenna, ramp, dome",
+            "capsule, canister, pod, duffel",
+            "visor, chip, beacon, tether, module, gauntlet, relay, tablet",
+            "reactor, thruster, gyroscope",
+            "spanner, welder, clamp",
+        ),
     ),
     adjectives=split("amber, violet, crimson, pale, tiny, rusty, striped, hollow"),
     keys=split("sigil, bronze token, rune, cipher disc"),
     names={"place": "spot", "object": "item", "tool": "aid"},
     commands={
         "go": split("proceed to {place}, advance to {place}, hike to {place}, seek {place}, stride to {place}"),
-        "take": split("seize {object} from {place}, snatch {object}, acquire {object} at {place}, "
-                      "out of {place} haul {object}"),
+        "take": split(
+            "seize {object} from {place}, snatch {object}, acquire {object} at {place}, out of {place} haul {object}"
+        ),
         "put": split("deposit {object} at {place}, lay {object} on {place}, set {object}, on {place} rest {object}"),
         "open": split("unseal {place}, pry {place}, unfasten {place}"),
         "work": split("{verb} {object}, {verb} {object} by {place}, employ {place} to {verb} {object}"),
@@ -183,8 +287,10 @@ HELD = Words(
         "look": split("survey, peer, inspect surroundings"),
         "inventory": split("belongings, tally gear, recall gear"),
     },
-    work=pairs("bless/blessed, rinse/rinsed, engrave/engraved, anoint/anointed, gild/gilded, purify/purified, "
-               "varnish/varnished"),
+    work=pairs(
+        "bless/blessed, rinse/rinsed, engrave/engraved, anoint/anointed, gild/gilded, purify/purified, "
+        "varnish/varnished"
+    ),
     repair=pairs("calibrate/calibrated, restore/restored, ignite/ignited, align/aligned"),
     says={
         "setting": ("Behold {setting}.", "Welcome, wanderer, to {setting}."),

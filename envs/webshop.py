@@ -58,8 +58,14 @@ class WebShop:
 
     isolated = False
 
-    def __init__(self, data: str | None = None, mode: str = "text", nouns: str = "auto", prices: str | None = None,
-                 page: int = PAGE):  # fmt: skip
+    def __init__(
+        self,
+        data: str | None = None,
+        mode: str = "text",
+        nouns: str = "auto",
+        prices: str | None = None,
+        page: int = PAGE,
+    ):
         if mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}: expected one of {MODES}")
         self.mode, self.page, self._nouns = mode, page, nouns

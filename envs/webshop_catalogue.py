@@ -175,10 +175,18 @@ def make_product(raw: RawProduct, attributes: list[str]) -> Product:
                 options[name.lower()] = [one.value.strip().replace("/", " | ").lower() for one in contents]
     tag, prices = parse_pricing(raw.pricing)
     return Product(
-        asin=raw.asin, name=raw.name, description=raw.full_description, bullets=bullets, price_tag=tag,
-        price=draw_price(raw.asin, prices), options=options, attributes=attributes, category=raw.category,
-        query=raw.query.lower().strip(), product_category=raw.product_category,
-    )  # fmt: skip
+        asin=raw.asin,
+        name=raw.name,
+        description=raw.full_description,
+        bullets=bullets,
+        price_tag=tag,
+        price=draw_price(raw.asin, prices),
+        options=options,
+        attributes=attributes,
+        category=raw.category,
+        query=raw.query.lower().strip(),
+        product_category=raw.product_category,
+    )
 
 
 def parse_pricing(pricing: str | None) -> tuple[str, Sequence[float]]:
@@ -266,9 +274,12 @@ def _write(files: Files, folder: Path) -> None:
     np.save(folder / "goal_ends.npy", np.cumsum([len(line) for line in lines], dtype=np.int64))
     (folder / "goal_ids.txt").write_text("".join(f"{task_id}\n" for task_id in goals))
     facts = {
-        "data": str(files.folder), "products": len(asins), "products_sha256": digest.hexdigest(), "goals": len(goals),
+        "data": str(files.folder),
+        "products": len(asins),
+        "products_sha256": digest.hexdigest(),
+        "goals": len(goals),
         "goals_sha256": hashlib.sha256(b"".join(lines)).hexdigest(),
-    }  # fmt: skip
+    }
     (folder / "catalogue.json").write_text(json.dumps(facts))
 
 

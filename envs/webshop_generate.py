@@ -68,7 +68,7 @@ ATTRIBUTES = {
         "natural ingredients, high protein, dietary fiber, resealable bag, sea salt, real fruit, whole grain",
         "baby shower, birthday party, perfect gift, school lunch, long hikes, movie night",
     ),
-}  # fmt: skip
+}
 
 # Query | department | its path below the department's | the thing in a name | options | price from, to
 KINDS = """
@@ -124,16 +124,19 @@ chocolates | grocery | Candy | Chocolate | flavor size:pack | 5 45
 seasonings | grocery | Herbs & Spices | Seasoning Blend | flavor size:ounce | 4 24
 """
 DEPARTMENTS = {
-    "beauty": "Beauty & Personal Care", "electronics": "Electronics", "garden": "Home & Kitchen",
-    "fashion": "Clothing, Shoes & Jewelry", "grocery": "Grocery & Gourmet Food",
-}  # fmt: skip
+    "beauty": "Beauty & Personal Care",
+    "electronics": "Electronics",
+    "garden": "Home & Kitchen",
+    "fashion": "Clothing, Shoes & Jewelry",
+    "grocery": "Grocery & Gourmet Food",
+}
 VALUES = {  # none has a colour's name within a word: the reward would take "stand" for "tan"
     "color": "black, white, navy, grey, red, pink, dark green, light blue, beige, brown, purple, yellow, orange, "
-             "burgundy, khaki, silver, gold, teal, ivory, coral, black/white, navy/red, a1-pink, z2-black, heather "
-             "grey",
+    "burgundy, khaki, silver, gold, teal, ivory, coral, black/white, navy/red, a1-pink, z2-black, heather "
+    "grey",
     "scent": "lavender, rose water, unscented, citrus, vanilla, ocean breeze, jasmine, cedar",
     "flavor": "vanilla, dark chocolate, peanut butter, honey, lemon, mixed berry, salted caramel, cinnamon, original, "
-              "mango, garlic, smoky paprika",
+    "mango, garlic, smoky paprika",
     "style": "single, with remote, with clip, with carry bag",
     "size:volume": "1 ounce, 1.7 fl oz, 3.4 fl oz, 8 ounce, 16 ounce, 120ml",
     "size:ounce": "4 ounce (pack of 1), 8 ounce (pack of 1), 8 ounce (pack of 3), 12 ounce (pack of 6), 2 pound",
@@ -143,23 +146,27 @@ VALUES = {  # none has a colour's name within a word: the reward would take "sta
     "size:phone": "phone 11, phone 12, phone 12 pro max, phone 13, phone 13 mini",
     "size:storage": "32gb, 64gb, 128gb, 256gb, 512gb",
     "size:watch": "38mm, 40mm, 42mm, 44mm",
-    "size:table": "36 inch, 42 inch, 48 inch, 47\" x 24\"",
-    "size:pillow": "16\" x 16\", 18\" x 18\", 20\" x 20\", 28\" x 28\"",
+    "size:table": '36 inch, 42 inch, 48 inch, 47" x 24"',
+    "size:pillow": '16" x 16", 18" x 18", 20" x 20", 28" x 28"',
     "size:bed": "throw, twin, full, queen, king",
     "size:rug": "2 x 3 ft, 3 x 5 ft, 4 x 6 ft, 5 x 8 ft, 8 x 10 ft, 2 x 8 ft runner",
-    "size:curtain": "42\"w x 63\"l, 52\"w x 84\"l, 52\"w x 96\"l",
+    "size:curtain": '42"w x 63"l, 52"w x 84"l, 52"w x 96"l',
     "size:shelf": "3 tier, 4 tier, 5 tier, 6 tier",
     "size:wear": "x-small, small, medium, large, x-large, xx-large, 3x-large",
     "size:waist": "30w x 30l, 32w x 30l, 32w x 32l, 34w x 32l, 36w x 34l",
     "size:shoe": "6, 7, 7.5, 8, 8.5, 9, 10, 11, 12 wide",
-}  # fmt: skip
+}
 SYLLABLES = "al ba bel cor da den el fa gro ha il jor ka lin lo mar mi nor o pa quin ra sol ta ul ve wil yo zan".split()
 FILLERS = (
-    "Made to last, and checked by hand before it leaves our workshop.", "A thoughtful present for family and friends.",
-    "If anything is not as expected, write to us and we will make it right.", "Looks good wherever it is put to use.",
-    "Our customers come back for it year after year.", "Colours may differ a little from what your screen shows.",
-    "Designed by a small team that uses it every day.", "Comes in a plain box that can be recycled.",
-)  # fmt: skip
+    "Made to last, and checked by hand before it leaves our workshop.",
+    "A thoughtful present for family and friends.",
+    "If anything is not as expected, write to us and we will make it right.",
+    "Looks good wherever it is put to use.",
+    "Our customers come back for it year after year.",
+    "Colours may differ a little from what your screen shows.",
+    "Designed by a small team that uses it every day.",
+    "Comes in a plain box that can be recycled.",
+)
 
 
 class Kind(NamedTuple):
@@ -182,8 +189,10 @@ class Listing(NamedTuple):
 
 def kinds() -> list[Kind]:
     rows = [[cell.strip() for cell in line.split("|")] for line in KINDS.strip().splitlines()]
-    return [Kind(query, department, path, thing, tuple(options.split()), *map(float, prices.split()))
-            for query, department, path, thing, options, prices in rows]  # fmt: skip
+    return [
+        Kind(query, department, path, thing, tuple(options.split()), *map(float, prices.split()))
+        for query, department, path, thing, options, prices in rows
+    ]
 
 
 ALL_KINDS = kinds()
@@ -213,16 +222,26 @@ def generate_listing(seed: int, number: int) -> Listing:
     pricing = None if chance < 0.02 else f"${price}${round(price * 1.4, 2)}" if chance < 0.1 else f"${price}"
     fillers = draw(rng, FILLERS, 3)
     record = {
-        "name": name, "images": [], "average_rating": "",
+        "name": name,
+        "images": [],
+        "average_rating": "",
         "full_description": f"{brand} makes {kind.query} that are {' and '.join(before[:2])}. {fillers[0]}",
-        "asin": asin, "category": kind.department, "query": kind.query, "page": 1,
+        "asin": asin,
+        "category": kind.department,
+        "query": kind.query,
+        "page": 1,
         "product_category": f"{DEPARTMENTS[kind.department]} › {kind.path} › {capwords(kind.query)}",
         "pricing": pricing,
-        "small_description": [f"{kind.thing}: {', '.join(before)}", f"With {' and '.join(having)}",
-                              f"Good for {' and '.join(use)}", *fillers[1:]],
-        "customization_options": {option: [{"value": value, "is_selected": False} for value in values]
-                                  for option, values in options.items()},
-    }  # fmt: skip
+        "small_description": [
+            f"{kind.thing}: {', '.join(before)}",
+            f"With {' and '.join(having)}",
+            f"Good for {' and '.join(use)}",
+            *fillers[1:],
+        ],
+        "customization_options": {
+            option: [{"value": value, "is_selected": False} for value in values] for option, values in options.items()
+        },
+    }
     attributes = {"attributes": [*before, *having, *use]}
     written = []
     if rng.random() < 0.6:
@@ -242,8 +261,14 @@ def instruction(query: str, before: list[str], having: list[str], use: list[str]
     return words + (f" for {', '.join(use)}" if use else "")
 
 
-def write_instruction(rng: np.random.Generator, asin: str, kind: Kind, asked: list[list[str]],
-                      options: dict[str, list[str]], attributes: list[str]) -> dict:  # fmt: skip
+def write_instruction(
+    rng: np.random.Generator,
+    asin: str,
+    kind: Kind,
+    asked: list[list[str]],
+    options: dict[str, list[str]],
+    attributes: list[str],
+) -> dict:
     """An instruction as a customer would write it, in the format of the written ones."""
     before, having, use = asked
     chosen = {option: values[rng.integers(len(values))] for option, values in options.items()}
@@ -252,10 +277,14 @@ def write_instruction(rng: np.random.Generator, asin: str, kind: Kind, asked: li
     words += f" for {use[0]}" if use else ""
     words += "".join(f", in {option} {value.lower()}" for option, value in chosen.items())
     values = [value.replace("/", " | ").lower() for value in chosen.values()]
-    return {"asin": asin, "instruction": f"{words}.", "attributes": attributes,
-            "instruction_attributes": sum(asked, []),
-            "options": [f"{option}: {value}" for option, value in zip(chosen, values, strict=True)],
-            "instruction_options": values}  # fmt: skip
+    return {
+        "asin": asin,
+        "instruction": f"{words}.",
+        "attributes": attributes,
+        "instruction_attributes": sum(asked, []),
+        "options": [f"{option}: {value}" for option, value in zip(chosen, values, strict=True)],
+        "instruction_options": values,
+    }
 
 
 def generate_listings(seed: int, count: int, start: int = 0) -> Iterator[Listing]:

@@ -122,9 +122,16 @@ def synthetic_goals(product: Product, instruction: str, attributes: list[str]) -
 
 def _goal(product: Product, text: str, attributes: list[str], limit: float, options: dict | list) -> Goal:
     return Goal(
-        asin=product.asin, instruction_text=text, attributes=attributes, price_upper=limit, goal_options=options,
-        category=product.category, query=product.query, name=product.name, product_category=product.product_category,
-    )  # fmt: skip
+        asin=product.asin,
+        instruction_text=text,
+        attributes=attributes,
+        price_upper=limit,
+        goal_options=options,
+        category=product.category,
+        query=product.query,
+        name=product.name,
+        product_category=product.product_category,
+    )
 
 
 def are_official(goals: int, instructions: int, missing: int) -> bool:

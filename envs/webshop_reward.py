@@ -89,9 +89,15 @@ def score_purchase(product: Product, goal: Goal, price: float, options: dict[str
     cheap = price <= goal.price_upper
     total = (attributes + matched + cheap) / (len(goal.attributes) + len(goal.goal_options) + 1)
     return Score(
-        reward=total * r_type, r_type=r_type, title_score=title_score, query_match=query_match,
-        category_match=category_match, attributes=attributes, options=matched, price=cheap,
-    )  # fmt: skip
+        reward=total * r_type,
+        r_type=r_type,
+        title_score=title_score,
+        query_match=query_match,
+        category_match=category_match,
+        attributes=attributes,
+        options=matched,
+        price=cheap,
+    )
 
 
 def _crumbs(category: str) -> set[str]:

@@ -186,8 +186,9 @@ class Perturbed:
 
     def step(self, action: str) -> Result:
         result = self._world.step(self._wording.original(action))
-        return replace(result, observation=self._wording.told(
-            result.observation, self._world.actions if not result.done else list))  # fmt: skip
+        return replace(
+            result, observation=self._wording.told(result.observation, self._world.actions if not result.done else list)
+        )
 
     def actions(self) -> list[str]:
         return sorted(map(self._reworded, self._world.actions()))
@@ -196,8 +197,10 @@ class Perturbed:
         end = "x]" * action.endswith("[")  # completes an open action
         perturbed = self._wording.perturbed(action + end)
         if perturbed is None or self._wording.original(perturbed) != action + end or not perturbed.endswith(end):
-            raise ValueError(f"{self._name} cannot be undone in this world: its action {action + end!r} becomes "
-                             f"{perturbed!r}; choose another perturbation")  # fmt: skip
+            raise ValueError(
+                f"{self._name} cannot be undone in this world: its action {action + end!r} becomes "
+                f"{perturbed!r}; choose another perturbation"
+            )
         return perturbed.removesuffix(end)
 
     def commands(self) -> list[str]:
@@ -211,5 +214,7 @@ class Perturbed:
             self.reset(task_id)
             if self.actions() != self._world.actions() or self.commands() != self._world.commands():
                 return
-        raise ValueError(f"{self._name} changes no command of this world: {', '.join(self._world.commands())}; "
-                         "choose another perturbation")  # fmt: skip
+        raise ValueError(
+            f"{self._name} changes no command of this world: {', '.join(self._world.commands())}; "
+            "choose another perturbation"
+        )

@@ -34,18 +34,25 @@ def best_implementation(platform: str, dtype: jnp.dtype) -> Implementation:
 
 
 def attention(
-    q_BLHC: jax.Array, k_BLKC: jax.Array, v_BLKC: jax.Array, segments_BL: jax.Array, window: int | None,
+    q_BLHC: jax.Array,
+    k_BLKC: jax.Array,
+    v_BLKC: jax.Array,
+    segments_BL: jax.Array,
+    window: int | None,
     implementation: Implementation,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
     """Causal attention inside segments, H/K query heads on each key head, softmax in float32. Returns [B, L, H * C]."""
     if implementation == "blocks":
         return attend_in_blocks(q_BLHC, k_BLKC, v_BLKC, segments_BL, window)
     if implementation == "splash":
         return attend_splash(q_BLHC, k_BLKC, v_BLKC, segments_BL, window)
     out_BLHC = jax.nn.dot_product_attention(
-        q_BLHC, k_BLKC, v_BLKC, mask=visible(segments_BL, segments_BL, 0, window)[:, None],
+        q_BLHC,
+        k_BLKC,
+        v_BLKC,
+        mask=visible(segments_BL, segments_BL, 0, window)[:, None],
         implementation=implementation,
-    )  # fmt: skip
+    )
     return out_BLHC.reshape(*out_BLHC.shape[:2], -1)
 
 

@@ -56,8 +56,17 @@ def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (V, D)
-    of_layer = {"q": (queries, D), "k": (keys, D), "v": (keys, D), "o": (D, queries), "gate": (F, D), "up": (F, D),
-                "down": (D, F), "attention_norm": (D,), "mlp_norm": (D,)}  # fmt: skip
+    of_layer = {
+        "q": (queries, D),
+        "k": (keys, D),
+        "v": (keys, D),
+        "o": (D, queries),
+        "gate": (F, D),
+        "up": (F, D),
+        "down": (D, F),
+        "attention_norm": (D,),
+        "mlp_norm": (D,),
+    }
     for layer in range(config.num_hidden_layers):
         shapes |= {layer_tensor(layer, ours): shape for ours, shape in of_layer.items()}
     return shapes
@@ -219,8 +228,11 @@ def bitsandbytes_tensors(name: str, stored: Stored, shape: tuple[int, ...], dtyp
     count = stored.packed.size * 2 // nf4.BLOCK
     tensors[f"{name}.absmax"] = stored.absmax.reshape(-1)[:count]
     if stored.nested is not None:
-        state |= {"nested_blocksize": nf4.NESTED_BLOCK, "nested_dtype": "float32",
-                  "nested_offset": float(stored.offset)}  # fmt: skip
+        state |= {
+            "nested_blocksize": nf4.NESTED_BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": float(stored.offset),
+        }
         tensors |= {f"{name}.nested_absmax": stored.nested, f"{name}.nested_quant_map": nf4.NESTED_VALUES}
     tensors[f"{name}.{STATE}"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
     return tensors

@@ -62,9 +62,14 @@ DTYPES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}
 
 
 def load_model(
-    model_dir: str | Path, *, weights: Weights = "nf4", lora: LoRAConfig | None = None, seed: int = 0, dtype=None,
+    model_dir: str | Path,
+    *,
+    weights: Weights = "nf4",
+    lora: LoRAConfig | None = None,
+    seed: int = 0,
+    dtype=None,
     mesh: Mesh | None = None,
-) -> Mistral:  # fmt: skip
+) -> Mistral:
     """A model from `config.json` and `model*.safetensors`; embeddings, head and norms are never quantised.
 
     `weights`: linear layers in "nf4" (block 64), "nf4-dq" (double-quantised), "bf16" or "fp32". `dtype` is that of
@@ -217,9 +222,8 @@ def save_adapter(adapter_dir: str | Path, model: Mistral, base_dir: str | Path) 
     if not adapted:
         raise ValueError("save_adapter got a model without an adapter: load it with a LoRAConfig first.")
     stacks = {
-        (part, side): to_host(getattr(linear, side)[part][...])
-        for part, linear in adapted.items() for side in "ab"
-    }  # fmt: skip
+        (part, side): to_host(getattr(linear, side)[part][...]) for part, linear in adapted.items() for side in "ab"
+    }
     if jax.process_index() > 0:
         return
     first, linear = next(iter(adapted.items()))
@@ -271,8 +275,16 @@ def read_adapter(model_dir: str | Path, adapter_dir: str | Path) -> tuple[LoRACo
         )
     plain = {"peft_type": "LORA", "bias": "none"}
     odd = [f"{key}={config.get(key)!r}" for key, value in plain.items() if config.get(key, value) != value]
-    extra = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform",
-             "fan_in_fan_out", "lora_bias")  # fmt: skip
+    extra = (
+        "use_rslora",
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "layers_to_transform",
+        "fan_in_fan_out",
+        "lora_bias",
+    )
     odd += [f"{key}={config[key]!r}" for key in extra if config.get(key)]
     targets = {name.split(".")[1]: target for target, name in HF_NAMES.items()}
     modules = config["target_modules"]
@@ -283,9 +295,11 @@ def read_adapter(model_dir: str | Path, adapter_dir: str | Path) -> tuple[LoRACo
             f"{path}: {', '.join(odd)}; expected a plain LoRA adapter whose target_modules are among {list(targets)}."
         )
     lora = LoRAConfig(
-        rank=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0),
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout", 0.0),
         targets=tuple(targets[module] for module in sorted(modules)),
-    )  # fmt: skip
+    )
     model_config = Config.read(model_dir)
     tensors = load_file(weights_path)
     names = adapter_names(model_config.num_hidden_layers, lora.targets)
@@ -369,9 +383,12 @@ def convert(model_dir: Path, out_dir: Path, weights: Weights, adapter_dir: Path 
         config[BASE_SHA] = base_sha(model_dir)
         if quantise:
             config["quantization_config"] = {
-                "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
-                "bnb_4bit_use_double_quant": weights == "nf4-dq", "bnb_4bit_compute_dtype": str(kept),
-            }  # fmt: skip
+                "quant_method": "bitsandbytes",
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": weights == "nf4-dq",
+                "bnb_4bit_compute_dtype": str(kept),
+            }
     else:
         config.pop(BASE_SHA, None)
     write_checkpoint(out_dir, tensors(), config | {"dtype": str(kept)})

@@ -271,9 +271,14 @@ def decode(graph, config, view: View, past, lengths_R, asked: Asked, *, places: 
         return t + 1, ids_R, counts_R, active_R, ids_RP, logprobs_RP, filled
 
     state = (
-        jnp.int32(0), asked.first_id, jnp.zeros(R, jnp.int32), asked.limit > 0, jnp.zeros((R, places), jnp.int32),
-        jnp.zeros((R, places), jnp.float32), [empty_buffer(config, R, places, view.embed.dtype) for _ in view.layers],
-    )  # fmt: skip
+        jnp.int32(0),
+        asked.first_id,
+        jnp.zeros(R, jnp.int32),
+        asked.limit > 0,
+        jnp.zeros((R, places), jnp.int32),
+        jnp.zeros((R, places), jnp.float32),
+        [empty_buffer(config, R, places, view.embed.dtype) for _ in view.layers],
+    )
     _, _, counts_R, _, ids_RP, logprobs_RP, buffer = jax.lax.while_loop(lambda state: state[3].any(), step, state)
     return ids_RP, logprobs_RP, counts_R, buffer
 

@@ -111,10 +111,18 @@ class Engine:
     """
 
     def __init__(
-        self, model: Mistral, *, slots: int = 64, context: int = 1024, max_new_tokens: int = 64,
-        stop_ids: Sequence[int], prefix: Sequence[int] = (), weights: RolloutWeights = "fp32", rows: int | None = None,
+        self,
+        model: Mistral,
+        *,
+        slots: int = 64,
+        context: int = 1024,
+        max_new_tokens: int = 64,
+        stop_ids: Sequence[int],
+        prefix: Sequence[int] = (),
+        weights: RolloutWeights = "fp32",
+        rows: int | None = None,
         chunk: int | None = None,
-    ):  # fmt: skip
+    ):
         config, on_cpu = model.config, jax.default_backend() == "cpu"
         longest = config.max_position_embeddings - len(prefix)
         rows = (min(8, -(-slots // 2)) if on_cpu else slots) if rows is None else rows
@@ -327,9 +335,15 @@ class Engine:
         x_FD, appended = look_up(self._view.embed, ids_F), pieces[:3]
         for layer, weights in enumerate(self._view.layers):
             x_FD, fresh = prefill_layer(
-                self._graph, self._config, weights, x_FD, pieces, self._view.prefix[layer],
-                self._cache[group][layer][:reached], width=width,
-            )  # fmt: skip
+                self._graph,
+                self._config,
+                weights,
+                x_FD,
+                pieces,
+                self._view.prefix[layer],
+                self._cache[group][layer][:reached],
+                width=width,
+            )
             self._append(group, layer, fresh, *appended)
         for session, count in counts.items():
             self._lengths[session] += count

@@ -166,10 +166,12 @@ class Linear(nnx.Module):
 
     def __init__(self, layers: int, parts: dict[str, int], inputs: int, *, std: float, rngs: nnx.Rngs):
         self.parts, self.rows, self.inputs = tuple(parts), tuple(parts.values()), inputs
-        self.weight = nnx.Dict({
-            part: nnx.Param(std * rngs.params.normal((layers, rows, inputs), jnp.float32))
-            for part, rows in parts.items()
-        })  # fmt: skip
+        self.weight = nnx.Dict(
+            {
+                part: nnx.Param(std * rngs.params.normal((layers, rows, inputs), jnp.float32))
+                for part, rows in parts.items()
+            }
+        )
         self.codes, self.absmax = nnx.data(None), nnx.data(None)
         self.absmax_codes, self.nested, self.offset = nnx.data(None), nnx.data(None), nnx.data(None)
         self.a, self.b = nnx.Dict(), nnx.Dict()

@@ -158,9 +158,14 @@ class Mistral(nnx.Module):
         self.head = None if config.tie_word_embeddings else nnx.Param(D**-0.5 * rngs.params.normal((V, D), jnp.float32))
 
     def __call__(
-        self, ids_BL: jax.Array, segments_BL: jax.Array, *, implementation: Implementation | None = None,
-        remat: str = "none", key: jax.Array | None = None,
-    ) -> jax.Array:  # fmt: skip
+        self,
+        ids_BL: jax.Array,
+        segments_BL: jax.Array,
+        *,
+        implementation: Implementation | None = None,
+        remat: str = "none",
+        key: jax.Array | None = None,
+    ) -> jax.Array:
         """Final hidden states [B, L, D] of packed rows.
 
         `implementation` of attention: see `lora/attention.py`; None is the best of JAX's default device. `remat`: a key

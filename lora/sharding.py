@@ -113,9 +113,15 @@ leave.defvjp(lambda x: (_sum(x), None), lambda _, dy: (dy,))
 COLUMN = ("qkv", "gate_up")
 # The fields of a linear layer (lora/linear.py) -> the axis of out-features (or blocks of them), that of in-features.
 FIELDS = {
-    "weight": (1, 2), "codes": (1, 2), "absmax": (1, 2), "absmax_codes": (1, None), "nested": (1, None),
-    "offset": (1, None), "a": (None, 2), "b": (1, None),
-}  # fmt: skip
+    "weight": (1, 2),
+    "codes": (1, 2),
+    "absmax": (1, 2),
+    "absmax_codes": (1, None),
+    "nested": (1, None),
+    "offset": (1, None),
+    "a": (None, 2),
+    "b": (1, None),
+}
 
 
 def spec_of(layer: str, field: str) -> P:
@@ -140,10 +146,13 @@ def spec_of(layer: str, field: str) -> P:
 def fused_order(rows: Sequence[int], devices: int) -> np.ndarray:
     """The order of the rows of fused weights in which each of so many devices has its part of every weight: q|k|v."""
     starts = np.cumsum([0, *rows[:-1]])
-    return np.concatenate([
-        np.arange(start + device * count // devices, start + (device + 1) * count // devices)
-        for device in range(devices) for start, count in zip(starts, rows, strict=True)
-    ])  # fmt: skip
+    return np.concatenate(
+        [
+            np.arange(start + device * count // devices, start + (device + 1) * count // devices)
+            for device in range(devices)
+            for start, count in zip(starts, rows, strict=True)
+        ]
+    )
 
 
 def put(array: np.ndarray, mesh: Mesh | None, spec: P, name: str) -> jax.Array:

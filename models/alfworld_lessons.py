@@ -73,8 +73,10 @@ def sources(args: Args) -> list[Source]:
         task_ids = [t for t in AlfWorld(data=folder).tasks("train") if t not in excluded]
         root = Path(folder).expanduser() / "json_2.1.1"
         found.append((task_ids, lambda task_id: Game(json.loads((root / task_id / "game.tw-pddl").read_bytes()))))
-    games = {task_id: {k: game[k] for k in ("pddl_problem", "grammar")}
-             for task_id, game, _ in generate_games(args.seed, "gen_demo", args.generated)}  # fmt: skip
+    games = {
+        task_id: {k: game[k] for k in ("pddl_problem", "grammar")}
+        for task_id, game, _ in generate_games(args.seed, "gen_demo", args.generated)
+    }
     found.append((sorted(games), lambda task_id: Game(games[task_id])))
     return [
         Source(ids, load, count_places(load(i) for i in tqdm(ids, desc="counting places", leave=False)))
@@ -134,10 +136,21 @@ def demonstrate(game: Game, task_id: str, places: dict, rng: np.random.Generator
     if not turns or (met < total and not player.done):
         return None
     return Trajectory(
-        env="alfworld", split=task_id.split("/")[0], task_id=task_id, task=task, trial=0, round=0, seed=0,
-        source="demo", first_observation=first, turns=turns, reward=float(met == total), progress=met / total,
-        success=met == total, end="success" if met == total else "finished",
-    )  # fmt: skip
+        env="alfworld",
+        split=task_id.split("/")[0],
+        task_id=task_id,
+        task=task,
+        trial=0,
+        round=0,
+        seed=0,
+        source="demo",
+        first_observation=first,
+        turns=turns,
+        reward=float(met == total),
+        progress=met / total,
+        success=met == total,
+        end="success" if met == total else "finished",
+    )
 
 
 def demonstrations(args: Args) -> Iterator[Trajectory]:

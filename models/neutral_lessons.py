@@ -41,19 +41,31 @@ REFUSED = 0.15  # share of actions that are another world's
 REMINDED = 0.3  # share of thoughts that say the task again, to no effect on what is done
 MADE_UP = 0.4  # share of walks in synthetic worlds with names and commands of words that do not exist
 SAID = {  # before an action, by its role
-    "go": "I check the {place}.", "open": "The {place} is closed. I open it.", "close": "I close the {place}.",
-    "take": "The {object} is here. I take it.", "put": "I put the {object} in the {place}.",
-    "work": "I {verb} the {object} at the {place}.", "repair": "I {verb} the {object} with the {tool}.",
-    "use": "I turn on the {object}.", "examine": "I look at the {object}.", "look": "I look around.",
+    "go": "I check the {place}.",
+    "open": "The {place} is closed. I open it.",
+    "close": "I close the {place}.",
+    "take": "The {object} is here. I take it.",
+    "put": "I put the {object} in the {place}.",
+    "work": "I {verb} the {object} at the {place}.",
+    "repair": "I {verb} the {object} with the {tool}.",
+    "use": "I turn on the {object}.",
+    "examine": "I look at the {object}.",
+    "look": "I look around.",
     "inventory": "I check what I have.",
-}  # fmt: skip
+}
 DULL = ("look", "inventory", "examine", "close")  # roles that a walk mostly passes over
 ALFWORLD = (  # roles of its commands
-    ("go", r"go to (?P<place>.+)"), ("open", r"open (?P<place>.+)"), ("close", r"close (?P<place>.+)"),
-    ("take", r"take (?P<object>.+) from (?P<place>.+)"), ("put", r"move (?P<object>.+) to (?P<place>.+)"),
-    ("work", r"(?P<verb>clean|heat|cool|slice) (?P<object>.+) with (?P<place>.+)"), ("use", r"use (?P<object>.+)"),
-    ("examine", r"examine (?P<object>.+)"), ("look", "look"), ("inventory", "inventory"),
-)  # fmt: skip
+    ("go", r"go to (?P<place>.+)"),
+    ("open", r"open (?P<place>.+)"),
+    ("close", r"close (?P<place>.+)"),
+    ("take", r"take (?P<object>.+) from (?P<place>.+)"),
+    ("put", r"move (?P<object>.+) to (?P<place>.+)"),
+    ("work", r"(?P<verb>clean|heat|cool|slice) (?P<object>.+) with (?P<place>.+)"),
+    ("use", r"use (?P<object>.+)"),
+    ("examine", r"examine (?P<object>.+)"),
+    ("look", "look"),
+    ("inventory", "inventory"),
+)
 
 
 def spellings(trajectory: Trajectory) -> list[str]:
@@ -66,8 +78,9 @@ def sources() -> list[tuple[TellCommands, list[str]]]:
     """(world, task ids) of generated games and of synthetic worlds."""
     excluded = excluded_ids()
     worlds = ((AlfWorld(), f"{family()}_demo"), (Synthetic(), "syn_train"))
-    return [(TellCommands(world), [task for task in world.tasks(split) if task not in excluded])
-            for world, split in worlds]  # fmt: skip
+    return [
+        (TellCommands(world), [task for task in world.tasks(split) if task not in excluded]) for world, split in worlds
+    ]
 
 
 def meant(task_id: str, action: str) -> tuple[str, dict[str, str]]:
@@ -85,19 +98,33 @@ def made_up(trajectory: Trajectory, rng: np.random.Generator) -> Trajectory:
     spec = spec_of(trajectory.task_id)
     names = " ".join([*spec.places, *spec.lies, *spec.kinds.values()])
     forms = re.sub(r"\{\w+\}", "", " ".join(spec.commands.values()))
-    words = {word: "".join(rng.choice(list(letters)) for letters in ("bdfghjklmnprstvwz", "aeiou") * rng.integers(2, 4))
-             for word in sorted(set(re.findall("[a-z]+", f"{names} {forms}")))}  # fmt: skip
+    words = {
+        word: "".join(rng.choice(list(letters)) for letters in ("bdfghjklmnprstvwz", "aeiou") * rng.integers(2, 4))
+        for word in sorted(set(re.findall("[a-z]+", f"{names} {forms}")))
+    }
 
     def renamed(text: str, among: str) -> str:
         which = "|".join(sorted(set(re.findall("[a-z]+", among)), key=len, reverse=True))
         return re.sub(rf"(?<![A-Za-z{{])({which})(?![A-Za-z}}])", lambda word: words[word[1]], text)
 
     opening, told, commands = trajectory.first_observation.partition("You can:")
-    turns = [turn if turn.thought == template_reason(turn.action) else replace(
-        turn, thought=renamed(turn.thought, names), action=renamed(turn.action, f"{names} {forms}"),
-        observation=renamed(turn.observation, names)) for turn in trajectory.turns]  # fmt: skip
-    return replace(trajectory, first_observation=f"{renamed(opening, names)}{told}{renamed(commands, forms)}",
-                   task=renamed(trajectory.task, names), turns=turns)  # fmt: skip
+    turns = [
+        turn
+        if turn.thought == template_reason(turn.action)
+        else replace(
+            turn,
+            thought=renamed(turn.thought, names),
+            action=renamed(turn.action, f"{names} {forms}"),
+            observation=renamed(turn.observation, names),
+        )
+        for turn in trajectory.turns
+    ]
+    return replace(
+        trajectory,
+        first_observation=f"{renamed(opening, names)}{told}{renamed(commands, forms)}",
+        task=renamed(trajectory.task, names),
+        turns=turns,
+    )
 
 
 def walk(world: TellCommands, task_id: str, strange: str, rng: np.random.Generator) -> Trajectory | None:
@@ -121,10 +148,21 @@ def walk(world: TellCommands, task_id: str, strange: str, rng: np.random.Generat
         if result.success:
             return None
     return Trajectory(
-        env="neutral", split=task_id.split("/")[0], task_id=task_id, task=opening.task, trial=0, round=0, seed=0,
-        source="demo", first_observation=opening.text, turns=turns, reward=0.0, progress=result.progress,
-        success=False, end="max_turns",
-    )  # fmt: skip
+        env="neutral",
+        split=task_id.split("/")[0],
+        task_id=task_id,
+        task=opening.task,
+        trial=0,
+        round=0,
+        seed=0,
+        source="demo",
+        first_observation=opening.text,
+        turns=turns,
+        reward=0.0,
+        progress=result.progress,
+        success=False,
+        end="max_turns",
+    )
 
 
 def demonstrations(args: Args) -> Iterator[Trajectory]:

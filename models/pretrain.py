@@ -202,8 +202,10 @@ def copy_what_came_before(model: Mistral, table_VE: np.ndarray) -> None:
     D, C, K = config.hidden_size, config.head_dim, config.num_key_value_heads
     parts, share = D // C, config.num_attention_heads // K
     if not (E + 1 == C and D == parts * C and parts in (2, 3) and K >= parts - 1):
-        raise ValueError(f"table of {E}, width {D}, {K} key-value heads of {C}: expected a width of two or three heads "
-                         "(with three, two key-value heads), and a table one less than a head")  # fmt: skip
+        raise ValueError(
+            f"table of {E}, width {D}, {K} key-value heads of {C}: expected a width of two or three heads "
+            "(with three, two key-value heads), and a table one less than a head"
+        )
     model.embed[...] = jnp.zeros((V, D)).at[:, :E].set(0.75**0.5 * table_VE).at[:, E].set(0.5)
     model.head[...] = jnp.zeros((V, D)).at[:, :E].set(table_VE)
     q, k, v = (model.layers.qkv.weight[part] for part in "qkv")
@@ -332,10 +334,16 @@ def main(args: Args) -> None:
     tokenizer = make_tokenizer(spellings, args.vocabulary, lessons.SPLIT)
     tokenizer.save(str(args.out / "tokenizer.json"))
     config = Config(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=args.width, intermediate_size=args.width * 2,
-        num_hidden_layers=args.layers, num_attention_heads=args.heads[0], num_key_value_heads=args.heads[1],
-        head_dim=args.heads[2], max_position_embeddings=4096, rope_theta=args.rope_theta,
-    )  # fmt: skip
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=args.width,
+        intermediate_size=args.width * 2,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads[0],
+        num_key_value_heads=args.heads[1],
+        head_dim=args.heads[2],
+        max_position_embeddings=4096,
+        rope_theta=args.rope_theta,
+    )
     model = Mistral(config, rngs=nnx.Rngs(args.seed))
     if args.env == "alfworld":
         table_VD, plain_D, numbered_D = embeddings(tokenizer, args.width, generator(args.seed, "embeddings"))
@@ -380,11 +388,16 @@ def main(args: Args) -> None:
 
     save_model(nnx.merge(graph, params), args.out)
     record = {
-        "command": " ".join(["python", *sys.argv]), "args": {k: str(v) for k, v in asdict(args).items()},
-        "parameters": sum(x.size for x in jax.tree.leaves(params)), "tokens": real_tokens, "steps": steps,
-        "first_loss": float(losses[0]), "last_loss": recent, "seconds": round(time.time() - start),
+        "command": " ".join(["python", *sys.argv]),
+        "args": {k: str(v) for k, v in asdict(args).items()},
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "tokens": real_tokens,
+        "steps": steps,
+        "first_loss": float(losses[0]),
+        "last_loss": recent,
+        "seconds": round(time.time() - start),
         "device": jax.devices()[0].device_kind,
-    }  # fmt: skip
+    }
     (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     print(f"{args.out}: {record['parameters']:,} parameters, {real_tokens:,} tokens, loss {record['last_loss']:.4f}")
 

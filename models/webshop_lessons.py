@@ -38,8 +38,10 @@ SHORT = 768  # the longest text of the first third of the steps
 READING = r"((?<=I need) [^:.]+:|(?<=,) (?:here|missing)\b|\bThis(?= will do\b))"
 # Pieces: the separator, a product's id (alike whatever stands before it), words with their leading space, numbers,
 # signs.
-SPLIT = (r" \[SEP\]|\s(?=[A-Z\d]{10}\b)|[A-Z\d]{10}\b| OK\.| ?[A-Za-z]+(?:'[a-z]+)?[:\[]?| ?\d+|\n|\]+"
-         r"| ?[^\sA-Za-z\d\]]|\s")  # fmt: skip
+SPLIT = (
+    r" \[SEP\]|\s(?=[A-Z\d]{10}\b)|[A-Z\d]{10}\b| OK\.| ?[A-Za-z]+(?:'[a-z]+)?[:\[]?| ?\d+|\n|\]+"
+    r"| ?[^\sA-Za-z\d\]]|\s"
+)
 REWORDED = 0.5  # share of demonstrations with other ids and words
 MADE_UP = 0.3  # share of these words that are no words: they have several tokens, as words have that were never seen
 ASIN, LETTERS = r"\b[A-Z\d]{10}\b", "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"  # a product's id, and what it is made of
@@ -109,10 +111,21 @@ def demonstrate(world: WebShop, task_id: str, rng: np.random.Generator, args: Ar
     if not result.done:
         return None
     return Trajectory(
-        env="webshop", split=task_id.split("/")[0], task_id=task_id, task=opening.task, trial=0, round=0, seed=0,
-        source="demo", first_observation=opening.text, turns=turns, reward=result.reward, progress=result.progress,
-        success=result.success, end="success" if result.success else "finished",
-    )  # fmt: skip
+        env="webshop",
+        split=task_id.split("/")[0],
+        task_id=task_id,
+        task=opening.task,
+        trial=0,
+        round=0,
+        seed=0,
+        source="demo",
+        first_observation=opening.text,
+        turns=turns,
+        reward=result.reward,
+        progress=result.progress,
+        success=result.success,
+        end="success" if result.success else "finished",
+    )
 
 
 def reworded(trajectory: Trajectory, others: list[str], rng: np.random.Generator) -> Trajectory:
@@ -140,11 +153,19 @@ def reworded(trajectory: Trajectory, others: list[str], rng: np.random.Generator
         text = re.sub(ASIN, other_id, text.translate(digits))
         return re.sub("(?<![A-Za-z])[A-Za-z][a-z]{2,}(?![A-Za-z])", other_word, text)
 
-    turns = [replace(turn, thought=change(turn.thought), action=f"{verb}[{change(rest)}" if rest else turn.action,
-                     observation=change(turn.observation))
-             for turn in trajectory.turns for verb, _, rest in [turn.action.partition("[")]]  # fmt: skip
-    return replace(trajectory, first_observation=change(trajectory.first_observation), task=change(trajectory.task),
-                   turns=turns)  # fmt: skip
+    turns = [
+        replace(
+            turn,
+            thought=change(turn.thought),
+            action=f"{verb}[{change(rest)}" if rest else turn.action,
+            observation=change(turn.observation),
+        )
+        for turn in trajectory.turns
+        for verb, _, rest in [turn.action.partition("[")]
+    ]
+    return replace(
+        trajectory, first_observation=change(trajectory.first_observation), task=change(trajectory.task), turns=turns
+    )
 
 
 def demonstrations(args: Args) -> Iterator[Trajectory]:

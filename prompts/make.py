@@ -50,8 +50,15 @@ def demonstrations(env: str) -> list[Trajectory]:
     tasks = [task for task in make_world().tasks(kind.split("/")[0]) if task.startswith(kind)][:40]
     settings = Play(env=env, stage="prompts", round=0, seed=0, max_turns=MOST, patience=0, temperature=0.0)
     played: list[Trajectory] = []
-    play([Job(task, 0) for task in tasks], settings, make_world, ScriptedPolicy(script), None,
-         lambda trajectory: played.append(trajectory) or (), total=len(tasks))  # fmt: skip
+    play(
+        [Job(task, 0) for task in tasks],
+        settings,
+        make_world,
+        ScriptedPolicy(script),
+        None,
+        lambda trajectory: played.append(trajectory) or (),
+        total=len(tasks),
+    )
     return sorted(played, key=lambda trajectory: trajectory.key)
 
 

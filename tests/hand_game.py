@@ -9,14 +9,24 @@ import json
 from pathlib import Path
 
 PLACES = {  # receptacle: (location, openable)
-    "Cabinet_bar_1": (2, True), "Cabinet_bar_2": (2, True), "CounterTop_bar_1": (3, False), "Desk_bar_1": (4, False),
-    "Fridge_bar_1": (5, True), "GarbageCan_bar_1": (3, False), "Microwave_bar_1": (6, True),
+    "Cabinet_bar_1": (2, True),
+    "Cabinet_bar_2": (2, True),
+    "CounterTop_bar_1": (3, False),
+    "Desk_bar_1": (4, False),
+    "Fridge_bar_1": (5, True),
+    "GarbageCan_bar_1": (3, False),
+    "Microwave_bar_1": (6, True),
     "Sink_bar_1_bar_SinkBasin": (7, False),
 }
 CONTENTS = {  # object: the receptacles that list it
-    "Apple_bar_1": ["Fridge_bar_1"], "Apple_bar_2": ["CounterTop_bar_1"], "Bread_bar_1": ["CounterTop_bar_1"],
-    "DeskLamp_bar_1": ["Desk_bar_1"], "Knife_bar_1": ["CounterTop_bar_1"], "Mug_bar_1": ["Cabinet_bar_1"],
-    "Pen_bar_1": ["Desk_bar_1"], "Plate_bar_1": ["CounterTop_bar_1", "GarbageCan_bar_1"],
+    "Apple_bar_1": ["Fridge_bar_1"],
+    "Apple_bar_2": ["CounterTop_bar_1"],
+    "Bread_bar_1": ["CounterTop_bar_1"],
+    "DeskLamp_bar_1": ["Desk_bar_1"],
+    "Knife_bar_1": ["CounterTop_bar_1"],
+    "Mug_bar_1": ["Cabinet_bar_1"],
+    "Pen_bar_1": ["Desk_bar_1"],
+    "Plate_bar_1": ["CounterTop_bar_1", "GarbageCan_bar_1"],
 }
 ABLE = {
     "pickupable": ["Apple_bar_1", "Apple_bar_2", "Bread_bar_1", "Knife_bar_1", "Mug_bar_1", "Pen_bar_1", "Plate_bar_1"],
@@ -29,28 +39,50 @@ ABLE = {
     "isCool": ["Apple_bar_1"],
 }
 HOLDS = {  # what may be put where; the pen fits nowhere but the desk
-    "Cabinet": ["Apple", "Mug", "Plate"], "CounterTop": ["Apple", "Bread", "Knife", "Mug", "Plate"],
-    "Desk": ["DeskLamp", "Mug", "Pen"], "Fridge": ["Apple", "Mug"], "GarbageCan": ["Apple", "Bread"],
-    "Microwave": ["Apple", "Mug"], "SinkBasin": ["Apple", "Mug", "Plate"],
+    "Cabinet": ["Apple", "Mug", "Plate"],
+    "CounterTop": ["Apple", "Bread", "Knife", "Mug", "Plate"],
+    "Desk": ["DeskLamp", "Mug", "Pen"],
+    "Fridge": ["Apple", "Mug"],
+    "GarbageCan": ["Apple", "Bread"],
+    "Microwave": ["Apple", "Mug"],
+    "SinkBasin": ["Apple", "Mug", "Plate"],
 }
 _IN = "(exists (?r - receptacle) (exists (?o - object) (and {} (objectType ?o {}Type) (receptacleType ?r {}Type) {})))"
 GOALS = {  # kind: (folder, task line, goal)
-    "place": ("pick_and_place_simple-Apple-None-Microwave-1", "put some apple on microwave.",
-              _IN.format("(inReceptacle ?o ?r)", "Apple", "Microwave", "")),
-    "clean": ("pick_clean_then_place_in_recep-Plate-None-Cabinet-1", "put a clean plate in cabinet.",
-              _IN.format("(cleanable ?o)", "Plate", "Cabinet", "(isClean ?o) (inReceptacle ?o ?r)")),
-    "heat": ("pick_heat_then_place_in_recep-Apple-None-GarbageCan-1", "put a hot apple in garbagecan.",
-             _IN.format("(heatable ?o)", "Apple", "GarbageCan", "(isHot ?o) (inReceptacle ?o ?r)")),
-    "cool": ("pick_cool_then_place_in_recep-Mug-None-Desk-1", "put a cool mug in desk.",
-             _IN.format("(coolable ?o)", "Mug", "Desk", "(isCool ?o) (inReceptacle ?o ?r)")),
-    "two": ("pick_two_obj_and_place-Apple-None-Cabinet-1", "put two apple in cabinet.",
-            "(exists (?r - receptacle) (exists (?o1 - object) (and (objectType ?o1 AppleType) "
-            "(receptacleType ?r CabinetType) (inReceptacle ?o1 ?r) (exists (?o2 - object) (and (not (= ?o1 ?o2)) "
-            "(objectType ?o2 AppleType) (receptacleType ?r CabinetType) (inReceptacle ?o2 ?r))))))"),
-    "look": ("look_at_obj_in_light-Pen-None-DeskLamp-1", "look at pen under the desklamp.",
-             "(exists (?ot - object ?r - receptacle ?a - agent ?l - location) (and (objectType ?ot DeskLampType) "
-             "(toggleable ?ot) (isToggled ?ot) (receptacleAtLocation ?r ?l) (atLocation ?a ?l) (inReceptacle ?ot ?r))) "
-             "(exists (?o - object ?a - agent) (and (objectType ?o PenType) (holds ?a ?o)))"),
+    "place": (
+        "pick_and_place_simple-Apple-None-Microwave-1",
+        "put some apple on microwave.",
+        _IN.format("(inReceptacle ?o ?r)", "Apple", "Microwave", ""),
+    ),
+    "clean": (
+        "pick_clean_then_place_in_recep-Plate-None-Cabinet-1",
+        "put a clean plate in cabinet.",
+        _IN.format("(cleanable ?o)", "Plate", "Cabinet", "(isClean ?o) (inReceptacle ?o ?r)"),
+    ),
+    "heat": (
+        "pick_heat_then_place_in_recep-Apple-None-GarbageCan-1",
+        "put a hot apple in garbagecan.",
+        _IN.format("(heatable ?o)", "Apple", "GarbageCan", "(isHot ?o) (inReceptacle ?o ?r)"),
+    ),
+    "cool": (
+        "pick_cool_then_place_in_recep-Mug-None-Desk-1",
+        "put a cool mug in desk.",
+        _IN.format("(coolable ?o)", "Mug", "Desk", "(isCool ?o) (inReceptacle ?o ?r)"),
+    ),
+    "two": (
+        "pick_two_obj_and_place-Apple-None-Cabinet-1",
+        "put two apple in cabinet.",
+        "(exists (?r - receptacle) (exists (?o1 - object) (and (objectType ?o1 AppleType) "
+        "(receptacleType ?r CabinetType) (inReceptacle ?o1 ?r) (exists (?o2 - object) (and (not (= ?o1 ?o2)) "
+        "(objectType ?o2 AppleType) (receptacleType ?r CabinetType) (inReceptacle ?o2 ?r))))))",
+    ),
+    "look": (
+        "look_at_obj_in_light-Pen-None-DeskLamp-1",
+        "look at pen under the desklamp.",
+        "(exists (?ot - object ?r - receptacle ?a - agent ?l - location) (and (objectType ?ot DeskLampType) "
+        "(toggleable ?ot) (isToggled ?ot) (receptacleAtLocation ?r ?l) (atLocation ?a ?l) (inReceptacle ?ot ?r))) "
+        "(exists (?o - object ?a - agent) (and (objectType ?o PenType) (holds ?a ?o)))",
+    ),
 }
 
 

@@ -16,9 +16,15 @@ from tests.rooms import OPENING, TASK
 from trajectory import Trajectory, Turn
 
 TINY = Config(
-    vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=32, rope_theta=1e6,
-)  # fmt: skip
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    rope_theta=1e6,
+)
 
 
 def random_ids(*shape: int, seed: int = 0) -> np.ndarray:
@@ -53,15 +59,28 @@ def turn(thought: str, action: str, observation: str, **changes) -> Turn:
 def trajectory(**changes) -> Trajectory:
     """A won two-turn game unless told otherwise."""
     fields = {
-        "env": "alfworld", "split": "gen_train", "task_id": TASK,
-        "task": "put a mug in desk", "trial": 0, "round": 1, "seed": 0, "source": "react", "first_observation": OPENING,
+        "env": "alfworld",
+        "split": "gen_train",
+        "task_id": TASK,
+        "task": "put a mug in desk",
+        "trial": 0,
+        "round": 1,
+        "seed": 0,
+        "source": "react",
+        "first_observation": OPENING,
         "turns": [
-            turn("I need a mug. I check the shelf 1.", "go to shelf 1",
-                 "You arrive at shelf 1. On the shelf 1, you see a mug 1."),
+            turn(
+                "I need a mug. I check the shelf 1.",
+                "go to shelf 1",
+                "You arrive at shelf 1. On the shelf 1, you see a mug 1.",
+            ),
             turn("", "take mug 1 from shelf 1", "You pick up the mug 1 from the shelf 1."),
         ],
-        "reward": 1.0, "progress": 1.0, "success": True, "end": "success",
-    }  # fmt: skip
+        "reward": 1.0,
+        "progress": 1.0,
+        "success": True,
+        "end": "success",
+    }
     return Trajectory(**(fields | changes))
 
 
@@ -78,9 +97,15 @@ def write_tiny_model(folder: Path, seed: int = 0) -> Path:
     """A random two-layer Mistral over bytes in Hugging Face's layout; it writes garbage, which is what a test wants."""
     folder.mkdir(parents=True, exist_ok=True)
     config = Config(
-        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=4096,
-    )  # fmt: skip
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=4096,
+    )
     save_model(Mistral(config, rngs=nnx.Rngs(seed)), folder)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     return folder

@@ -32,9 +32,12 @@ def shell() -> tuple[dict, list]:
             "ls": action(r"^ls$"),
             "edit {file} line {number} to {text}": action(
                 r"^edit (\S+) line (\d+|\{number\}) to (.+)$",
-                file=["config.cfg", "notes.txt"], number=[1, 2], text=["mode=on", "mode=off"]),
+                file=["config.cfg", "notes.txt"],
+                number=[1, 2],
+                text=["mode=on", "mode=off"],
+            ),
         },
-    }  # fmt: skip
+    }
     turns = [
         dm(0, "You are in home. There is a folder called documents."),
         player(1, "I look into the folder.", "ls documents"),
@@ -60,7 +63,7 @@ def kitchen() -> tuple[dict, list]:
             "chop {food} with {tool}": action(r"^chop (.+) with (.+)$", food=["red onion"], tool=["knife"]),
             "put {food} in {vessel}": action(r"^put (?P<x>.+) in (?P<y>.+)$", food=["red onion"], vessel=["pot"]),
         },
-    }  # fmt: skip
+    }
     turns = [
         dm(0, "You stand at the kitchen door. You see a counter and a stove."),
         player(1, "The onion will be on the counter.", "walk over to the counter"),
@@ -154,8 +157,9 @@ def several(*changes: Callable) -> Callable:
 
 
 def unflag(*turns: int) -> Callable:
-    return several(*(put("turns", turn, f"{kind}_error", False) for turn in turns
-                     for kind in ("parameter", "place", "logic")))  # fmt: skip
+    return several(
+        *(put("turns", turn, f"{kind}_error", False) for turn in turns for kind in ("parameter", "place", "logic"))
+    )
 
 
 CD = ("script", ACTIONS, "cd {path}")
@@ -167,8 +171,13 @@ FAULTS: list[tuple[str, str, Callable, str, int | None]] = [
     ("no goal", "kitchen", without("script", "Goal"), "keys", None),
     ("no conditions", "clinic", without("script", CONDITIONS), "keys", None),
     ("no actions", "shell", without("script", ACTIONS), "keys", None),
-    ("a key in lower case", "kitchen", several(without("script", "Goal"), put("script", "goal", "Cook.")), "keys",
-     None),
+    (
+        "a key in lower case",
+        "kitchen",
+        several(without("script", "Goal"), put("script", "goal", "Cook.")),
+        "keys",
+        None,
+    ),
     ("environment is prose", "kitchen", put("script", "Environment", "A kitchen."), "keys", None),
     ("goal is a list", "shell", put("script", "Goal", ["Set mode=on."]), "keys", None),
     ("conditions are prose", "shell", put("script", CONDITIONS, "mode=on"), "keys", None),
@@ -189,27 +198,56 @@ FAULTS: list[tuple[str, str, Callable, str, int | None]] = [
     ("nothing to repeat", "clinic", put("script", ACTIONS, "wait", action("*wait")), "regex_invalid", None),
     ("unknown escape", "shell", put(*CD, CODE, r"^cd\y(.*)$"), "regex_invalid", None),
     ("repeat from more to fewer", "shell", put(*CD, CODE, r"^cd (.{5,2})$"), "regex_invalid", None),
-    ("one group name twice", "clinic",
-     put("script", ACTIONS, "give {animal} {drug}", CODE, r"^give (?P<x>\S+) (?P<x>\S+)$"), "regex_invalid", None),
+    (
+        "one group name twice",
+        "clinic",
+        put("script", ACTIONS, "give {animal} {drug}", CODE, r"^give (?P<x>\S+) (?P<x>\S+)$"),
+        "regex_invalid",
+        None,
+    ),
     ("lookbehind of any width", "shell", put(*CD, CODE, r"^cd (.*)(?<= +)$"), "regex_invalid", None),
-    ("nested repeats fill the memory", "shell", put(*CD, CODE, r"((a{9999}){9999}){9999}|cd (.*)"), "regex_invalid",
-     None),
+    (
+        "nested repeats fill the memory",
+        "shell",
+        put(*CD, CODE, r"((a{9999}){9999}){9999}|cd (.*)"),
+        "regex_invalid",
+        None,
+    ),
     ("brackets too deep", "shell", put(*CD, CODE, "(" * 5000 + ")" * 5000), "regex_invalid", None),
-    ("catastrophic on an action", "shell", several(
-        put("script", ACTIONS, "count", action(r"(a|aa)+$|count")),
-        put("turns", 3, "Action", "a" * 60 + "b")), "regex_invalid", None),
+    (
+        "catastrophic on an action",
+        "shell",
+        several(put("script", ACTIONS, "count", action(r"(a|aa)+$|count")), put("turns", 3, "Action", "a" * 60 + "b")),
+        "regex_invalid",
+        None,
+    ),
     # a code and its own name
     ("code of another verb", "shell", put(*CD, CODE, r"^chdir (.*)$"), "regex_self", None),
     ("code in capitals", "shell", put(*CD, CODE, r"^CD (.*)$"), "regex_self", None),
     ("code lists values", "shell", put(*CD, CODE, r"^cd (home|documents)$"), "regex_self", None),
-    ("code takes word characters", "clinic", put("script", ACTIONS, "call {animal}", CODE, r"^call (\w+)$"),
-     "regex_self", None),
+    (
+        "code takes word characters",
+        "clinic",
+        put("script", ACTIONS, "call {animal}", CODE, r"^call (\w+)$"),
+        "regex_self",
+        None,
+    ),
     ("code matches the beginning only", "shell", put(*CD, CODE, r"^cd"), "regex_self", None),
     ("code without a group", "shell", put(*CD, CODE, r"^cd .*$"), "regex_self", None),
-    ("one group for two placeholders", "kitchen",
-     put("script", ACTIONS, "chop {food} with {tool}", CODE, r"^chop (.+)$"), "regex_self", None),
-    ("code of an action without parameters", "clinic", put("script", ACTIONS, "unlock store", CODE, r"^open store$"),
-     "regex_self", None),
+    (
+        "one group for two placeholders",
+        "kitchen",
+        put("script", ACTIONS, "chop {food} with {tool}", CODE, r"^chop (.+)$"),
+        "regex_self",
+        None,
+    ),
+    (
+        "code of an action without parameters",
+        "clinic",
+        put("script", ACTIONS, "unlock store", CODE, r"^open store$"),
+        "regex_self",
+        None,
+    ),
     ("empty code", "shell", put("script", ACTIONS, "ls", CODE, ""), "regex_self", None),
     # a turn's keys and types
     ("turns are an object", "shell", put("turns", {}), "keys", None),
@@ -245,8 +283,13 @@ FAULTS: list[tuple[str, str, Callable, str, int | None]] = [
     ("a DM's answer missing", "shell", without("turns", 4), "order", 4),
     ("a Player's turn missing", "shell", without("turns", 5), "order", 5),
     ("Player last", "shell", without("turns", 8), "order", 7),
-    ("Player after the end", "kitchen", lambda pair: pair["turns"].append(player(13, "Done.", "walk to stove")),
-     "order", 13),
+    (
+        "Player after the end",
+        "kitchen",
+        lambda pair: pair["turns"].append(player(13, "Done.", "walk to stove")),
+        "order",
+        13,
+    ),
     # mistakes that the DM lets pass
     ("an unknown verb passes", "shell", put("turns", 3, "Action", "chdir documents"), "unflagged", 3),
     ("an unknown value passes", "shell", put("turns", 3, "Action", "cd music"), "unflagged", 3),
@@ -254,38 +297,78 @@ FAULTS: list[tuple[str, str, Callable, str, int | None]] = [
     ("a flag forgotten", "shell", unflag(2), "unflagged", 1),
     ("a flag forgotten on another value", "kitchen", unflag(4), "unflagged", 3),
     ("a flag forgotten on another verb", "clinic", unflag(4), "unflagged", 3),
-    ("values of two parameters exchanged", "kitchen", put("turns", 5, "Action", "chop knife with red onion"),
-     "unflagged", 5),
+    (
+        "values of two parameters exchanged",
+        "kitchen",
+        put("turns", 5, "Action", "chop knife with red onion"),
+        "unflagged",
+        5,
+    ),
     ("the second value is wrong", "kitchen", put("turns", 11, "Action", "put red onion in pan"), "unflagged", 11),
     ("an argument too many", "clinic", put("turns", 9, "Action", "unlock store now"), "unflagged", 9),
     ("an argument too few", "clinic", put("turns", 11, "Action", "give Zoë"), "unflagged", 11),
     ("the template itself passes", "shell", put("turns", 3, "Action", "cd {path}"), "unflagged", 3),
     ("an empty action passes", "shell", put("turns", 3, "Action", ""), "unflagged", 3),
     ("two actions in one pass", "clinic", put("turns", 9, "Action", "unlock store\nwait"), "unflagged", 9),
-    ("a number out of the list passes", "shell", put("turns", 7, "Action", "edit config.cfg line 3 to mode=on"),
-     "unflagged", 7),
+    (
+        "a number out of the list passes",
+        "shell",
+        put("turns", 7, "Action", "edit config.cfg line 3 to mode=on"),
+        "unflagged",
+        7,
+    ),
     ("the last action is none", "shell", put("turns", 7, "Action", "finish"), "unflagged", 7),
-    ("only the turn after the next flags it", "shell", several(
-        put("turns", 3, "Action", "cd music"), put("turns", 6, "logic_error", True)), "unflagged", 3),
+    (
+        "only the turn after the next flags it",
+        "shell",
+        several(put("turns", 3, "Action", "cd music"), put("turns", 6, "logic_error", True)),
+        "unflagged",
+        3,
+    ),
     # the whole
     ("no mistake is flagged", "shell", several(unflag(2, 6), put("turns", 1, "Action", "ls")), "refinements", 8),
     ("one mistake alone", "shell", unflag(6), "refinements", 8),
     ("one mistake alone, of place", "kitchen", unflag(8), "refinements", 12),
-    ("one mistake of three, the first", "clinic", several(unflag(8, 4), put("turns", 3, "Action", "call Zoë")),
-     "refinements", 12),
-    ("the second mistake is the last turn", "shell", lambda pair: pair.update(turns=pair["turns"][:7]),
-     "refinements", 6),
-    ("flags of the first DM turn do not count", "shell", several(
-        unflag(6), put("turns", 0, "logic_error", True)), "refinements", 8),
+    (
+        "one mistake of three, the first",
+        "clinic",
+        several(unflag(8, 4), put("turns", 3, "Action", "call Zoë")),
+        "refinements",
+        12,
+    ),
+    (
+        "the second mistake is the last turn",
+        "shell",
+        lambda pair: pair.update(turns=pair["turns"][:7]),
+        "refinements",
+        6,
+    ),
+    (
+        "flags of the first DM turn do not count",
+        "shell",
+        several(unflag(6), put("turns", 0, "logic_error", True)),
+        "refinements",
+        8,
+    ),
     ("a DM alone", "shell", lambda pair: pair.update(turns=pair["turns"][:1]), "refinements", 0),
     ("cut before the end", "kitchen", lambda pair: pair.update(turns=pair["turns"][:11]), "incomplete", 10),
     ("never said to be completed", "shell", put("turns", 8, "Observation", "It says mode=on."), "incomplete", 8),
     ("said in another case", "clinic", put("turns", 12, "Observation", "task completed"), "incomplete", 12),
-    ("said by the thought only", "shell", several(put("turns", 8, "Observation", "Saved."),
-                                                  put("turns", 8, "Thought", "Task completed.")), "incomplete", 8),
-    ("said too early", "kitchen", several(put("turns", 10, "Observation", "Task completed"),
-                                          put("turns", 12, "Observation", "It boils.")), "incomplete", 12),
-]  # fmt: skip
+    (
+        "said by the thought only",
+        "shell",
+        several(put("turns", 8, "Observation", "Saved."), put("turns", 8, "Thought", "Task completed.")),
+        "incomplete",
+        8,
+    ),
+    (
+        "said too early",
+        "kitchen",
+        several(put("turns", 10, "Observation", "Task completed"), put("turns", 12, "Observation", "It boils.")),
+        "incomplete",
+        12,
+    ),
+]
 
 
 def planted() -> Iterator[Planted]:

@@ -17,7 +17,7 @@ TASK = "gen_train/pick_and_place_simple-Mug-None-Desk-1/trial_1"
 
 
 class Room:
-    """"win" wins, "break" raises, "wave" and "look" are valid, the rest is not."""
+    """ "win" wins, "break" raises, "wave" and "look" are valid, the rest is not."""
 
     isolated = False
 
@@ -31,8 +31,14 @@ class Room:
         if action == "break":
             raise OSError("the server is gone")
         won, valid = action == "win", action in ("win", "wave", "look")
-        return Result(observation="Yes." if valid else "Nothing happens.", reward=float(won), progress=float(won),
-                      success=won, done=won, valid=valid)  # fmt: skip
+        return Result(
+            observation="Yes." if valid else "Nothing happens.",
+            reward=float(won),
+            progress=float(won),
+            success=won,
+            done=won,
+            valid=valid,
+        )
 
     def actions(self):
         return ["look", "wave"]

@@ -182,8 +182,9 @@ def test_actre_is_asked_while_the_agent_is():
             waiting.append((self, len(self._asked)))
             return super().lines(wait)
 
-    react, actre = (Watched(lambda opening, line=line: ReplayScript([line] * 99))
-                    for line in (" act[wave]\n", " [Because.]\n"))  # fmt: skip
+    react, actre = (
+        Watched(lambda opening, line=line: ReplayScript([line] * 99)) for line in (" act[wave]\n", " [Because.]\n")
+    )
     jobs = [Job(TASK, trial) for trial in range(20)]
     play(jobs, settings(compose=Compose(probability=0.5)), Room, react, actre, lambda t: ())
     both = [one[1] and other[1] for one, other in itertools.pairwise(waiting) if one[0] is not other[0]]
@@ -240,13 +241,15 @@ def test_probability_is_a_probability():
 
 def test_verbs_first_evens_out_the_verbs():
     actions = [f"go to drawer {n}" for n in range(9)] + ["look"]
-    counts = {how: Counter(sample_action(actions, how, generator(0, k), "a task") for k in range(400))["look"]
-              for how in ("commands", "verbs")}  # fmt: skip
+    counts = {
+        how: Counter(sample_action(actions, how, generator(0, k), "a task") for k in range(400))["look"]
+        for how in ("commands", "verbs")
+    }
     assert 20 < counts["commands"] < 65 and 160 < counts["verbs"] < 240
 
 
 def test_an_open_action_is_completed_with_words_of_the_task():
-    task = "Find me a red, 28\" x 28\" pillow"
+    task = 'Find me a red, 28" x 28" pillow'
     actions = ["click[next >]", "click[< prev]", "search["]
     drawn = [sample_action(actions, "verbs", generator(1, k), task) for k in range(300)]
     searches = [action[7:-1].split() for action in drawn if action.startswith("search[")]
@@ -269,8 +272,14 @@ def test_order_and_slots_change_no_trajectory():
     def collect(jobs, slots):
         done = {}
         policy = ScriptedPolicy(DemonstratorScript, slots=slots)
-        play(jobs, settings(compose=compose, max_turns=25), AlfWorld, policy, None,
-             lambda t: done.__setitem__(t.key, t) or ())  # fmt: skip
+        play(
+            jobs,
+            settings(compose=compose, max_turns=25),
+            AlfWorld,
+            policy,
+            None,
+            lambda t: done.__setitem__(t.key, t) or (),
+        )
         return done
 
     first = collect(jobs, 64)
@@ -280,8 +289,14 @@ def test_order_and_slots_change_no_trajectory():
 
 def test_the_demonstrator_wins_through_the_session_text():
     done = []
-    play([Job(task, 0) for task in games()], settings(max_turns=90), AlfWorld, ScriptedPolicy(DemonstratorScript), None,
-         lambda t: done.append(t) or ())  # fmt: skip
+    play(
+        [Job(task, 0) for task in games()],
+        settings(max_turns=90),
+        AlfWorld,
+        ScriptedPolicy(DemonstratorScript),
+        None,
+        lambda t: done.append(t) or (),
+    )
     assert all(t.success for t in done) and all(x.thought for t in done for x in t.turns)
 
 

@@ -23,7 +23,8 @@ REAL = os.environ.get("ALFWORLD_DATA")
 needs_data = pytest.mark.skipif(not REAL, reason="needs the real games: set ALFWORLD_DATA")
 needs_textworld = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("alfworld", "textworld", "fast_downward"))),
-    reason="needs the reference: pip install alfworld==0.4.2 (and cmake, g++)")
+    reason="needs the reference: pip install alfworld==0.4.2 (and cmake, g++)",
+)
 ENGINES = ["ours", pytest.param("textworld", marks=needs_textworld)]
 MIDDLE = "You are in the middle of a room. Looking quickly around you, you see"
 COUNTERTOP = "On the countertop 1, you see a apple 1, a bread 1, a knife 1, and a plate 1."
@@ -55,6 +56,7 @@ def diverging(task_id: str, data: str, steps: int, **args) -> list[str]:
 
 
 # ---- against TextWorld on whole games
+
 
 @pytest.mark.data
 @needs_data
@@ -109,36 +111,43 @@ def test_real_splits_have_the_published_sizes():
 
 # ---- quirks, each on both engines
 
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_opening_and_look(tmp_path, engine):
     task_id = write_game(tmp_path)
     opening = AlfWorld(data=str(tmp_path), engine=engine).reset(task_id)
     assert opening.text == (
         f"{MIDDLE} a cabinet 2, a cabinet 1, a countertop 1, a desk 1, a fridge 1, a garbagecan 1, a microwave 1, and "
-        "a sinkbasin 1.\n\nYour task is to: put some apple on microwave.")
+        "a sinkbasin 1.\n\nYour task is to: put some apple on microwave."
+    )
     assert opening.task == "put some apple on microwave"
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_look_away_and_at_colocated_receptacles(tmp_path, engine):
-    play(tmp_path, "place", [
-        ("look", f"{MIDDLE} nothing."),
-        ("examine cabinet 1", "Nothing happens."),
-        ("go to cabinet 1", "You arrive at cabinet 1. The cabinet 1 is closed."),
-        ("look", "You are facing the cabinet 2, and cabinet 1. Next to it, you see nothing."),
-        ("go to cabinet 2", "Nothing happens."),  # the agent stands there already
-        ("go to cabinet 1", "Nothing happens."),
-        ("examine cabinet 2", "The cabinet 2 is closed."),
-        ("open cabinet 1", "You open the cabinet 1. The cabinet 1 is open. In it, you see nothing."),
-        ("open cabinet 1", "Nothing happens."),
-        ("open cabinet 2", "You open the cabinet 2. The cabinet 2 is open. In it, you see a mug 1."),
-        ("take mug 1 from cabinet 2", "You pick up the mug 1 from the cabinet 2."),
-        ("move mug 1 to cabinet 1", "You move the mug 1 to the cabinet 1."),
-        # TextWorld remembers that the mug was taken out of cabinet 2, and shows it beside the cabinets.
-        ("look", "You are facing the cabinet 2, and cabinet 1. Next to it, you see a mug 1."),
-        ("close cabinet 1", "You close the cabinet 1."),
-        ("take mug 1 from cabinet 1", "Nothing happens."),
-    ], engine)
+    play(
+        tmp_path,
+        "place",
+        [
+            ("look", f"{MIDDLE} nothing."),
+            ("examine cabinet 1", "Nothing happens."),
+            ("go to cabinet 1", "You arrive at cabinet 1. The cabinet 1 is closed."),
+            ("look", "You are facing the cabinet 2, and cabinet 1. Next to it, you see nothing."),
+            ("go to cabinet 2", "Nothing happens."),  # the agent stands there already
+            ("go to cabinet 1", "Nothing happens."),
+            ("examine cabinet 2", "The cabinet 2 is closed."),
+            ("open cabinet 1", "You open the cabinet 1. The cabinet 1 is open. In it, you see nothing."),
+            ("open cabinet 1", "Nothing happens."),
+            ("open cabinet 2", "You open the cabinet 2. The cabinet 2 is open. In it, you see a mug 1."),
+            ("take mug 1 from cabinet 2", "You pick up the mug 1 from the cabinet 2."),
+            ("move mug 1 to cabinet 1", "You move the mug 1 to the cabinet 1."),
+            # TextWorld remembers that the mug was taken out of cabinet 2, and shows it beside the cabinets.
+            ("look", "You are facing the cabinet 2, and cabinet 1. Next to it, you see a mug 1."),
+            ("close cabinet 1", "You close the cabinet 1."),
+            ("take mug 1 from cabinet 1", "Nothing happens."),
+        ],
+        engine,
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -150,69 +159,84 @@ def test_start_in_front_of_a_receptacle(tmp_path, engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_examine_only_what_is_held(tmp_path, engine):
-    play(tmp_path, "two", [
-        ("go to countertop 1", f"You arrive at countertop 1. {COUNTERTOP}"),
-        ("examine apple 1", "Nothing happens."),
-        ("take apple 1 from countertop 1", "You pick up the apple 1 from the countertop 1."),
-        ("inventory", "You are carrying: a apple 1."),
-        ("examine apple 1", "There's nothing special about apple 1."),
-        ("take bread 1 from countertop 1", "Nothing happens."),  # hands are full
-        ("go to sinkbasin 1", "You arrive at sinkbasin 1. On the sinkbasin 1, you see nothing."),
-        ("heat apple 1 with sinkbasin 1", "Nothing happens."),
-        ("clean apple 1 with sinkbasin 1", "You clean the apple 1 using the sinkbasin 1."),
-        ("examine apple 1", "This is a clean apple 1."),
-        ("go to microwave 1", "You arrive at microwave 1. The microwave 1 is closed."),
-        ("move apple 1 to microwave 1", "Nothing happens."),  # shut
-        ("heat apple 1 with microwave 1", "You heat the apple 1 using the microwave 1."),  # shut as well, and yet
-        ("examine apple 1", "This is a hot and clean apple 1."),
-        ("go to fridge 1", "You arrive at fridge 1. The fridge 1 is closed."),
-        ("cool apple 1 with fridge 1", "You cool the apple 1 using the fridge 1."),
-        ("examine apple 1", "This is a cool and clean apple 1."),
-        ("inventory", "You are carrying: a apple 1."),
-    ], engine)
+    play(
+        tmp_path,
+        "two",
+        [
+            ("go to countertop 1", f"You arrive at countertop 1. {COUNTERTOP}"),
+            ("examine apple 1", "Nothing happens."),
+            ("take apple 1 from countertop 1", "You pick up the apple 1 from the countertop 1."),
+            ("inventory", "You are carrying: a apple 1."),
+            ("examine apple 1", "There's nothing special about apple 1."),
+            ("take bread 1 from countertop 1", "Nothing happens."),  # hands are full
+            ("go to sinkbasin 1", "You arrive at sinkbasin 1. On the sinkbasin 1, you see nothing."),
+            ("heat apple 1 with sinkbasin 1", "Nothing happens."),
+            ("clean apple 1 with sinkbasin 1", "You clean the apple 1 using the sinkbasin 1."),
+            ("examine apple 1", "This is a clean apple 1."),
+            ("go to microwave 1", "You arrive at microwave 1. The microwave 1 is closed."),
+            ("move apple 1 to microwave 1", "Nothing happens."),  # shut
+            ("heat apple 1 with microwave 1", "You heat the apple 1 using the microwave 1."),  # shut as well, and yet
+            ("examine apple 1", "This is a hot and clean apple 1."),
+            ("go to fridge 1", "You arrive at fridge 1. The fridge 1 is closed."),
+            ("cool apple 1 with fridge 1", "You cool the apple 1 using the fridge 1."),
+            ("examine apple 1", "This is a cool and clean apple 1."),
+            ("inventory", "You are carrying: a apple 1."),
+        ],
+        engine,
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_vessels_cold_things_and_knives(tmp_path, engine):
-    play(tmp_path, "two", [
-        ("inventory", "You are not carrying anything."),
-        ("go to fridge 1", "You arrive at fridge 1. The fridge 1 is closed."),
-        ("open fridge 1", "You open the fridge 1. The fridge 1 is open. In it, you see a apple 2."),
-        ("take apple 2 from fridge 1", "You pick up the apple 2 from the fridge 1."),
-        ("examine apple 2", "This is a cold apple 2."),  # cool from the start
-        ("go to countertop 1", f"You arrive at countertop 1. {COUNTERTOP}"),
-        ("move apple 2 to countertop 1", "You move the apple 2 to the countertop 1."),
-        ("slice apple 2 with knife 1", "Nothing happens."),  # the knife is not in hand
-        ("take knife 1 from countertop 1", "You pick up the knife 1 from the countertop 1."),
-        ("slice apple 2 with knife 1", "You sliced the apple 2 with the knife 1."),
-        ("slice bread 1 with knife 1", "You sliced the bread 1 with the knife 1."),
-        ("move knife 1 to countertop 1", "You move the knife 1 to the countertop 1."),
-        ("take bread 1 from countertop 1", "You pick up the bread 1 from the countertop 1."),
-        ("examine bread 1", "This is a sliced bread 1."),
-        ("move bread 1 to countertop 1", "You move the bread 1 to the countertop 1."),
-        ("take apple 2 from countertop 1", "You pick up the apple 2 from the countertop 1."),
-        ("examine apple 2", "This is a cool sliced apple 2."),
-        ("move apple 2 to countertop 1", "You move the apple 2 to the countertop 1."),
-        ("go to cabinet 2", "You arrive at cabinet 2. The cabinet 2 is closed."),
-        ("open cabinet 2", "You open the cabinet 2. The cabinet 2 is open. In it, you see a mug 1."),
-        ("take mug 1 from cabinet 2", "You pick up the mug 1 from the cabinet 2."),
-        ("examine mug 1", "This is a normal mug 1. In it, you see a pencil 1."),
-    ], engine)
+    play(
+        tmp_path,
+        "two",
+        [
+            ("inventory", "You are not carrying anything."),
+            ("go to fridge 1", "You arrive at fridge 1. The fridge 1 is closed."),
+            ("open fridge 1", "You open the fridge 1. The fridge 1 is open. In it, you see a apple 2."),
+            ("take apple 2 from fridge 1", "You pick up the apple 2 from the fridge 1."),
+            ("examine apple 2", "This is a cold apple 2."),  # cool from the start
+            ("go to countertop 1", f"You arrive at countertop 1. {COUNTERTOP}"),
+            ("move apple 2 to countertop 1", "You move the apple 2 to the countertop 1."),
+            ("slice apple 2 with knife 1", "Nothing happens."),  # the knife is not in hand
+            ("take knife 1 from countertop 1", "You pick up the knife 1 from the countertop 1."),
+            ("slice apple 2 with knife 1", "You sliced the apple 2 with the knife 1."),
+            ("slice bread 1 with knife 1", "You sliced the bread 1 with the knife 1."),
+            ("move knife 1 to countertop 1", "You move the knife 1 to the countertop 1."),
+            ("take bread 1 from countertop 1", "You pick up the bread 1 from the countertop 1."),
+            ("examine bread 1", "This is a sliced bread 1."),
+            ("move bread 1 to countertop 1", "You move the bread 1 to the countertop 1."),
+            ("take apple 2 from countertop 1", "You pick up the apple 2 from the countertop 1."),
+            ("examine apple 2", "This is a cool sliced apple 2."),
+            ("move apple 2 to countertop 1", "You move the apple 2 to the countertop 1."),
+            ("go to cabinet 2", "You arrive at cabinet 2. The cabinet 2 is closed."),
+            ("open cabinet 2", "You open the cabinet 2. The cabinet 2 is open. In it, you see a mug 1."),
+            ("take mug 1 from cabinet 2", "You pick up the mug 1 from the cabinet 2."),
+            ("examine mug 1", "This is a normal mug 1. In it, you see a pencil 1."),
+        ],
+        engine,
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_thing_in_two_receptacles(tmp_path, engine):
     """Real games list some objects twice: taken from one, it still lies in the other."""
-    play(tmp_path, "place", [
-        ("go to garbagecan 1", "You arrive at garbagecan 1. On the garbagecan 1, you see a plate 1."),
-        ("take plate 1 from garbagecan 1", "You pick up the plate 1 from the garbagecan 1."),
-        ("examine garbagecan 1", "On the garbagecan 1, you see nothing."),
-        ("examine countertop 1", COUNTERTOP),
-        ("move plate 1 to garbagecan 1", "Nothing happens."),  # a garbage can holds no plates
-        ("move plate 1 to countertop 1", "You move the plate 1 to the countertop 1."),
-        ("examine countertop 1", COUNTERTOP),
-        ("look", "You are facing the countertop 1, and garbagecan 1. Next to it, you see a plate 1."),
-    ], engine)
+    play(
+        tmp_path,
+        "place",
+        [
+            ("go to garbagecan 1", "You arrive at garbagecan 1. On the garbagecan 1, you see a plate 1."),
+            ("take plate 1 from garbagecan 1", "You pick up the plate 1 from the garbagecan 1."),
+            ("examine garbagecan 1", "On the garbagecan 1, you see nothing."),
+            ("examine countertop 1", COUNTERTOP),
+            ("move plate 1 to garbagecan 1", "Nothing happens."),  # a garbage can holds no plates
+            ("move plate 1 to countertop 1", "You move the plate 1 to the countertop 1."),
+            ("examine countertop 1", COUNTERTOP),
+            ("look", "You are facing the countertop 1, and garbagecan 1. Next to it, you see a plate 1."),
+        ],
+        engine,
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -237,19 +261,24 @@ def test_lamp_stays_on_and_is_part_of_the_goal_only_where_it_stands(tmp_path, en
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_objects_must_share_one_receptacle(tmp_path, engine):
     fetch = "You pick up the apple {} from the {}."
-    result, world = play(tmp_path, "two", [
-        ("go to countertop 1", f"You arrive at countertop 1. {COUNTERTOP}"),
-        ("take apple 1 from countertop 1", fetch.format(1, "countertop 1")),
-        ("go to cabinet 1", "You arrive at cabinet 1. The cabinet 1 is closed."),
-        ("open cabinet 1", "You open the cabinet 1. The cabinet 1 is open. In it, you see nothing."),
-        ("move apple 1 to cabinet 1", "You move the apple 1 to the cabinet 1."),
-        ("go to fridge 1", "You arrive at fridge 1. The fridge 1 is closed."),
-        ("open fridge 1", "You open the fridge 1. The fridge 1 is open. In it, you see a apple 2."),
-        ("take apple 2 from fridge 1", fetch.format(2, "fridge 1")),
-        ("go to cabinet 2", "You arrive at cabinet 2. The cabinet 2 is closed."),
-        ("open cabinet 2", "You open the cabinet 2. The cabinet 2 is open. In it, you see a mug 1."),
-        ("move apple 2 to cabinet 2", "You move the apple 2 to the cabinet 2."),
-    ], engine)
+    result, world = play(
+        tmp_path,
+        "two",
+        [
+            ("go to countertop 1", f"You arrive at countertop 1. {COUNTERTOP}"),
+            ("take apple 1 from countertop 1", fetch.format(1, "countertop 1")),
+            ("go to cabinet 1", "You arrive at cabinet 1. The cabinet 1 is closed."),
+            ("open cabinet 1", "You open the cabinet 1. The cabinet 1 is open. In it, you see nothing."),
+            ("move apple 1 to cabinet 1", "You move the apple 1 to the cabinet 1."),
+            ("go to fridge 1", "You arrive at fridge 1. The fridge 1 is closed."),
+            ("open fridge 1", "You open the fridge 1. The fridge 1 is open. In it, you see a apple 2."),
+            ("take apple 2 from fridge 1", fetch.format(2, "fridge 1")),
+            ("go to cabinet 2", "You arrive at cabinet 2. The cabinet 2 is closed."),
+            ("open cabinet 2", "You open the cabinet 2. The cabinet 2 is open. In it, you see a mug 1."),
+            ("move apple 2 to cabinet 2", "You move the apple 2 to the cabinet 2."),
+        ],
+        engine,
+    )
     assert not result.success
     world.step("take apple 2 from cabinet 2")
     assert world.step("move apple 2 to cabinet 1").success
@@ -260,9 +289,17 @@ def test_heated_means_that_object_in_that_place(tmp_path, engine):
     _, world = play(tmp_path, "heat", [], engine)
     for command in ("go to countertop 1", "take apple 1 from countertop 1", "move apple 1 to garbagecan 1"):
         assert world.step(command).valid and not world.step("look").success  # in place, but cold
-    for command in ("go to fridge 1", "open fridge 1", "take apple 2 from fridge 1", "go to microwave 1",
-                    "heat apple 2 with microwave 1", "go to fridge 1", "cool apple 2 with fridge 1",
-                    "go to garbagecan 1", "move apple 2 to garbagecan 1"):
+    for command in (
+        "go to fridge 1",
+        "open fridge 1",
+        "take apple 2 from fridge 1",
+        "go to microwave 1",
+        "heat apple 2 with microwave 1",
+        "go to fridge 1",
+        "cool apple 2 with fridge 1",
+        "go to garbagecan 1",
+        "move apple 2 to garbagecan 1",
+    ):
         assert world.step(command).valid and not world.step("look").success  # hot once, cooled since
     for command in ("take apple 2 from garbagecan 1", "go to microwave 1", "heat apple 2 with microwave 1"):
         assert world.step(command).valid
@@ -274,10 +311,29 @@ def test_heated_means_that_object_in_that_place(tmp_path, engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_help_and_texts_that_are_not_commands(tmp_path, engine):
-    result, world = play(tmp_path, "place", [
-        (text, "Nothing happens.") for text in (
-            "", "Look", "look around", "go to desk", "go to  desk 1", "go to desk 1.", "put pen 1 in/on desk 1",
-            "examine pencil 1", "open desk 1", "take", "go to loc 1", "go to agent1 ", "look\nlook")], engine)
+    result, world = play(
+        tmp_path,
+        "place",
+        [
+            (text, "Nothing happens.")
+            for text in (
+                "",
+                "Look",
+                "look around",
+                "go to desk",
+                "go to  desk 1",
+                "go to desk 1.",
+                "put pen 1 in/on desk 1",
+                "examine pencil 1",
+                "open desk 1",
+                "take",
+                "go to loc 1",
+                "go to agent1 ",
+                "look\nlook",
+            )
+        ],
+        engine,
+    )
     before = world.actions()
     assert world.step(" go to desk 1\n").valid  # TextWorld strips a command
     text = world.step("help").observation
@@ -289,13 +345,19 @@ def test_help_and_texts_that_are_not_commands(tmp_path, engine):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_old_grammar(tmp_path, engine):
     desk = f"loc {7 - PLACES['Desk_bar_1'][0] + 1}"  # locations 1-7 are mentioned and numbered downwards; 8 is not
-    result, world = play(tmp_path, "cool", [
-        ("help", "Nothing happens."),
-        ("go to desk 1", f"You arrive at {desk}. On the desk 1, you see a desklamp 1, and a pen 1."),
-        ("take pen 1 from desk 1", "You pick up the pen 1 from the desk 1."),
-        ("move pen 1 to desk 1", "Nothing happens."),
-        ("put pen 1 in/on desk 1", "You put the pen 1 in/on the desk 1."),
-    ], engine, grammar="0.3")
+    result, world = play(
+        tmp_path,
+        "cool",
+        [
+            ("help", "Nothing happens."),
+            ("go to desk 1", f"You arrive at {desk}. On the desk 1, you see a desklamp 1, and a pen 1."),
+            ("take pen 1 from desk 1", "You pick up the pen 1 from the desk 1."),
+            ("move pen 1 to desk 1", "Nothing happens."),
+            ("put pen 1 in/on desk 1", "You put the pen 1 in/on the desk 1."),
+        ],
+        engine,
+        grammar="0.3",
+    )
     assert "take pen 1 from desk 1" in world.actions() and "help" not in world.actions()
     world.step("take pen 1 from desk 1")
     assert "put pen 1 in/on desk 1" in world.actions() and not [a for a in world.actions() if a.startswith("move")]
@@ -303,12 +365,18 @@ def test_old_grammar(tmp_path, engine):
 
 # ---- progress, names, goals
 
+
 def test_progress_counts_conditions_and_never_falls(tmp_path):
     _, world = play(tmp_path, "clean", [], "ours")
     assert world.step("go to countertop 1").progress == 0.0
-    for command, progress in [("take plate 1 from countertop 1", 0.0), ("go to sinkbasin 1", 0.0),
-                              ("clean plate 1 with sinkbasin 1", 0.5), ("go to cabinet 1", 0.5),
-                              ("open cabinet 1", 0.5), ("move plate 1 to cabinet 1", 1.0)]:
+    for command, progress in [
+        ("take plate 1 from countertop 1", 0.0),
+        ("go to sinkbasin 1", 0.0),
+        ("clean plate 1 with sinkbasin 1", 0.5),
+        ("go to cabinet 1", 0.5),
+        ("open cabinet 1", 0.5),
+        ("move plate 1 to cabinet 1", 1.0),
+    ]:
         result = world.step(command)
         assert (command, result.progress) == (command, progress)
     _, world = play(tmp_path / "look", "look", [], "ours")
@@ -318,8 +386,12 @@ def test_progress_counts_conditions_and_never_falls(tmp_path):
 
 def test_names_are_numbered_downwards_within_a_kind():
     ids = {"mug_bar_1", "mug_bar_2", "sink_bar_1_bar_sinkbasin", "sink_bar_1", "mugtype", "agent1"}
-    assert names_of(ids) == {"mug_bar_1": "mug 2", "mug_bar_2": "mug 1", "sink_bar_1": "sink 1",
-                             "sink_bar_1_bar_sinkbasin": "sinkbasin 1"}
+    assert names_of(ids) == {
+        "mug_bar_1": "mug 2",
+        "mug_bar_2": "mug 1",
+        "sink_bar_1": "sink 1",
+        "sink_bar_1_bar_sinkbasin": "sinkbasin 1",
+    }
 
 
 def test_each_goal_is_read_as_its_kind():
@@ -344,12 +416,16 @@ def test_task_type():
 
 # ---- data, index, errors
 
+
 def test_index_lists_what_the_stock_loader_lists(tmp_path):
     kept = [write_game(tmp_path, "place"), write_game(tmp_path, "two"), write_game(tmp_path, "two", trial="trial_0")]
-    for goal, trial, change in [("heat", "trial_1", lambda f: f.write_text(f.read_text().replace(
-            '"solvable": true', '"solvable": false'))), ("cool", "trial_movable_1", None), ("cool", "Sliced", None),
-            ("look", "trial_1", lambda f: f.with_name("traj_data.json").unlink()),
-            ("clean", "trial_1", lambda f: f.write_text('{"pddl_problem": ""}'))]:
+    for goal, trial, change in [
+        ("heat", "trial_1", lambda f: f.write_text(f.read_text().replace('"solvable": true', '"solvable": false'))),
+        ("cool", "trial_movable_1", None),
+        ("cool", "Sliced", None),
+        ("look", "trial_1", lambda f: f.with_name("traj_data.json").unlink()),
+        ("clean", "trial_1", lambda f: f.write_text('{"pddl_problem": ""}')),
+    ]:
         task_id = write_game(tmp_path, goal, trial=trial)
         if change:
             change(tmp_path / "json_2.1.1" / task_id / "game.tw-pddl")
@@ -376,8 +452,10 @@ def test_index_is_reused_and_follows_changes(tmp_path, monkeypatch):
     assert load_index(root)["hand"] == (second,)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1}', '{"version": 1, "splits": {"hand": 3}}',
-                                     '{"version": 0, "splits": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"version": 1}', '{"version": 1, "splits": {"hand": 3}}', '{"version": 0, "splits": {}}'],
+)
 def test_corrupt_index_is_rebuilt(tmp_path, content):
     task_id = write_game(tmp_path)
     file = tmp_path / "json_2.1.1" / ".a3t_index.json"
@@ -425,8 +503,17 @@ def test_errors_say_what_to_do(tmp_path):
         AlfWorld(data=str(tmp_path), grammar="0.5")
 
 
-@pytest.mark.parametrize("content", ["", '{"pddl_problem": "(:init', '{"grammar": "x"}', "[]", '{"pddl_problem": 3}',
-                                     '{"pddl_problem": "(:init )(:goal )", "grammar": "Your task"}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        '{"pddl_problem": "(:init',
+        '{"grammar": "x"}',
+        "[]",
+        '{"pddl_problem": 3}',
+        '{"pddl_problem": "(:init )(:goal )", "grammar": "Your task"}',
+    ],
+)
 def test_unreadable_game_is_named(tmp_path, content):
     task_id = write_game(tmp_path)
     world = AlfWorld(data=str(tmp_path))
@@ -469,16 +556,20 @@ def run_python(code: str, tmp_path: Path, *args: str) -> str:
 
 def test_our_engine_imports_nothing_of_alfworld(tmp_path):
     task_id = write_game(tmp_path)
-    code = ("import sys; from envs.play import make_world; w = make_world('alfworld', data=sys.argv[1]); "
-            "w.reset(sys.argv[2]); w.step('look'); print({'alfworld', 'textworld', 'torch', 'jax'} & set(sys.modules))")
+    code = (
+        "import sys; from envs.play import make_world; w = make_world('alfworld', data=sys.argv[1]); "
+        "w.reset(sys.argv[2]); w.step('look'); print({'alfworld', 'textworld', 'torch', 'jax'} & set(sys.modules))"
+    )
     assert run_python(code, tmp_path, str(tmp_path), task_id) == "set()\n"
 
 
 @needs_textworld
 def test_reference_engine_leaves_no_traces(tmp_path):
     task_id = write_game(tmp_path)
-    code = ("import os, sys; from envs.alfworld import AlfWorld; before = dict(os.environ); "
-            "AlfWorld(data=sys.argv[1], engine='textworld').reset(sys.argv[2]); print(before == dict(os.environ))")
+    code = (
+        "import os, sys; from envs.alfworld import AlfWorld; before = dict(os.environ); "
+        "AlfWorld(data=sys.argv[1], engine='textworld').reset(sys.argv[2]); print(before == dict(os.environ))"
+    )
     assert run_python(code, tmp_path, str(tmp_path), task_id).endswith("True\n")
     assert not (tmp_path / "home" / ".cache" / "alfworld").exists()
 

@@ -1,6 +1,5 @@
 """Attention over packed rows: every implementation that runs on a CPU against all scores at once."""
 
-
 import functools
 
 import jax
@@ -40,8 +39,6 @@ def test_attention_and_its_gradient_are_those_of_all_scores_at_once(window, impl
 
     for one, other in zip(*(jax.tree.leaves(value_and_grad(attend)) for attend in (ours, dense)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
-
-
 
 
 def test_the_device_chooses():

@@ -41,8 +41,10 @@ def test_what_is_told_is_what_is_there(world):
     things = {(3, 1): Ball("red"), (2, 3): Ball("red"), (4, 4): Box("blue"), (5, 6): Key("grey")}
     put(world, "GoToRedBall", things, (3, 5), 3)
     told = world._text
-    assert told == ("You see: blue box 1, 1 step ahead and 1 to the right; red ball 1, 2 steps ahead and 1 to the "
-                    "left; red ball 2, 4 steps ahead. Ahead 3 steps are free, then there is a ball. You carry nothing.")
+    assert told == (
+        "You see: blue box 1, 1 step ahead and 1 to the right; red ball 1, 2 steps ahead and 1 to the "
+        "left; red ball 2, 4 steps ahead. Ahead 3 steps are free, then there is a ball. You carry nothing."
+    )
     assert "grey key" not in told  # behind the agent
     assert world.step("turn right").valid
     assert world._text.startswith("You see: blue box 1, 1 step ahead and 1 to the left")

@@ -22,7 +22,7 @@ REFINE = {
         {"from": "human", "loss": False, "value": "Which door? There are east and west."},
         {"from": "gpt", "loss": True, "value": "Thought: The east one.\nAction: lock east"},
     ],
-}  # fmt: skip
+}
 GYM = {
     "item_id": "alfworld_12",
     "conversations": [
@@ -98,12 +98,15 @@ def test_any_texts_survive(played, opening):
 
 
 def test_samples_as_released(tmp_path):
-    refine, gym = sorted(imported(write_lines(tmp_path / "set.jsonl", REFINE, GYM), tmp_path / "lines"),
-                         key=lambda row: -len(row.task_id))[::-1]  # fmt: skip
+    refine, gym = sorted(
+        imported(write_lines(tmp_path / "set.jsonl", REFINE, GYM), tmp_path / "lines"),
+        key=lambda row: -len(row.task_id),
+    )[::-1]
     assert refine.task_id == "refine_17" and refine.task == "lock the east door." and refine.split == "set"
     assert [(t.action, t.errors, t.valid) for t in refine.turns] == [
-        ("lock door", ["parameter", "place", "logic"], False), ("lock east", [], True)
-    ]  # fmt: skip
+        ("lock door", ["parameter", "place", "logic"], False),
+        ("lock east", [], True),
+    ]
     assert refine.turns[0].observation.startswith("Which door?") and refine.turns[1].observation == ""
     assert gym.task_id == "alfworld_12" and gym.task == "put a mug in desk."
     assert gym.first_observation.startswith("Interact") and "You are in a room." in gym.first_observation
@@ -137,7 +140,7 @@ BAD = {
     "no answer": ({"id": "x", "conversations": REFINE["conversations"][:1]}, "1 messages, expected at least one"),
     "no messages": ({"id": "x", "conversations": []}, "0 messages, expected at least one"),
     "greeting alone": ({"id": "x", "conversations": GYM["conversations"][:3]}, "1 messages, expected at least one"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

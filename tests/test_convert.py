@@ -144,9 +144,11 @@ def quantised_by_transformers(base_dir, folder: Path, double: bool):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("bitsandbytes")
     config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=torch.float32,
-    )  # fmt: skip
+    )
     model = transformers.MistralForCausalLM.from_pretrained(base_dir, quantization_config=config, dtype=torch.float32)
     model.save_pretrained(folder)
     return model.eval()
@@ -325,8 +327,17 @@ def test_score_is_what_transformers_and_peft_compute(base_dir, tmp_path):
     model = with_random_adapter(load_model(tmp_path / "base", weights="fp32", lora=ALL))
     save_adapter(tmp_path / "adapter", model, tmp_path / "base")
     (tmp_path / "text").write_text("PUT.A.MUG.IN.THE.DESK")
-    result = command("lora.score", "--model", tmp_path / "base", "--adapter", tmp_path / "adapter",
-                     "--weights", "fp32", "--text", tmp_path / "text")  # fmt: skip
+    result = command(
+        "lora.score",
+        "--model",
+        tmp_path / "base",
+        "--adapter",
+        tmp_path / "adapter",
+        "--weights",
+        "fp32",
+        "--text",
+        tmp_path / "text",
+    )
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     base = transformers.MistralForCausalLM.from_pretrained(tmp_path / "base")

@@ -16,8 +16,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def write(path: Path, thoughts: list[str]) -> Path:
-    rows = [trajectory(task_id=f"gen_train/x/{i}", turns=[turn(thought, "look", "You see nothing.")])
-            for i, thought in enumerate(thoughts)]  # fmt: skip
+    rows = [
+        trajectory(task_id=f"gen_train/x/{i}", turns=[turn(thought, "look", "You see nothing.")])
+        for i, thought in enumerate(thoughts)
+    ]
     write_file(path, rows)
     return path
 

@@ -14,10 +14,11 @@ import tyro
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(
-    p for p in ROOT.glob("**/*.py")
+    p
+    for p in ROOT.glob("**/*.py")
     if not {".venv", "runs", "data", "tests"} & set(p.relative_to(ROOT).parts)
     and re.search(r"class (Play)?Args\b", p.read_text())
-)  # fmt: skip
+)
 
 
 def load(path: Path):
@@ -57,12 +58,18 @@ def test_every_flag_has_a_sentence_and_is_read(path):
     text = path.read_text()
     body = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name in ("Args", "PlayArgs")).body
     # What stages share is read in them too, and some of a script's flags in modules of its own.
-    elsewhere = {"agent.py": ("rollout.py", "actre.py", "evaluate.py"), "train_pg.py": ("examples.py",),
-                 "pretrain.py": ("models/alfworld_lessons.py",)}  # fmt: skip
+    elsewhere = {
+        "agent.py": ("rollout.py", "actre.py", "evaluate.py"),
+        "train_pg.py": ("examples.py",),
+        "pretrain.py": ("models/alfworld_lessons.py",),
+    }
     others = ("agent.py",) if "(PlayArgs)" in text else elsewhere.get(path.name, ())
     text += "".join((ROOT / name).read_text() for name in others)
-    fields = [(node.target.id, body[i + 1] if i + 1 < len(body) else None) for i, node in enumerate(body)
-              if isinstance(node, ast.AnnAssign)]  # fmt: skip
+    fields = [
+        (node.target.id, body[i + 1] if i + 1 < len(body) else None)
+        for i, node in enumerate(body)
+        if isinstance(node, ast.AnnAssign)
+    ]
     assert fields
     for name, after in fields:
         assert re.search(rf"\bargs\.{name}\b", text), f"{path.name}: --{name} is never read"
@@ -72,8 +79,13 @@ def test_every_flag_has_a_sentence_and_is_read(path):
 def test_run_sh_passes_only_flags_that_exist():
     """Each stage's own Args must take what run.sh gives it, in the tiny and in the paper configuration."""
     text = (ROOT / "run.sh").read_text()
-    given = {"common": "rollout actre train_pg evaluate", "first": "rollout", "play": "rollout actre evaluate",
-             "compose": "actre", "train": "train_pg"}  # fmt: skip
+    given = {
+        "common": "rollout actre train_pg evaluate",
+        "first": "rollout",
+        "play": "rollout actre evaluate",
+        "compose": "actre",
+        "train": "train_pg",
+    }
     for array, stages in given.items():
         flags = set(re.findall(r"--([a-z-]+)", " ".join(re.findall(rf"\b{array}\+?=\(([^)]*)\)", text))))
         for stage in stages.split():

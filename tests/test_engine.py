@@ -22,9 +22,15 @@ from tests.helpers import trajectory, with_random_adapter
 from trajectory import react_segments, text_of
 
 TINY = Config(
-    vocab_size=61, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, max_position_embeddings=2048,
-)  # fmt: skip
+    vocab_size=61,
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=2048,
+)
 CONTEXT, STOP = 48, 5
 
 
@@ -198,9 +204,13 @@ def test_greedy_ids_are_those_of_transformers_generate(tmp_path, with_adapter):
     for ids in prompts:
         row = torch.tensor([ids])
         out = theirs.generate(
-            input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=12, do_sample=False,
-            eos_token_id=newline, pad_token_id=0,
-        )  # fmt: skip
+            input_ids=row,
+            attention_mask=torch.ones_like(row),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=newline,
+            pad_token_id=0,
+        )
         expected.append(out[0, len(ids) :].tolist())
     assert len({tuple(ids) for ids in expected}) > 25  # else the prompts do not matter
     for slots, order, chunk in ((5, list(range(54)), None), (4, list(range(53, -1, -1)), 2)):
@@ -221,9 +231,13 @@ def test_greedy_ids_are_those_of_transformers_generate(tmp_path, with_adapter):
 
 @pytest.mark.parametrize(
     ("rows", "widths", "lengths", "tiled"),
-    [(2, (8, 3), (3, 21, 8, 13), False), (4, (128, 8), (97, 128, 21, 90), False), (1, (128, 8), (97, 128, 21, 3), True),
-     (4, (128, 8), (97, 128, 21, 3), True)],
-)  # fmt: skip
+    [
+        (2, (8, 3), (3, 21, 8, 13), False),
+        (4, (128, 8), (97, 128, 21, 90), False),
+        (1, (128, 8), (97, 128, 21, 3), True),
+        (4, (128, 8), (97, 128, 21, 3), True),
+    ],
+)
 def test_draws_do_not_depend_on_slot_order_or_company(monkeypatch, rows, widths, lengths, tiled):
     """Bit for bit: a resumed rollout plays its games in other company and must sample the same text.
 

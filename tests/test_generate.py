@@ -146,8 +146,11 @@ def test_games_are_shaped_as_the_real_ones():
 
 def test_the_rooms_left_out_are_those_of_valid_unseen():
     assert {int(task_id.split("/")[1].rpartition("-")[2]) for task_id in read_panel("valid_unseen-134")} == {
-        10, 219, 308, 424,
-    }  # fmt: skip
+        10,
+        219,
+        308,
+        424,
+    }
     assert {10, 219, 308, 424} <= rooms.UNSEEN_SCENES
 
 

@@ -108,8 +108,10 @@ def test_no_decoded_weight_is_kept_for_the_backward_pass(base_dir, weights):
     jaxpr = jax.make_jaxpr(jax.grad(loss))(adapter).jaxpr
     crossing = {
         (str(variable.aval.dtype), variable.aval.shape)
-        for equation in jaxpr.eqns if equation.primitive.name == "scan" for variable in equation.outvars
-    }  # fmt: skip
+        for equation in jaxpr.eqns
+        if equation.primitive.name == "scan"
+        for variable in equation.outvars
+    }
     N = TINY.num_hidden_layers
     weights = {getattr(model.layers, name).codes.shape for name in FUSED}
     weights |= {(N, shape[1], shape[2] * shape[3]) for shape in weights}
@@ -156,8 +158,10 @@ def test_one_step_of_adamw_is_peft_s(base_dir):
         (part, i, side): theirs.get_parameter(
             f"base_model.model.model.layers.{i}.{HF_NAMES[part]}.lora_{side.upper()}.default.weight"
         )
-        for part in lora.targets for i in range(TINY.num_hidden_layers) for side in "ab"
-    }  # fmt: skip
+        for part in lora.targets
+        for i in range(TINY.num_hidden_layers)
+        for side in "ab"
+    }
     holders = {part: getattr(model.layers, name) for name, parts in FUSED.items() for part in parts}
     for (part, i, side), weight in places.items():
         weight.data = torch.tensor(np.asarray(getattr(holders[part], side)[part][i]))
@@ -263,5 +267,3 @@ def test_chunked_logits_and_remat_change_nothing(monkeypatch):
     assert abs(whole - chunked) < 1e-3
     for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(chunked_gradient), strict=True):
         assert jnp.abs(one - other).max() < 1e-3
-
-

@@ -90,9 +90,10 @@ def doubled(absmax: np.ndarray) -> dict[str, str]:
     """What double quantisation writes, as hex; codes without the filling of the last block."""
     codes, nested, offset = nf4.double_quantize(absmax)
     return {
-        "codes": codes.reshape(-1)[: absmax.size].tobytes().hex(), "nested": nested.tobytes().hex(),
+        "codes": codes.reshape(-1)[: absmax.size].tobytes().hex(),
+        "nested": nested.tobytes().hex(),
         "offset": offset.tobytes().hex(),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("case", absmax_cases())

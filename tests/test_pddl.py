@@ -16,6 +16,7 @@ OPENINGS = {1: "4ea558dcb963b63f"}  # PROBLEMS: the beginning of the sha256 of t
 
 def naive(domain, objects: dict[str, str], state: set) -> dict[tuple, set]:
     """{(operator, objects): the state after it}, by trying every choice of objects on sets of facts."""
+
     def kinds(kind):
         return {kind} | (kinds(domain.types[kind]) if kind in domain.types else set())
 
@@ -24,8 +25,10 @@ def naive(domain, objects: dict[str, str], state: set) -> dict[tuple, set]:
         choices = [[o for o in objects if wanted in kinds(objects[o])] for wanted in one.parameters.values()]
         for chosen in itertools.product(*choices):
             named = dict(zip(one.parameters, chosen, strict=True))
-            need, forbid, add, delete = ({tuple(named.get(word, word) for word in fact) for fact in facts}
-                                         for facts in (one.need, one.forbid, one.add, one.delete))  # fmt: skip
+            need, forbid, add, delete = (
+                {tuple(named.get(word, word) for word in fact) for fact in facts}
+                for facts in (one.need, one.forbid, one.add, one.delete)
+            )
             if need <= state and not forbid & state:
                 found[one.name, chosen] = state - delete | add
     return found

@@ -98,8 +98,9 @@ def test_the_same_seed_gives_the_same_files(unbroken, tmp_path):
 
 def kill_when(command: list[str], path: Path, lines: int) -> None:
     """Starts a stage and sends SIGKILL as soon as `path` has so many lines."""
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.time() + 240
     while process.poll() is None and time.time() < deadline:
         if path.exists() and path.read_bytes().count(b"\n") >= lines:
@@ -226,11 +227,15 @@ def test_two_processes_train_as_one_does(unbroken, tmp_path):
     command = [sys.executable, "train_pg.py", "--run", str(tmp_path), "--epochs", "2", "--mesh", "1", "2", "1"]
     processes = [
         subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             env=os.environ | {"COORDINATOR": address, "PROCESSES": "2", "PROCESS": str(number)},
         )
         for number in range(2)
-    ]  # fmt: skip
+    ]
     printed = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], printed
     one, two = (round_directory(run, 0) / "train_pg" for run in (unbroken, tmp_path))
@@ -246,8 +251,18 @@ def test_two_processes_train_as_one_does(unbroken, tmp_path):
 def test_six_wordings_are_played_scored_and_resumed(unbroken, tmp_path, capsys):
     """Of an adapter that another run trained; what was played in a wording says so in its texts."""
     adapter = round_directory(unbroken, 0) / "train_pg/adapter"
-    args = evaluate.Args(run=tmp_path, adapter=adapter, limit=2, perturb="all", best_of=2, temperature=1.0,
-                         tell_commands=True, slots=8, context=1024, max_turns=3)  # fmt: skip
+    args = evaluate.Args(
+        run=tmp_path,
+        adapter=adapter,
+        limit=2,
+        perturb="all",
+        best_of=2,
+        temperature=1.0,
+        tell_commands=True,
+        slots=8,
+        context=1024,
+        max_turns=3,
+    )
     evaluate.main(args)
     (panel,) = (found := read_json(tmp_path / "evaluate_all_best_of_2.json")["adapter"])
     assert list(found[panel]["success"]) == ["none", "P1", "P2", "P3", "P4", "P5", "mean", "std"]

@@ -70,8 +70,10 @@ def test_random_actions_are_explained_but_not_imitated():
     def agent_text(actre: bool) -> str:
         return "".join(text for text, weight in weighted(demonstration, actre, Args(world_weight=0.0)) if weight)
 
-    turns = [Turn("I need it.", "go to bed 1", "A bed.", "demo", "demo", True),
-             Turn("I look.", "look", "A room.", "demo", "sampled", True)]  # fmt: skip
+    turns = [
+        Turn("I need it.", "go to bed 1", "A bed.", "demo", "demo", True),
+        Turn("I look.", "look", "A room.", "demo", "sampled", True),
+    ]
     demonstration = trajectory(turns=turns)
     assert agent_text(actre=False) == " think[I need it.]\n act[go to bed 1]\n"
     assert agent_text(actre=True) == " [I need it.]\n [I look.]\n"
@@ -93,8 +95,15 @@ def test_a_numbered_thing_is_one_token_and_starts_near_its_type():
 
 
 def test_half_of_the_first_heads_find_the_numbered_thing_of_a_plain_name_at_the_start():
-    config = Config(vocab_size=64, hidden_size=128, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-                    num_key_value_heads=4, head_dim=32)  # fmt: skip
+    config = Config(
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+    )
     model = Mistral(config, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     plain, numbered, *kinds = np.linalg.qr(rng.normal(size=(128, 12)))[0].T
@@ -116,8 +125,16 @@ TABLE /= np.linalg.norm(TABLE, axis=1, keepdims=True)
 
 
 def copier(width: int, layers: int = 4) -> Mistral:
-    config = Config(vocab_size=2000, hidden_size=width, intermediate_size=64, num_hidden_layers=layers,
-                    num_attention_heads=4, num_key_value_heads=2, head_dim=64, rope_theta=1e8)  # fmt: skip
+    config = Config(
+        vocab_size=2000,
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        rope_theta=1e8,
+    )
     model = Mistral(config, rngs=nnx.Rngs(0))
     copy_what_came_before(model, TABLE)
     return model
@@ -157,9 +174,12 @@ def test_a_copier_of_another_width_is_refused():
 
 
 def test_the_words_that_read_a_list_weigh_more():
-    turns = [Turn("I need a mug. I check the bed 1.", "go to bed 1", "A mug 2.", "demo", "demo", True),
-             Turn("I need a mug, and the mug 2 is here. I take it.", "take mug 2 from bed 1", "Taken.", "demo", "demo",
-                  True)]  # fmt: skip
+    turns = [
+        Turn("I need a mug. I check the bed 1.", "go to bed 1", "A mug 2.", "demo", "demo", True),
+        Turn(
+            "I need a mug, and the mug 2 is here. I take it.", "take mug 2 from bed 1", "Taken.", "demo", "demo", True
+        ),
+    ]
     pieces = weighted(trajectory(turns=turns), False, Args(reading_weight=7.0))
     assert "".join(text for text, _ in pieces) == text_of(react_segments(trajectory(turns=turns)))
     assert [text for text, weight in pieces if weight == 7.0] == [".", ", and the mug 2"]
@@ -235,8 +255,10 @@ def test_a_careless_word_weighs_more_where_there_are_options_to_choose(shopping)
 
 def test_a_product_and_an_option_have_the_same_ids_on_a_page_and_in_an_action(shopping):
     tokenizer = train_tokenizer([text_of(react_segments(t)) for t in shopping], 3000, webshop_lessons.SPLIT)
-    said = {"G872A6BC19": (" [SEP] G872A6BC19 [SEP] A", " act[click[G872A6BC19]]\n"),
-            " (2 pack)": (" [SEP] 12 inch (2 pack) [SEP] A", " think[I need 12 inch (2 pack), it is")}  # fmt: skip
+    said = {
+        "G872A6BC19": (" [SEP] G872A6BC19 [SEP] A", " act[click[G872A6BC19]]\n"),
+        " (2 pack)": (" [SEP] 12 inch (2 pack) [SEP] A", " think[I need 12 inch (2 pack), it is"),
+    }
     for name, texts in said.items():
         name_ids = tokenizer.encode(name).ids
         for text in texts:
@@ -258,7 +280,7 @@ def test_a_word_has_the_same_tokens_with_and_without_a_blank_before_it(shopping)
         joined += 1
         assert [there[0].removeprefix("Ġ"), *there[1:]] == copied, name
     assert joined > 0.8 * len(options)
-    for text in (*texts[:20], "Zürich\t 3\" x  4]]\n[SEP] [SEP]"):
+    for text in (*texts[:20], 'Zürich\t 3" x  4]]\n[SEP] [SEP]'):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 

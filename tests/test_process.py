@@ -56,8 +56,16 @@ def good_jobs(number: int) -> list[Job]:
     return [Job(TASK, trial) for trial in range(number)]
 
 
-FAILURES = [("hang", "reset"), ("hang", "step"), ("work", "step"), ("start", "step"), ("raise", "reset"),
-            ("raise", "step"), ("die", "reset"), ("die", "step")]  # fmt: skip
+FAILURES = [
+    ("hang", "reset"),
+    ("hang", "step"),
+    ("work", "step"),
+    ("start", "step"),
+    ("raise", "reset"),
+    ("raise", "step"),
+    ("die", "reset"),
+    ("die", "step"),
+]
 
 
 @pytest.mark.parametrize(("what", "method"), FAILURES)
@@ -144,10 +152,16 @@ def test_a_world_that_cannot_be_sent_is_an_error_at_once():
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_program_takes_its_worlds_along(tmp_path, number):
-    code = ("import functools, pathlib, sys; from tests.test_process import *; folder = pathlib.Path(sys.argv[1])\n"
-            "run(functools.partial(Unruly, folder, 'work', 'step', times=99), [Job(BAD, 0)])")  # fmt: skip
-    program = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL,
-                               env=os.environ | {"PYTHONPATH": str(ROOT / "tests")})  # fmt: skip
+    code = (
+        "import functools, pathlib, sys; from tests.test_process import *; folder = pathlib.Path(sys.argv[1])\n"
+        "run(functools.partial(Unruly, folder, 'work', 'step', times=99), [Job(BAD, 0)])"
+    )
+    program = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+    )
     while not processes(tmp_path) and program.poll() is None:
         time.sleep(0.05)
     (pid,) = processes(tmp_path)
@@ -164,14 +178,22 @@ def test_a_world_plays_the_same_here_and_in_a_process():
     played = []
     for world, order, limit in ((AlfWorld, 1, 1), (Apart, 1, 3), (Apart, -1, 1)):
         done, compose = [], Compose(probability=0.3, reason="template")
-        play(jobs[::order], settings(compose=compose, max_turns=25, processes=limit), world,
-             ScriptedPolicy(DemonstratorScript), None, lambda t, done=done: done.append(t) or ())  # fmt: skip
+        play(
+            jobs[::order],
+            settings(compose=compose, max_turns=25, processes=limit),
+            world,
+            ScriptedPolicy(DemonstratorScript),
+            None,
+            lambda t, done=done: done.append(t) or (),
+        )
         played.append(sorted(done, key=lambda t: t.key))
     assert len(played[0]) == 8 and played[0] == played[1] == played[2]
 
 
-@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("alfworld", "textworld", "fast_downward"))),
-                    reason="TextWorld is not installed")  # fmt: skip
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("alfworld", "textworld", "fast_downward"))),
+    reason="TextWorld is not installed",
+)
 def test_textworld_lives_in_processes_and_says_what_our_engine_says(tmp_path):
     for kind in GOALS:
         write_game(tmp_path, kind)
@@ -189,8 +211,11 @@ def test_a_process_knows_what_the_world_says(tmp_path):
     world = process.WorldProcess(Room, 20.0)
     pid = world._process.pid
     try:
-        for sent, good, start in ((("step", "win"), True, None), (("step", "break"), False, "Traceback"),
-                                  (("step", "look"), True, None)):  # fmt: skip
+        for sent, good, start in (
+            (("step", "win"), True, None),
+            (("step", "break"), False, "Traceback"),
+            (("step", "look"), True, None),
+        ):
             world.send(*sent)
             assert process.ready([world], 20.0) == [world]
             came, answer = world.answer()

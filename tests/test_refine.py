@@ -16,6 +16,8 @@ from tests.test_server import completion, server  # noqa: F401 (a fixture)
 from trajectory import read_trajectories
 
 ROOT = Path(__file__).parent.parent
+
+
 def test_the_stage_keeps_what_the_verifier_accepts_and_goes_on_where_it_was_killed(tmp_path, capsys):
     refine.main(refine.Args(run=tmp_path / "whole", count=25))
     assert "25 of" in capsys.readouterr().out
@@ -37,8 +39,9 @@ def test_the_stage_keeps_what_the_verifier_accepts_and_goes_on_where_it_was_kill
 def test_other_seeds_teach_other_worlds(tmp_path):
     for seed in (0, 1):
         refine.main(refine.Args(run=tmp_path / str(seed), count=8, seed=seed))
-    one, other = ({row.task_id for row in read_trajectories(tmp_path / f"{seed}/refine/trajectories.jsonl")}
-                  for seed in (0, 1))  # fmt: skip
+    one, other = (
+        {row.task_id for row in read_trajectories(tmp_path / f"{seed}/refine/trajectories.jsonl")} for seed in (0, 1)
+    )
     assert len(one) == len(other) == 8 and not one & other
 
 
@@ -56,8 +59,17 @@ def ask(server, tmp_path, answers, **changes) -> dict:  # noqa: F811
     """One persona; returns done.json."""
     server.answers[:] = answers
     (tmp_path / "personas.txt").write_text("A cook.\n")
-    refine.main(refine.Args(**{"run": tmp_path, "count": 1, "personas": tmp_path / "personas.txt",
-                               "server": Server(url=server.url, model="m", retries=0)} | changes))  # fmt: skip
+    refine.main(
+        refine.Args(
+            **{
+                "run": tmp_path,
+                "count": 1,
+                "personas": tmp_path / "personas.txt",
+                "server": Server(url=server.url, model="m", retries=0),
+            }
+            | changes
+        )
+    )
     return read_json(tmp_path / "refine/done.json")
 
 
@@ -72,10 +84,17 @@ def test_a_script_and_its_turns_become_a_trajectory(server, tmp_path):  # noqa: 
 without_goal = {key: value for key, value in SCRIPT.items() if key != "Goal"}
 
 
-@pytest.mark.parametrize("first", [
-    completion("I would rather not."), completion(json.dumps(SCRIPT)[:200]), completion(json.dumps(without_goal)),
-    completion("[" * 50_000), completion(""),
-], ids=["no JSON", "cut", "a key is missing", "nested", "empty"])  # fmt: skip
+@pytest.mark.parametrize(
+    "first",
+    [
+        completion("I would rather not."),
+        completion(json.dumps(SCRIPT)[:200]),
+        completion(json.dumps(without_goal)),
+        completion("[" * 50_000),
+        completion(""),
+    ],
+    ids=["no JSON", "cut", "a key is missing", "nested", "empty"],
+)
 def test_a_bad_script_is_asked_for_again(server, tmp_path, first):  # noqa: F811
     assert ask(server, tmp_path, [first, completion(json.dumps(SCRIPT)), said(TURNS)])["acceptance"] == 1
     assert len(server.requests) == 3 and "Available Actions" in str(server.requests[1])
@@ -86,8 +105,11 @@ unflagged = [*TURNS[:4], TURNS[4], {**TURNS[5], "Action": "fly"}, {**TURNS[4], "
 CUT = "\n".join(map(json.dumps, TURNS[:5])) + "\n" + json.dumps(TURNS[5])[:30]
 
 
-@pytest.mark.parametrize("first", [completion(CUT), said(wrong_key), said(TURNS[:5] + TURNS[6:]), said(unflagged)],
-                         ids=["cut in the middle", "a bad flag", "the order", "an unflagged action"])  # fmt: skip
+@pytest.mark.parametrize(
+    "first",
+    [completion(CUT), said(wrong_key), said(TURNS[:5] + TURNS[6:]), said(unflagged)],
+    ids=["cut in the middle", "a bad flag", "the order", "an unflagged action"],
+)
 def test_what_was_right_is_kept_and_gone_on_from(server, tmp_path, first):  # noqa: F811
     kept = len(TURNS[:3]) if first == said(wrong_key) else 5
     ask(server, tmp_path, [completion(json.dumps(SCRIPT)), first, said(TURNS[kept:])])
@@ -104,14 +126,27 @@ def test_the_calls_are_capped_and_a_rejected_persona_is_counted(server, tmp_path
 
 def test_a_killed_run_asks_nothing_twice(server, tmp_path):  # noqa: F811
     """Killed while the turns of later personas are still to come, and run again."""
+
     def answer(body):
         text = str(body)
         return completion(json.dumps(SCRIPT)) if "You design small text games" in text else said(TURNS)
 
     slow = [answer] * 7 + ["hang", answer]
     server.answers[:] = slow
-    words = [sys.executable, "refine.py", "--run", str(tmp_path), "--count", "6", "--server.url", server.url,
-             "--server.model", "m", "--server.concurrency", "1"]  # fmt: skip
+    words = [
+        sys.executable,
+        "refine.py",
+        "--run",
+        str(tmp_path),
+        "--count",
+        "6",
+        "--server.url",
+        server.url,
+        "--server.model",
+        "m",
+        "--server.concurrency",
+        "1",
+    ]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while len(server.requests) < 8:

@@ -36,8 +36,14 @@ def write_evaluation(run, name: str, rows) -> None:
 
 
 def test_the_report_has_scores_examples_and_no_foreign_tags(tmp_path):
-    lost = trajectory(trial=1, success=False, reward=0.0, progress=0.5, end="stuck",
-                      turns=[turn("<script>alert(1)</script>", "look & see", "Nothing happens.")])  # fmt: skip
+    lost = trajectory(
+        trial=1,
+        success=False,
+        reward=0.0,
+        progress=0.5,
+        end="stuck",
+        turns=[turn("<script>alert(1)</script>", "look & see", "Nothing happens.")],
+    )
     write_evaluation(tmp_path, "evaluate", [trajectory(), lost])
     write_evaluation(tmp_path, "evaluate_webshop", [trajectory(env="webshop")])
     (tmp_path / "base/evaluate_P1").mkdir()  # begun, not finished

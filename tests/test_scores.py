@@ -40,8 +40,12 @@ def test_a_task_that_lost_a_trial_to_a_fault_is_not_among_the_best_of():
 
 
 def test_directories_tell_world_wording_and_trials():
-    names = {directory_name(env, perturb, trials)
-             for env in ("alfworld", "webshop", "babyai") for perturb in WORDINGS for trials in (1, 10)}  # fmt: skip
+    names = {
+        directory_name(env, perturb, trials)
+        for env in ("alfworld", "webshop", "babyai")
+        for perturb in WORDINGS
+        for trials in (1, 10)
+    }
     assert len(names) == 3 * 6 * 2
     assert directory_name("alfworld", "none", 1) == "evaluate"
     assert directory_name("babyai", "P2", 10) == "evaluate_babyai_P2_best_of_10"
@@ -75,8 +79,7 @@ def test_a_wording_that_was_not_played_leaves_no_mean(tmp_path):
 
 def test_the_table_has_each_place_and_the_best_of_rounds(tmp_path):
     for number, won in enumerate(([0], [1])):
-        write_scores(tmp_path, f"round_{number}", "evaluate",
-                     score([attempt(i, 0, float(i in won)) for i in range(3)]))  # fmt: skip
+        write_scores(tmp_path, f"round_{number}", "evaluate", score([attempt(i, 0, float(i in won)) for i in range(3)]))
         (tmp_path / f"round_{number}/train_pg").mkdir()
         write_json(tmp_path / f"round_{number}/train_pg/done.json", {})
     write_scores(tmp_path, "adapter", "evaluate", score([attempt(i, 0, 0.5) for i in range(3)]))

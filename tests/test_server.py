@@ -94,10 +94,16 @@ def policy_of(server, path: Path, **changes) -> ServerPolicy:
 
 
 FAULTS = {
-    "429": (429, {"Retry-After": "1"}, b"{}"), "500": (500, {}, b"oops"), "503": (503, {}, b""), "hang": "hang",
-    "dropped": "drop", "no JSON": b'{"choices": [', "a page": (200, {"Content-Type": "text/html"}, b"<html>"),
-    "no choice": b'{"choices": []}', "null": b"null",
-}  # fmt: skip
+    "429": (429, {"Retry-After": "1"}, b"{}"),
+    "500": (500, {}, b"oops"),
+    "503": (503, {}, b""),
+    "hang": "hang",
+    "dropped": "drop",
+    "no JSON": b'{"choices": [',
+    "a page": (200, {"Content-Type": "text/html"}, b"<html>"),
+    "no choice": b'{"choices": []}',
+    "null": b"null",
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -160,11 +166,16 @@ def test_parameters_are_added_and_taken_out(server, tmp_path):
 
 @pytest.mark.parametrize(
     "said, line",
-    [("", " \n"), (None, " \n"), ("\n\n  Action: act[look]\nObservation: x", " act[look]\n"),
-     ("Reason for the action: [It is dark.]", " [It is dark.]\n"),
-     ("<think>A desk.\nact[x]</think>\n\nact[look]", " act[look]\n"), ("think[I\rwait.]", " think[I\n"),
-     ("x" * 200_000, f" {'x' * 2048}\n")],
-)  # fmt: skip
+    [
+        ("", " \n"),
+        (None, " \n"),
+        ("\n\n  Action: act[look]\nObservation: x", " act[look]\n"),
+        ("Reason for the action: [It is dark.]", " [It is dark.]\n"),
+        ("<think>A desk.\nact[x]</think>\n\nact[look]", " act[look]\n"),
+        ("think[I\rwait.]", " think[I\n"),
+        ("x" * 200_000, f" {'x' * 2048}\n"),
+    ],
+)
 def test_whatever_is_said_is_one_line_of_bounded_length(server, tmp_path, said, line):
     server.answers[:] = [completion(said)]
     policy = policy_of(server, tmp_path)
@@ -192,8 +203,12 @@ def test_a_request_is_paid_once_and_told_apart_by_seed_and_prompt(server, tmp_pa
 
 @pytest.mark.parametrize("api", ["chat", "completions"])
 def test_what_the_server_had_in_its_cache_is_counted_where_it_says_so(server, tmp_path, api):
-    said = [completion("x"), completion("x", audio_tokens=0), completion("x", cached_tokens=0),
-            completion("x", cached_tokens=7)]  # fmt: skip
+    said = [
+        completion("x"),
+        completion("x", audio_tokens=0),
+        completion("x", cached_tokens=0),
+        completion("x", cached_tokens=7),
+    ]
     server.answers = said
     policy, counts = policy_of(server, tmp_path, api=api), []
     for seed in range(len(said)):
@@ -224,8 +239,24 @@ def test_settings_that_cannot_be(server, tmp_path):
 
 
 def flags(server, run: Path) -> list[str]:
-    return ["--run", str(run), "--trials", "2", "--limit", "100", "--max-turns", "3", "--temperature", "1",
-            "--server.url", server.url, "--server.model", "m", "--server.concurrency", "8"]  # fmt: skip
+    return [
+        "--run",
+        str(run),
+        "--trials",
+        "2",
+        "--limit",
+        "100",
+        "--max-turns",
+        "3",
+        "--temperature",
+        "1",
+        "--server.url",
+        server.url,
+        "--server.model",
+        "m",
+        "--server.concurrency",
+        "8",
+    ]
 
 
 def test_a_killed_run_loses_nothing_and_asks_nothing_twice(server, tmp_path, monkeypatch):
@@ -279,8 +310,13 @@ def test_a_game_that_a_server_cannot_answer_is_no_failure_of_the_agent(server, t
 def test_an_interrupted_run_does_not_wait_for_a_server_that_hangs(server, tmp_path):
     server.answers[:] = ["hang"]
     command = [sys.executable, "rollout.py", *flags(server, tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env=os.environ | {"JAX_PLATFORMS": "cpu"})  # fmt: skip
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
     deadline = time.time() + 60
     while len(server.requests) < 8 and time.time() < deadline:  # all that may be under way: nothing left but to wait
         time.sleep(0.01)
@@ -351,8 +387,10 @@ def test_transformers_serve_plays_and_explains_as_the_local_model_does(transform
         played[stage] = [row.turns for row in theirs]
         alike = sum((a.turns, a.end) == (b.turns, b.end) for a, b in zip(ours, theirs, strict=True))
         asked = read_json(there / stage / "done.json")["asked"]
-        print(f"{stage}: {alike} of {len(ours)} games alike, won {sum(row.success for row in ours)} here and "
-              f"{sum(row.success for row in theirs)} there; {asked}")  # fmt: skip
+        print(
+            f"{stage}: {alike} of {len(ours)} games alike, won {sum(row.success for row in ours)} here and "
+            f"{sum(row.success for row in theirs)} there; {asked}"
+        )
         assert alike >= len(ours) - 1
     assert played["round_0/rollout"] != played["round_1/rollout"]  # else the adapter may be lost in the export
     written = [turn for row in theirs for turn in row.turns if turn.thought_by == "actre"]

@@ -19,8 +19,13 @@ from lora.sharding import check_divisible, fused_order, join_processes, make_mes
 from tests.helpers import TINY
 
 ROOT = Path(__file__).parent.parent
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8,
-        "num_key_value_heads": 4}  # fmt: skip
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +59,7 @@ def test_meshes_give_the_losses_of_one_device(folder, one_device):
         assert np.abs(losses - one_device).max() < 1e-5
 
 
-@pytest.mark.parametrize(
-    "weights, mesh", [("nf4-dq", "2,2,2"), pytest.param("fp32", "1,4,2", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("weights, mesh", [("nf4-dq", "2,2,2"), pytest.param("fp32", "1,4,2", marks=pytest.mark.slow)])
 def test_other_forms_of_the_base_too(folder, weights, mesh):
     [sharded] = result(start(folder, weights, 8, mesh))
     [alone] = result(start(folder, weights, 1, "1,1,1"))

@@ -86,8 +86,15 @@ def test_current_round_is_the_first_untrained(tmp_path):
 
 
 def test_draws_depend_on_every_part_of_the_address_and_nothing_else():
-    places = [(s, stage, r, task, trial, turn) for s in (0, 1) for stage in ("rollout", "actre") for r in (0, 1)
-              for task in ("a", "b") for trial in (0, 1) for turn in (0, 1)]  # fmt: skip
+    places = [
+        (s, stage, r, task, trial, turn)
+        for s in (0, 1)
+        for stage in ("rollout", "actre")
+        for r in (0, 1)
+        for task in ("a", "b")
+        for trial in (0, 1)
+        for turn in (0, 1)
+    ]
     seeds = [draw_seed(*place) for place in places]
     assert len(set(seeds)) == len(places) and all(0 <= s < 2**32 for s in seeds)
     assert seeds == [draw_seed(*place) for place in places]

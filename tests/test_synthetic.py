@@ -215,7 +215,11 @@ def test_the_same_seed_makes_the_same_mistakes_and_another_one_others():
 
 
 def test_all_kinds_of_mistakes_are_made():
-    kinds = [kind for number in range(100) for turn in teach(f"syn_train/{number:05d}", np.random.default_rng(number))
-             for kind in turn.errors]  # fmt: skip
+    kinds = [
+        kind
+        for number in range(100)
+        for turn in teach(f"syn_train/{number:05d}", np.random.default_rng(number))
+        for kind in turn.errors
+    ]
     for kind in ("parameter", "place", "logic"):
         assert kinds.count(kind) > 40

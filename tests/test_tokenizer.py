@@ -15,9 +15,41 @@ CHAT = [
 ]
 # <s> [INST] Put a mug in the desk. [/INST] think[I need a mug.]</s> [INST] OK. [/INST]
 CHAT_IDS = [
-    1, 733, 16289, 28793, 10331, 264, 290, 786, 297, 272, 9431, 28723, 733, 28748, 16289, 28793,
-    1073, 28792, 28737, 927, 264, 290, 786, 20148, 2, 733, 16289, 28793, 12206, 28723, 733, 28748, 16289, 28793,
-]  # fmt: skip
+    1,
+    733,
+    16289,
+    28793,
+    10331,
+    264,
+    290,
+    786,
+    297,
+    272,
+    9431,
+    28723,
+    733,
+    28748,
+    16289,
+    28793,
+    1073,
+    28792,
+    28737,
+    927,
+    264,
+    290,
+    786,
+    20148,
+    2,
+    733,
+    16289,
+    28793,
+    12206,
+    28723,
+    733,
+    28748,
+    16289,
+    28793,
+]
 SYSTEM = {"role": "system", "content": "Be brief."}
 SYSTEM_IDS = [*CHAT_IDS[:4], 1739, 6817, 28723, 13, 13, 16280, *CHAT_IDS[5:]]
 
@@ -39,8 +71,13 @@ def tokenizer(pieces, tmp_path_factory):
 
 def test_pieces_of_a_transcript_have_the_ids_of_the_whole_text(tokenizer):
     """As in play: opening, the agent's lines, the world's; a blank before every piece would be another text."""
-    pieces = ["Observation: You see a desk 1.\nAction:", " think[I check it. é😀]\n", "Observation: OK.\nAction:",
-              " act[go to desk 1]\n", "Observation: Nothing happens.\n"]  # fmt: skip
+    pieces = [
+        "Observation: You see a desk 1.\nAction:",
+        " think[I check it. é😀]\n",
+        "Observation: OK.\nAction:",
+        " act[go to desk 1]\n",
+        "Observation: Nothing happens.\n",
+    ]
     ids = [i for number, piece in enumerate(pieces) for i in encode_piece(tokenizer, piece, number == 0)]
     assert ids == tokenizer.encode("".join(pieces)).ids
     assert ids[0] == 1 and 1 not in ids[1:]  # <s>, once

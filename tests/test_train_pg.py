@@ -42,20 +42,28 @@ def row(task, source, trial=0, **outcome):
 
 def chosen(rows, **args):
     args = {"failure_reward": -1.0} | args  # the paper's
-    return [(e.trajectory.task_id.split("/")[1], e.trajectory.source, e.trajectory.trial, e.weight)
-            for e in select_round(rows, Args(**args))]  # fmt: skip
+    return [
+        (e.trajectory.task_id.split("/")[1], e.trajectory.source, e.trajectory.trial, e.weight)
+        for e in select_round(rows, Args(**args))
+    ]
 
 
 def test_a_failure_is_kept_only_beside_a_success_of_its_task():
     rows = [
-        row("solved", "react", **LOST), row("solved", "actre", 0, **LOST), row("solved", "actre", 1, **WON),
-        row("solved", "actre", 2, **WON), row("lost", "react", **LOST), row("lost", "actre", 0, **LOST),
+        row("solved", "react", **LOST),
+        row("solved", "actre", 0, **LOST),
+        row("solved", "actre", 1, **WON),
+        row("solved", "actre", 2, **WON),
+        row("lost", "react", **LOST),
+        row("lost", "actre", 0, **LOST),
         row("easy", "react", **WON),
-    ]  # fmt: skip
+    ]
     assert chosen(rows) == [
-        ("easy", "react", 0, 1.0), ("solved", "actre", 1, 1.0), ("solved", "actre", 2, 1.0),
+        ("easy", "react", 0, 1.0),
+        ("solved", "actre", 1, 1.0),
+        ("solved", "actre", 2, 1.0),
         ("solved", "react", 0, -1.0),
-    ]  # fmt: skip
+    ]
 
 
 def test_faults_are_neither_failures_nor_successes():
@@ -188,13 +196,18 @@ def test_padding_rows_change_nothing(model):
     assert float(jnp.abs(padded[2]).max()) == 0.0
 
 
-MISTAKES = {"source": "refine", "env": "synthetic", **WON, "turns": [
-    Turn("I look.", "look", "A box.", "teacher", "teacher", True),
-    Turn("I open it.", "open box 9", "There is no box 9.", "teacher", "teacher", False, ["parameter"]),
-    Turn("It is box 1.", "open box 1", "It is locked.", "teacher", "teacher", False, ["logic"]),
-    Turn("It is locked. I look for a key.", "take key", "Taken.", "teacher", "teacher", True),
-    Turn("I open it now.", "open box 1", "Task completed.", "teacher", "teacher", True),
-]}  # fmt: skip
+MISTAKES = {
+    "source": "refine",
+    "env": "synthetic",
+    **WON,
+    "turns": [
+        Turn("I look.", "look", "A box.", "teacher", "teacher", True),
+        Turn("I open it.", "open box 9", "There is no box 9.", "teacher", "teacher", False, ["parameter"]),
+        Turn("It is box 1.", "open box 1", "It is locked.", "teacher", "teacher", False, ["logic"]),
+        Turn("It is locked. I look for a key.", "take key", "Taken.", "teacher", "teacher", True),
+        Turn("I open it now.", "open box 1", "Task completed.", "teacher", "teacher", True),
+    ],
+}
 
 
 def agent_text_by_weight(how: str) -> dict[float, str]:
@@ -213,9 +226,15 @@ def lines(*numbers: int) -> str:
     return "".join(f" think[{turn.thought}]\n act[{turn.action}]\n" for turn in turns)
 
 
-@pytest.mark.parametrize(("how", "learnt"), [
-    ("mask-errors", (0, 3, 4)), ("mask-refined", (0, 4)), ("drop-errors", (0, 3, 4)), ("no-mask", (0, 1, 2, 3, 4)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("how", "learnt"),
+    [
+        ("mask-errors", (0, 3, 4)),
+        ("mask-refined", (0, 4)),
+        ("drop-errors", (0, 3, 4)),
+        ("no-mask", (0, 1, 2, 3, 4)),
+    ],
+)
 def test_mistakes_are_masked_and_the_controls_do_what_they_say(how, learnt):
     by_weight = agent_text_by_weight(how)
     assert set(by_weight) == {0.0, 1.0} and by_weight[1.0] == lines(*learnt)
@@ -242,10 +261,12 @@ def test_the_gradient_of_a_mistake_is_exactly_zero(how, tmp_path):
 
 
 def test_inputs_replace_the_runs_own_trajectories_and_mix(tmp_path):
-    rows = {"refine": [trajectory(**MISTAKES), trajectory(**MISTAKES | LOST, trial=1)],
-            "demo": [trajectory(source="demo", **WON), trajectory(source="demo", **LOST, trial=1)],
-            "rollout": [trajectory(source="react", round=1, **LOST)],
-            "actre": [trajectory(source="actre", round=1, **WON)]}  # fmt: skip
+    rows = {
+        "refine": [trajectory(**MISTAKES), trajectory(**MISTAKES | LOST, trial=1)],
+        "demo": [trajectory(source="demo", **WON), trajectory(source="demo", **LOST, trial=1)],
+        "rollout": [trajectory(source="react", round=1, **LOST)],
+        "actre": [trajectory(source="actre", round=1, **WON)],
+    }
     for name, trajectories in rows.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "trajectories.jsonl").write_bytes(b"".join(map(to_line, trajectories)))
@@ -256,8 +277,11 @@ def test_inputs_replace_the_runs_own_trajectories_and_mix(tmp_path):
         (tmp_path / name / "done.json").write_text("{}")
     examples, hashes = collect(args, 0)
     assert [(e.trajectory.source, e.weight) for e in examples] == [
-        ("refine", 1.0), ("demo", 1.0), ("actre", 1.0), ("react", -1.0)
-    ]  # fmt: skip
+        ("refine", 1.0),
+        ("demo", 1.0),
+        ("actre", 1.0),
+        ("react", -1.0),
+    ]
     assert len(hashes) == 4
 
 

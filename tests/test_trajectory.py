@@ -58,7 +58,11 @@ def test_rows_that_ended_in_a_fault_are_written_again(tmp_path, capsys):
         assert "3 trajectories ended in a fault and are played again" in capsys.readouterr().out
         writer.write(trajectory(trial=1, end="finished"))
     assert [(t.trial, t.end) for t in sort_file(path)] == [
-        (0, "success"), (1, "finished"), (2, "stuck"), (5, "context_full")]  # fmt: skip
+        (0, "success"),
+        (1, "finished"),
+        (2, "stuck"),
+        (5, "context_full"),
+    ]
     note = fault_note([trajectory(end=end) for end in [*ends, "timeout"]], tmp_path)
     assert "env_error: 1, llm_error: 1, timeout: 2; to play them again, remove" in note
     assert fault_note([trajectory()], tmp_path) == ""
@@ -71,8 +75,10 @@ def test_both_renderings_are_the_papers_form():
 
 def test_two_thoughts_are_two_lines_and_each_is_answered():
     two = trajectory(turns=[turn("First.\nSecond.", "look", "You see nothing.")])
-    assert ("Action: think[First.]\nObservation: OK.\nAction: think[Second.]\nObservation: OK.\nAction: act[look]\n"
-            in text_of(react_segments(two)))  # fmt: skip
+    assert (
+        "Action: think[First.]\nObservation: OK.\nAction: think[Second.]\nObservation: OK.\nAction: act[look]\n"
+        in text_of(react_segments(two))
+    )
 
 
 def test_a_text_cannot_imitate_the_harness():
@@ -158,9 +164,10 @@ def test_a_sampled_reply_keeps_its_own_ids():
     odd = encode(" Think [oops\n")
     stop = start + record.sampled[start:].index(0)
     changed = msgspec.structs.replace(
-        record, ids=record.ids[:start] + odd + record.ids[stop:],
+        record,
+        ids=record.ids[:start] + odd + record.ids[stop:],
         sampled=record.sampled[:start] + [1] * len(odd) + record.sampled[stop:],
-    )  # fmt: skip
+    )
     tokens = tokens_of(changed, encode)
     assert tokens.ids == changed.ids and tokens.agent[start : start + len(odd)] == [1] * len(odd)
 
@@ -182,8 +189,9 @@ def test_ids_of_another_tokenizer_are_refused():
 
 
 def test_weights_cover_everything_or_the_agent_or_leave_turns_out():
-    record = trajectory(turns=[turn("", "open desk 9", "Nothing happens.", errors=["parameter"]),
-                               turn("", "look", "You see.")])  # fmt: skip
+    record = trajectory(
+        turns=[turn("", "open desk 9", "Nothing happens.", errors=["parameter"]), turn("", "look", "You see.")]
+    )
     tokens = tokens_of(record, encode)
     assert set(token_weights(tokens, -1.0)) == {-1.0}
     agent = np.array(token_weights(tokens, 1.0, world_weight=0.0))

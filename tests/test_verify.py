@@ -46,8 +46,14 @@ def test_planted_faults_are_named(fault):
 def test_the_corpus_is_large_and_has_every_rule():
     assert len(CORPUS) >= 60 and len({fault.name for fault in CORPUS}) == len(CORPUS)
     assert {fault.rule for fault in CORPUS} == {
-        "keys", "order", "regex_invalid", "regex_self", "unflagged", "refinements", "incomplete"
-    }  # fmt: skip
+        "keys",
+        "order",
+        "regex_invalid",
+        "regex_self",
+        "unflagged",
+        "refinements",
+        "incomplete",
+    }
 
 
 @pytest.mark.parametrize("name", CLEAN)

@@ -121,8 +121,16 @@ def test_a_purchase_tells_its_components_and_ends_the_task(tmp_path):
 def test_progress_is_the_best_that_buying_would_have_brought(tmp_path):
     world = WebShop(**write_shop(tmp_path))
     world.reset(CHAIR_TASK)
-    steps = ["search[chair]", "click[b000000003]", "click[red]", "click[navy | white]", "click[< prev]", "search[tea]",
-             "click[b000000004]", "click[buy now]"]  # fmt: skip
+    steps = [
+        "search[chair]",
+        "click[b000000003]",
+        "click[red]",
+        "click[navy | white]",
+        "click[< prev]",
+        "search[tea]",
+        "click[b000000004]",
+        "click[buy now]",
+    ]
     results = [world.step(step) for step in steps]
     assert [round(result.progress, 3) for result in results] == [0, 0.667, 1, 1, 1, 1, 1, 1]
     assert results[-1].reward == 0 and not results[-1].success  # not one noun in common
@@ -132,10 +140,21 @@ def test_a_click_on_the_search_button_or_beside_the_page_changes_nothing(tmp_pat
     world = WebShop(**write_shop(tmp_path))
     world.reset(CHAIR_TASK)
     assert world.actions() == ["search["] and world.available()["clickables"] == ["search"]
-    for action in ("click[search]", "click[buy now]", "search[]", "search[", "click[]", "Search[chair]",
-                   " search[chair]",
-                   "buy now", "search[<r>]", "search[<a> red]", "search[<q> chairs]", "search[<c> garden]",
-                   "search[" + " ".join(f"w{i}" for i in range(1100)) + "]"):  # fmt: skip
+    for action in (
+        "click[search]",
+        "click[buy now]",
+        "search[]",
+        "search[",
+        "click[]",
+        "Search[chair]",
+        " search[chair]",
+        "buy now",
+        "search[<r>]",
+        "search[<a> red]",
+        "search[<q> chairs]",
+        "search[<c> garden]",
+        "search[" + " ".join(f"w{i}" for i in range(1100)) + "]",
+    ):
         result = world.step(action)
         assert not result.valid and result.observation.endswith("[SEP] Search"), action
     assert world.step("think[anything at all] then").valid and world.actions() == ["search["]
@@ -258,10 +277,19 @@ def test_a_copy_is_small_whatever_the_catalogue(generated):
 
 
 def made(**changes) -> Product:
-    fields = {"asin": "B1", "name": "Red Oak Chair", "description": "Soft", "bullets": ["Easy Clean"],
-              "price_tag": "$5",
-              "price": 5.0, "options": {}, "attributes": ["solid wood"], "category": "garden", "query": "chairs",
-              "product_category": "Home › Chairs › Oak"}  # fmt: skip
+    fields = {
+        "asin": "B1",
+        "name": "Red Oak Chair",
+        "description": "Soft",
+        "bullets": ["Easy Clean"],
+        "price_tag": "$5",
+        "price": 5.0,
+        "options": {},
+        "attributes": ["solid wood"],
+        "category": "garden",
+        "query": "chairs",
+        "product_category": "Home › Chairs › Oak",
+    }
     return Product(**(fields | changes))
 
 
@@ -284,23 +312,35 @@ def by_heuristic(asin: str, name: str) -> tuple[str, ...]:
     return heuristic_nouns(name)
 
 
-@pytest.mark.parametrize(("bought", "goal", "r_type"), [
-    ({}, {}, 1.0),
-    ({"query": "x", "product_category": "x"}, {}, 1.0),  # the name alone
-    ({"query": "x", "product_category": "x", "name": "oak"}, {"name": "oak b c d e".replace(" ", "a ")}, 0.0),
-    ({"query": "x", "product_category": "x", "name": "oak"}, {"name": "oak bb cc dd ee ff"}, 0.5),
-    ({"name": "oak"}, {"name": "oak " + " ".join(f"w{c}" for c in "abcdefghijk")}, 0.1),  # though all else matches
-    ({"name": "tea"}, {"name": "oak chair"}, 0.0),
-    ({"query": "x", "product_category": "Home › x", "name": "tea"}, {"name": "of the"}, 0.5),  # no noun: 0.2
-    ({"query": "x", "product_category": "Oak › Home", "name": "oak"}, {"name": "oak bb cc dd ee ff"}, 1.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bought", "goal", "r_type"),
+    [
+        ({}, {}, 1.0),
+        ({"query": "x", "product_category": "x"}, {}, 1.0),  # the name alone
+        ({"query": "x", "product_category": "x", "name": "oak"}, {"name": "oak b c d e".replace(" ", "a ")}, 0.0),
+        ({"query": "x", "product_category": "x", "name": "oak"}, {"name": "oak bb cc dd ee ff"}, 0.5),
+        ({"name": "oak"}, {"name": "oak " + " ".join(f"w{c}" for c in "abcdefghijk")}, 0.1),  # though all else matches
+        ({"name": "tea"}, {"name": "oak chair"}, 0.0),
+        ({"query": "x", "product_category": "Home › x", "name": "tea"}, {"name": "of the"}, 0.5),  # no noun: 0.2
+        ({"query": "x", "product_category": "Oak › Home", "name": "oak"}, {"name": "oak bb cc dd ee ff"}, 1.0),
+    ],
+)
 def test_type(bought, goal, r_type):
     assert score_purchase(made(**bought), wanted(**goal), 5.0, {}, by_heuristic).r_type == r_type
 
 
-@pytest.mark.parametrize(("attribute", "found"), [
-    ("solid wood", 1), ("wood solid", 1), ("easy clean", 1), ("soft", 1), ("oak", 1), ("Soft", 0), ("velvet", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("attribute", "found"),
+    [
+        ("solid wood", 1),
+        ("wood solid", 1),
+        ("easy clean", 1),
+        ("soft", 1),
+        ("oak", 1),
+        ("Soft", 0),
+        ("velvet", 0),
+    ],
+)
 def test_attributes_are_found_in_the_list_or_verbatim_in_the_text(attribute, found):
     assert score_purchase(made(), wanted(attributes=[attribute]), 5.0, {}, by_heuristic).attributes == found
 
@@ -311,10 +351,12 @@ def test_options_are_compared_by_colour_and_by_words():
     assert similar("pack of 2", "2 pack") and not similar("red", "blue")
     assert similar("10 inch", "12 inch") and not similar("small", "medium")  # the original's: one word of two will do
     for goal_options, chosen, matched in (
-        (["red"], {"color": "bright red"}, 1), ({"color": "red"}, {"color": "bright red"}, 1),
-        ({"color": "sunflowers"}, {"color": "sunflowers"}, 0), ({"size": "7 wide"}, {"size": "7 wide"}, 1),
+        (["red"], {"color": "bright red"}, 1),
+        ({"color": "red"}, {"color": "bright red"}, 1),
+        ({"color": "sunflowers"}, {"color": "sunflowers"}, 0),
+        ({"size": "7 wide"}, {"size": "7 wide"}, 1),
         (["red"], {}, 0),
-    ):  # fmt: skip
+    ):
         score = score_purchase(made(), wanted(goal_options=goal_options), 5.0, chosen, by_heuristic)
         assert score.options == matched, (goal_options, chosen)
         assert score.reward == pytest.approx((1 + matched + 1) / 3)
@@ -371,9 +413,14 @@ print(world.facts["nouns"], world._nouns_backend()[1]("", "red OAK Chair"))"""
     assert run.stdout == "spacy:en_core_web_sm-3.8.0 ('oak',)\n", run.stderr
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ("{", "cannot read .*nouns.json"), ('{"B000000001": "x"}', "expected {asin: "),
-    ('{"B000000001": []}', "has no nouns for B000000002")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot read .*nouns.json"),
+        ('{"B000000001": "x"}', "expected {asin: "),
+        ('{"B000000001": []}', "has no nouns for B000000002"),
+    ],
+)
 def test_bad_noun_files_are_refused(tmp_path, content, message):
     (tmp_path / "nouns.json").write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -420,8 +467,10 @@ def test_no_product_is_wanted_in_two_splits(generated):
 
 def test_12087_written_instructions_are_the_official_splits(tmp_path):
     one = WRITTEN["B000000003"][0]
-    written = {record["asin"]: [one | {"instruction": f"chair {number}."} for number in range(count)]
-               for record, count in zip(PRODUCTS, (5000, 5000, 2087, 0), strict=True)}  # fmt: skip
+    written = {
+        record["asin"]: [one | {"instruction": f"chair {number}."} for number in range(count)]
+        for record, count in zip(PRODUCTS, (5000, 5000, 2087, 0), strict=True)
+    }
     world = WebShop(**write_shop(tmp_path, written=written))
     assert {split: len(ids) for split, ids in world._shop.splits.items()} == {"eval": 1000, "test": 500, "train": 10587}
     order = [(record["asin"], number) for record in PRODUCTS for number in range(len(written[record["asin"]]))]
@@ -440,8 +489,12 @@ def test_12087_written_instructions_are_the_official_splits(tmp_path):
 
 
 def test_a_price_of_none_is_a_hundred_dollars_and_a_range_may_come_the_wrong_way_round(tmp_path):
-    records = [product("A1", "Chair", pricing=None), product("A2", "Chair", pricing=""),
-               product("A3", "Chair", pricing="$1,000.50$20"), product("A4", "Chair", pricing="$3$4$5")]  # fmt: skip
+    records = [
+        product("A1", "Chair", pricing=None),
+        product("A2", "Chair", pricing=""),
+        product("A3", "Chair", pricing="$1,000.50$20"),
+        product("A4", "Chair", pricing="$3$4$5"),
+    ]
     catalogue = open_catalogue(prepare(write_shop(tmp_path, records)["data"]))
     made = [catalogue.product(number) for number in range(4)]
     assert [one.price_tag for one in made] == ["$100.0", "$100.0", "$1000.5 to $20.0", "$3.0 to $4.0"]
@@ -449,9 +502,13 @@ def test_a_price_of_none_is_a_hundred_dollars_and_a_range_may_come_the_wrong_way
 
 
 def test_odd_records_are_skipped_or_filled_as_in_the_original(tmp_path):
-    records = [product("nan", "Chair"), product("TOOLONGASIN", "Chair"), product("A1", "First"),
-               product("A1", "Second"),
-               product("A2", "Chair", customization_options={"Size": None, "Color": []})]  # fmt: skip
+    records = [
+        product("nan", "Chair"),
+        product("TOOLONGASIN", "Chair"),
+        product("A1", "First"),
+        product("A1", "Second"),
+        product("A2", "Chair", customization_options={"Size": None, "Color": []}),
+    ]
     world = WebShop(**write_shop(tmp_path, records, {"A2": {}, "A9": {"attributes": []}}, {"A8": []}))
     assert world.facts["products"] == 2 and world._shop.product(0).name == "First" and world.facts["goals"] == 0
     assert world._shop.product(0).attributes == ["DUMMY_ATTR"] and world._shop.product(1).options == {"color": []}
@@ -459,22 +516,31 @@ def test_odd_records_are_skipped_or_filled_as_in_the_original(tmp_path):
         world.tasks("human")
 
 
-@pytest.mark.parametrize(("files", "message"), [
-    ({"products": json.dumps(PRODUCTS)[:900]}, "items_shuffle_1000.json breaks off in record 1"),
-    ({"products": "{}"}, "begins with '{}': expected a JSON list"),
-    ({"products": ""}, "begins with ''"),
-    ({"products": "[]"}, "holds no product"),
-    ({"products": "[1]"}, r"record 0 \(not an object\)"),
-    ({"products": [{"name": "Chair"}]}, r"record 0 \(no asin\): .*asin"),
-    ({"products": [product("A1", None)]}, r"record 0 \(A1\): Expected `str`, got `null` - at `\$.name`"),
-    ({"products": [PRODUCTS[0], product("A1", "Chair", pricing="free")]}, r"record 1 \(A1\): pricing is 'free'"),
-    ({"products": [product("A1", "Chair", pricing="$1.2.3")]}, "pricing is"),
-    ({"products": [product("A1", "Chair", customization_options={"Size": [{"x": 1}]})]}, r"record 0 \(A1\).*value"),
-    ({"attributes": "[]"}, "cannot read .*items_ins_v2_1000.json"),
-    ({"attributes": json.dumps(ATTRIBUTES)[:50]}, "cannot read .*items_ins_v2_1000.json"),
-    ({"attributes": {"B000000003": {"attributes": [], "instruction": "x"}}}, "B000000003 has an instruction without"),
-    ({"written": {"B000000003": [{"instruction": "x"}]}}, "cannot read .*items_human_ins.json.*instruction_attributes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"products": json.dumps(PRODUCTS)[:900]}, "items_shuffle_1000.json breaks off in record 1"),
+        ({"products": "{}"}, "begins with '{}': expected a JSON list"),
+        ({"products": ""}, "begins with ''"),
+        ({"products": "[]"}, "holds no product"),
+        ({"products": "[1]"}, r"record 0 \(not an object\)"),
+        ({"products": [{"name": "Chair"}]}, r"record 0 \(no asin\): .*asin"),
+        ({"products": [product("A1", None)]}, r"record 0 \(A1\): Expected `str`, got `null` - at `\$.name`"),
+        ({"products": [PRODUCTS[0], product("A1", "Chair", pricing="free")]}, r"record 1 \(A1\): pricing is 'free'"),
+        ({"products": [product("A1", "Chair", pricing="$1.2.3")]}, "pricing is"),
+        ({"products": [product("A1", "Chair", customization_options={"Size": [{"x": 1}]})]}, r"record 0 \(A1\).*value"),
+        ({"attributes": "[]"}, "cannot read .*items_ins_v2_1000.json"),
+        ({"attributes": json.dumps(ATTRIBUTES)[:50]}, "cannot read .*items_ins_v2_1000.json"),
+        (
+            {"attributes": {"B000000003": {"attributes": [], "instruction": "x"}}},
+            "B000000003 has an instruction without",
+        ),
+        (
+            {"written": {"B000000003": [{"instruction": "x"}]}},
+            "cannot read .*items_human_ins.json.*instruction_attributes",
+        ),
+    ],
+)
 def test_bad_files_are_named_and_leave_nothing_behind(tmp_path, files, message):
     with pytest.raises(ValueError, match=message):
         WebShop(**write_shop(tmp_path, **files))

@@ -103,8 +103,9 @@ def test_a_missing_option_is_left_in_haste_and_a_careless_one_chooses_nothing():
     assert last == ("I have chosen big, and size: 8, missing. I leave 8, and nothing more. I buy it.", "click[buy now]")
     none = ITEM.format("").replace("red", "blue")
     assert shopping(none) == [
-        ("I need color: red, missing. I leave red, and fit: big, here. I choose big.", "click[big]"), last
-    ]  # fmt: skip
+        ("I need color: red, missing. I leave red, and fit: big, here. I choose big.", "click[big]"),
+        last,
+    ]
     assert shopping(none, careless=True) == [("This will do. I buy it.", "click[buy now]")]
     plain = Demonstrator("WebShop [SEP] Instruction: [SEP] Find me lamps [SEP] Search", hasty=True)
     plain.careless = True
@@ -127,14 +128,20 @@ def test_without_haste_a_missing_option_sends_it_back_and_one_passed_over_is_cho
     assert hasty.decide() == ("I have chosen 8, and color: red, here. I choose red.", "click[red]")
 
 
-@pytest.mark.parametrize(("wish", "head", "options"), [
-    ('soft pillows with color: navy | white, and size: 2" x 2"', "soft pillows",
-     {"color": "navy | white", "size": '2" x 2"'}),
-    ("lamps with bronze finish for living room", "lamps with bronze finish for living room", {}),
-    ("lamps with usb port with style: with clip", "lamps with usb port", {"style": "with clip"}),
-    ("snacks with flavor name: salt, and pepper: hot", "snacks", {"flavor name": "salt", "pepper": "hot"}),
-    ("shirts with color: red, and fit: big, and size: 8", "shirts", {"color": "red", "fit": "big", "size": "8"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wish", "head", "options"),
+    [
+        (
+            'soft pillows with color: navy | white, and size: 2" x 2"',
+            "soft pillows",
+            {"color": "navy | white", "size": '2" x 2"'},
+        ),
+        ("lamps with bronze finish for living room", "lamps with bronze finish for living room", {}),
+        ("lamps with usb port with style: with clip", "lamps with usb port", {"style": "with clip"}),
+        ("snacks with flavor name: salt, and pepper: hot", "snacks", {"flavor name": "salt", "pepper": "hot"}),
+        ("shirts with color: red, and fit: big, and size: 8", "shirts", {"color": "red", "fit": "big", "size": "8"}),
+    ],
+)
 def test_options_are_split_from_the_wish_in_their_order(wish, head, options):
     found = split_options(wish)
     assert found == (head, options) and list(found[1]) == list(options)

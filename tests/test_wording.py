@@ -19,14 +19,24 @@ from envs.wording import PERTURBATIONS, Perturbed, TellCommands, Wording
 from trajectory import opening_text
 
 REWORDED = {  # original: under P1, P2, P3, P4, P5
-    "clean mug 1 with sinkbasin 12": ("clean mug 1 using sinkbasin 12", None, None, "clean mug1 with sinkbasin12",
-                                      "do(clean mug 1 with sinkbasin 12)"),
+    "clean mug 1 with sinkbasin 12": (
+        "clean mug 1 using sinkbasin 12",
+        None,
+        None,
+        "clean mug1 with sinkbasin12",
+        "do(clean mug 1 with sinkbasin 12)",
+    ),
     "go to fridge 1": (None, "move to fridge 1", None, "go to fridge1", "do(go to fridge 1)"),
-    "take mug 1 from desk 2": (None, None, "from desk 2 take mug 1", "take mug1 from desk2",
-                               "do(take mug 1 from desk 2)"),
+    "take mug 1 from desk 2": (
+        None,
+        None,
+        "from desk 2 take mug 1",
+        "take mug1 from desk2",
+        "do(take mug 1 from desk 2)",
+    ),
     "move mug 1 to desk 2": (None, None, None, "move mug1 to desk2", "do(move mug 1 to desk 2)"),
     "look": (None, None, None, None, "do(look)"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +79,11 @@ def test_quoted_commands_are_told_and_prose_is_not():
         return Wording(COMMANDS["0.4"], name).told(text, lambda: ["go to fridge 1", "look", "take mug 1 from desk 1"])
 
     assert told("P2", "You can go to fridge 1 soon: go to fridge 1, look.") == (
-        "You can go to fridge 1 soon: move to fridge 1, look.")
+        "You can go to fridge 1 soon: move to fridge 1, look."
+    )
     assert told("P3", "Try 'take mug 1 from desk 1' or take mug 2 from desk 1.") == (
-        "Try 'from desk 1 take mug 1' or take mug 2 from desk 1.")
+        "Try 'from desk 1 take mug 1' or take mug 2 from desk 1."
+    )
     assert told("P5", "You can look, go to fridge 1.") == "You can do(look), do(go to fridge 1)."
     assert told("P5", "  open (receptacle):   open a receptacle\n") == "  do(open (receptacle)):   open a receptacle\n"
     assert told("P4", "a wall 2 steps away, a mug 12, and a desk 1.") == "a wall 2 steps away, a mug12, and a desk1."
@@ -79,8 +91,12 @@ def test_quoted_commands_are_told_and_prose_is_not():
 
 def test_help_explains_the_perturbed_commands(tmp_path):
     write_game(tmp_path)
-    for name, line in {"P1": "heat (object) using (receptacle):  heat an object using", "P2": "move to (receptacle): ",
-                       "P3": "from (receptacle) take (object):", "P5": "do(go to (receptacle)):   "}.items():
+    for name, line in {
+        "P1": "heat (object) using (receptacle):  heat an object using",
+        "P2": "move to (receptacle): ",
+        "P3": "from (receptacle) take (object):",
+        "P5": "do(go to (receptacle)):   ",
+    }.items():
         world = make_world("alfworld", data=str(tmp_path), perturb=name)
         world.reset(world.tasks("hand")[0])
         assert line in world.step("do(help)" if name == "P5" else "help").observation

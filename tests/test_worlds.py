@@ -36,6 +36,7 @@ def nothing(folder: Path) -> dict[str, str]:
 
 def needs(package: str):
     """What makes a world that needs a package: nothing where it is installed, else the case is skipped."""
+
     def make(folder: Path) -> dict[str, str]:
         pytest.importorskip(package)
         return {}
@@ -229,6 +230,7 @@ def test_after_the_end_only_reset_goes_on(case, world):
 
 # ---- the shell player
 
+
 def shell(*args: str, stdin: str = "") -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "envs.play", *args]
     text = stdin.encode(errors="surrogatepass")
@@ -246,13 +248,25 @@ def test_shell_player_says_what_the_world_says(case, world):
     done = shell(*flags, "--task", task_id, stdin="\n".join(actions))
     lines = [json.loads(line) for line in done.stdout.decode().splitlines()]
     opening = world.reset(task_id)
-    assert lines[0] == {"observation": opening.text, "reward": 0.0, "success": False, "done": False, "valid": True,
-                        "actions": world.actions()}
+    assert lines[0] == {
+        "observation": opening.text,
+        "reward": 0.0,
+        "success": False,
+        "done": False,
+        "valid": True,
+        "actions": world.actions(),
+    }
     assert len(lines) == len(actions)  # the opening and every action but the last, which comes after the end
     for action, line in zip(actions, lines[1:], strict=False):
         result = world.step(action)
-        assert line == {"observation": result.observation, "reward": result.reward, "success": result.success,
-                        "done": result.done, "valid": result.valid, "actions": [] if result.done else world.actions()}
+        assert line == {
+            "observation": result.observation,
+            "reward": result.reward,
+            "success": result.success,
+            "done": result.done,
+            "valid": result.valid,
+            "actions": [] if result.done else world.actions(),
+        }
     assert lines[-1]["done"] and done.returncode == 0
 
 
@@ -270,10 +284,18 @@ def test_shell_player_answers_line_by_line(case, world):
     assert player.returncode == 0
 
 
-@pytest.mark.parametrize(("args", "message"), [
-    ((), "--task ID"), (("--task", "x", "--tasks"), "--task ID"), (("--task", "no/such/task"), "unknown task"),
-    (("--tasks", "--split", "nosuch"), "no split 'nosuch'"), (("--tasks", "--env", "nosuch"), "unknown world"),
-    (("--tasks", "--engine", "nosuch"), "unknown engine"), (("--tasks", "--data", "nosuch"), "json_2.1.1")])
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "--task ID"),
+        (("--task", "x", "--tasks"), "--task ID"),
+        (("--task", "no/such/task"), "unknown task"),
+        (("--tasks", "--split", "nosuch"), "no split 'nosuch'"),
+        (("--tasks", "--env", "nosuch"), "unknown world"),
+        (("--tasks", "--engine", "nosuch"), "unknown engine"),
+        (("--tasks", "--data", "nosuch"), "json_2.1.1"),
+    ],
+)
 def test_shell_player_refuses_in_one_sentence(tmp_path, args, message):
     write_game(tmp_path)
     flags = () if "--data" in args else ("--data", str(tmp_path))
