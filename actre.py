@@ -21,7 +21,8 @@ from typing import Literal
 
 import tyro
 
-from agent import Compose, Job, PlayArgs, play, policy_of, settings_of, world_of
+from agent import PlayArgs, play, policy_of, settings_of, world_of
+from attempt import Compose, Job
 from lora.checkpoint import base_sha
 from policy import prompt_facts
 from server import Server

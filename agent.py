@@ -21,7 +21,8 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from attempt import Attempt, Compose, Job, Overdue, Play
-from envs.base import World, make_world
+from envs.base import World
+from envs.make import make_world
 from envs.process import WorldProcess, Worlds, ready
 from policy import Line, Policy, make_policy
 from server import Server

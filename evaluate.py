@@ -24,7 +24,8 @@ from typing import Literal
 
 import tyro
 
-from agent import Job, PlayArgs, play, policy_of, require_tasks, settings_of, world_of
+from agent import PlayArgs, play, policy_of, require_tasks, settings_of, world_of
+from attempt import Job
 from envs.panel import default_panels, pick_tasks
 from envs.wording import Perturbed
 from lora.checkpoint import base_sha

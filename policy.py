@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from envs.demonstrator import Demonstrator
+from envs.alfworld.demonstrator import Demonstrator
 from lora.convert import load_adapter, load_model
 from lora.decoding import RolloutWeights
 from lora.engine import Engine
@@ -220,7 +220,7 @@ class ScriptedPolicy:
 
 class DemonstratorScript:
     """A world's demonstrator behind the session's text: it reads what an agent reads and writes what an agent writes.
-    `player` makes it of the opening: ALFWorld's, or envs.webshop_demonstrator.Demonstrator (in the mode "text")."""
+    `player` makes it of the opening: ALFWorld's, or envs.webshop.demonstrator.Demonstrator (in the mode "text")."""
 
     def __init__(self, opening: str, player: Callable = Demonstrator):
         self._player = player(opening.removeprefix("Observation: ").split("\n")[0])

@@ -10,7 +10,7 @@ what the verifier accepts is kept (verify.py): at least two mistakes that are fo
 What a model got right before its first fault is kept, and it goes on from there, within a number of calls per persona.
 Writes <run>/refine/trajectories.jsonl, in which `errors` of a turn says what it did wrong; train_pg.py --inputs trains
 on it, conversations.py exports it.
-Left out: worlds that are scored (envs/synthetic.py), the judgement of mistakes by a second model.
+Left out: worlds that are scored (envs/synthetic/world.py), the judgement of mistakes by a second model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from envs.synthetic import WORLDS
+from envs.synthetic.spec import WORLDS
 from policy import Ask
 from server import Server, ServerPolicy
 from stage import Stage, draw_seed, generator, run_main, sha256

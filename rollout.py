@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import tyro
 
-from agent import Job, PlayArgs, play, policy_of, require_tasks, settings_of, world_of
+from agent import PlayArgs, play, policy_of, require_tasks, settings_of, world_of
+from attempt import Job
 from envs.panel import default_panels, pick_tasks
 from lora.checkpoint import base_sha
 from policy import prompt_facts

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from envs.alfworld import TASK_TYPES, task_type
+from envs.alfworld.index import TASK_TYPES, task_type
 from envs.wording import PERTURBATIONS
 from stage import current_round, read_json, round_directory
 from trajectory import FAULTS, Trajectory

@@ -1,6 +1,6 @@
 """The procedural teacher of AgentRefine's trajectories: plays a sampled world, with mistakes and their corrections.
 
-`Player` solves a world of envs/synthetic.py from what it is told: it knows the commands, the rules of the opening and
+`Player` solves a world of envs/synthetic/ from what it is told: it knows the commands, the rules of the opening and
 how this world words its answers, and finds out the rest by looking. `teach` lets it play, and before some of its steps
 does what a hasty player would do instead: writes the command in another form or with a wrong name (parameter), acts on
 what is elsewhere (place), or skips a condition (logic). The world refuses, and the next thought says why and goes on.
@@ -17,8 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from envs.base import Result
-from envs.synthetic import Goal, Spec, Synthetic, fill, listed, spec_of, verification_code
-from envs.synthetic_words import HELD, TRAIN
+from envs.synthetic.rules import verification_code
+from envs.synthetic.spec import Goal, Spec, fill, listed, spec_of
+from envs.synthetic.words import HELD, TRAIN
+from envs.synthetic.world import Synthetic
 from envs.wording import told_commands
 from trajectory import Trajectory, Turn
 from verify import COMPLETED

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import tyro
 from tqdm import tqdm
 
-from envs.alfworld import AlfWorld
+from envs.alfworld.world import AlfWorld
 
 GARBAGE = (
     "",

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import tyro
 
-from agent import Compose, Job, Play, play
-from envs.base import make_world
+from agent import play
+from attempt import Compose, Job, Play
+from envs.make import make_world
 from envs.panel import pick_tasks
 from policy import LocalPolicy
 from scores import wilson

@@ -20,7 +20,7 @@ import tyro
 
 from agent import play
 from attempt import Job, Play
-from envs.alfworld import AlfWorld
+from envs.alfworld.world import AlfWorld
 from envs.base import World
 from envs.panel import default_panels, pick_tasks
 from policy import LocalPolicy

@@ -25,9 +25,10 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
-from agent import Job, Play, play
+from agent import play
+from attempt import Job, Play
 from bench.shapes import MISTRAL_100M
-from envs.alfworld import AlfWorld
+from envs.alfworld.world import AlfWorld
 from lora.convert import load_model, save_model
 from lora.engine import Engine
 from lora.mistral import Mistral

@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from agent import play
 from attempt import Compose, Job, Play
-from envs.alfworld import AlfWorld
-from envs.generate import SEED, family, write_split
+from envs.alfworld.generate import SEED, write_split
+from envs.alfworld.rooms import family
+from envs.alfworld.world import AlfWorld
 from policy import DemonstratorScript, LocalPolicy, ScriptedPolicy
 from trajectory import Trajectory, Writer
 

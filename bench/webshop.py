@@ -25,10 +25,10 @@ import tyro
 from scipy.sparse import csc_array
 from tqdm import tqdm
 
-from envs.webshop import WebShop
-from envs.webshop_catalogue import prepare
-from envs.webshop_generate import FILES, SEED, generate_listings
-from envs.webshop_search import IndexBuilder, analyze
+from envs.webshop.catalogue import prepare
+from envs.webshop.generate import FILES, SEED, generate_listings
+from envs.webshop.search import IndexBuilder, analyze
+from envs.webshop.world import WebShop
 
 ORIGINAL_STEPS = (28, 50)  # a second
 MODELS = 1000  # generated products that the mixtures are made from

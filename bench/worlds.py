@@ -32,8 +32,9 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from envs.base import Observation, Result, World, make_world
+from envs.base import Observation, Result, World
 from envs.jericho import Jericho
+from envs.make import make_world
 from envs.panel import HELD_OUT, pick_tasks
 
 
@@ -147,7 +148,7 @@ def start_progress(world: World, task_ids: list[str]) -> float:
 
 def write_problem(folder: Path, task_id: str) -> None:
     """domain.pddl and problems/problem.pddl of a task."""
-    from envs.pddl import draw_task
+    from envs.pddl.world import draw_task
 
     domain, (objects, start, goal) = draw_task(task_id)
     name = domain.pddl.split("(domain ")[1].split(")")[0]
@@ -170,7 +171,7 @@ def beside_pddlgym(world: World, task_ids: list[str], args: Args) -> dict[str, f
     """The same random walks in both; all states and lists of actions are compared. Listing and stepping is timed."""
     from pddlgym.core import PDDLEnv
 
-    from envs.pddl import load_task
+    from envs.pddl.world import load_task
 
     ours = theirs = 0.0
     steps = different = 0

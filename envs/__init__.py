@@ -1,1 +1,1 @@
-"""Text worlds, one file each; `base.py` says what they share and `play.py` plays any of them from the shell."""
+"""Text worlds: `base.py` is their contract, `make.py` makes one by name, `play.py` plays any from the shell."""

@@ -39,12 +39,12 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from envs.alfworld import TASK_TYPES, task_type
-from envs.generate import SEED, generate_games
-from envs.rooms import wheel_folder
-from envs.synthetic import Synthetic
-from envs.webshop_generate import ensure_catalogue
-from envs.webshop_goals import OFFICIAL
+from envs.alfworld.generate import SEED, generate_games
+from envs.alfworld.index import TASK_TYPES, task_type
+from envs.alfworld.rooms import wheel_folder
+from envs.synthetic.world import Synthetic
+from envs.webshop.generate import ensure_catalogue
+from envs.webshop.goals import OFFICIAL
 
 PANELS = Path(__file__).with_name("panels")
 
@@ -115,7 +115,7 @@ def default_panels(purpose: str, env: str, data: str | None) -> tuple[str, ...]:
     `data` or $WEBSHOP_DATA, official, small or generated. Worlds that are held out: evaluation only.
     """
     if env == "webshop":
-        from envs.webshop_catalogue import data_folder, open_catalogue, prepare  # on demand: its packages are its own
+        from envs.webshop.catalogue import data_folder, open_catalogue, prepare  # on demand: its packages are its own
 
         splits = open_catalogue(prepare(data_folder(data))).splits
         families = (OFFICIAL_SHOP, SMALL_SHOP, GENERATED_SHOP)
@@ -199,7 +199,7 @@ def draw_goals(task_ids: Iterable[str], split: str, count: int, seed: int) -> li
 
 def make_shop_panels(seed: int) -> None:
     """Writes WebShop's panels; those of the 1,000-product set where $WEBSHOP_DATA is it."""
-    from envs.webshop_catalogue import open_catalogue, prepare
+    from envs.webshop.catalogue import open_catalogue, prepare
 
     for name, split in OFFICIAL_SHOP.items():
         write_panel(name, official_ids(split, int(name.rpartition("-")[2]), seed))
@@ -214,7 +214,8 @@ def make_shop_panels(seed: int) -> None:
 
 def held_out_ids(env: str) -> Sequence[str]:
     """The tasks of the panel of a world that is held out; the worlds' packages are not needed for that."""
-    from envs import babyai, jericho, pddl, scienceworld
+    from envs import babyai, jericho, scienceworld
+    from envs.pddl import world as pddl
 
     if env == "jericho":
         return [f"jericho_test/{name}" for name in jericho.GAMES]

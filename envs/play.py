@@ -19,7 +19,8 @@ from typing import Annotated
 
 import tyro
 
-from envs.base import World, make_world
+from envs.base import World
+from envs.make import make_world
 
 
 @dataclass(frozen=True, kw_only=True)

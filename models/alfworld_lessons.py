@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from envs.alfred import NOTHING, Game
-from envs.alfworld import AlfWorld
-from envs.demonstrator import Demonstrator, kind
-from envs.generate import generate_games
+from envs.alfworld.demonstrator import Demonstrator, kind
+from envs.alfworld.engine import NOTHING, Game
+from envs.alfworld.generate import generate_games
+from envs.alfworld.world import AlfWorld
 from envs.panel import excluded_ids
 from stage import generator
 from trajectory import Trajectory, Turn, actre_segments, react_segments, text_of

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules lie beside models/
 
-from envs.alfred import COMMANDS
+from envs.alfworld.engine import COMMANDS
 from envs.wording import told_commands
 from models import alfworld_lessons, pretrain
 from stage import Stage, run_main

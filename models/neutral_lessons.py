@@ -20,10 +20,12 @@ import numpy as np
 from msgspec.structs import replace
 
 from attempt import sample_action, template_reason
-from envs.alfworld import AlfWorld
-from envs.generate import family
+from envs.alfworld.rooms import family
+from envs.alfworld.world import AlfWorld
 from envs.panel import excluded_ids
-from envs.synthetic import Synthetic, parse, spec_of
+from envs.synthetic.rules import parse
+from envs.synthetic.spec import spec_of
+from envs.synthetic.world import Synthetic
 from envs.wording import TellCommands
 from stage import generator
 from trajectory import Trajectory, Turn, react_segments, text_of

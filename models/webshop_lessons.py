@@ -22,9 +22,9 @@ from msgspec.structs import replace
 
 from attempt import sample_action
 from envs.panel import excluded_ids
-from envs.webshop import PAGE, WebShop
-from envs.webshop_demonstrator import Demonstrator
-from envs.webshop_generate import FOLDER, PRODUCTS, SEED, ensure_catalogue
+from envs.webshop.demonstrator import Demonstrator
+from envs.webshop.generate import FOLDER, PRODUCTS, SEED, ensure_catalogue
+from envs.webshop.world import PAGE, WebShop
 from stage import generator
 from trajectory import Trajectory, Turn, actre_segments, react_segments, text_of
 

@@ -13,12 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from agent import Job, Play, play
-from envs import webshop_demonstrator
-from envs.alfworld import AlfWorld
+from agent import play
+from attempt import Job, Play
+from envs.alfworld.world import AlfWorld
 from envs.base import World
-from envs.webshop import WebShop
-from envs.webshop_generate import ensure_catalogue
+from envs.webshop import demonstrator as webshop_demonstrator
+from envs.webshop.generate import ensure_catalogue
+from envs.webshop.world import WebShop
 from policy import DemonstratorScript, ScriptedPolicy
 from trajectory import Trajectory, actre_segments, react_segments, text_of
 

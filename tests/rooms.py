@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from envs.alfworld import AlfWorld
+from envs.alfworld.world import AlfWorld
 from envs.base import Observation, Result
 
 OPENING = (

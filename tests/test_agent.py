@@ -10,11 +10,11 @@ import pytest
 
 from agent import Rates, play, require_tasks
 from attempt import MAX_THOUGHTS, Compose, Job, Play, sample_action, template_reason
-from envs import webshop_demonstrator
-from envs.alfworld import AlfWorld
-from envs.generate import family
-from envs.webshop import WebShop
-from envs.webshop_generate import ensure_catalogue
+from envs.alfworld.rooms import family
+from envs.alfworld.world import AlfWorld
+from envs.webshop import demonstrator as webshop_demonstrator
+from envs.webshop.generate import ensure_catalogue
+from envs.webshop.world import WebShop
 from policy import DemonstratorScript, ReplayScript, ScriptedPolicy
 from prompts.make import SHOWN, examples
 from stage import generator

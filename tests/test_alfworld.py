@@ -10,13 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from hand_game import GOALS, PLACES, problem, write_game
 from tqdm import tqdm
 
 from bench.alfworld_engine import Args, Clock, compare
-from envs import alfworld
-from envs.alfred import Game, names_of
-from envs.alfworld import AlfWorld, load_index, task_type
+from envs.alfworld import index
+from envs.alfworld import world as alfworld
+from envs.alfworld.engine import Game, names_of
+from envs.alfworld.index import load_index, task_type
+from envs.alfworld.world import AlfWorld
+from tests.hand_game import GOALS, PLACES, problem, write_game
 
 ROOT = Path(__file__).parents[1]
 REAL = os.environ.get("ALFWORLD_DATA")
@@ -105,7 +107,7 @@ def test_real_walkthroughs_win_at_their_last_command():
 def test_real_splits_have_the_published_sizes():
     world = AlfWorld()
     kinds = [task_type(task_id) for task_id in world.tasks("valid_seen")]
-    assert [kinds.count(kind) for kind in alfworld.TASK_TYPES] == [35, 27, 16, 25, 13, 24]
+    assert [kinds.count(kind) for kind in index.TASK_TYPES] == [35, 27, 16, 25, 13, 24]
     assert len(world.tasks("train")) == 3553
 
 
@@ -438,8 +440,8 @@ def test_index_is_reused_and_follows_changes(tmp_path, monkeypatch):
     first = write_game(tmp_path, "place")
     load_index(root)
     scans = []
-    scan = alfworld._scan_split
-    monkeypatch.setattr(alfworld, "_scan_split", lambda root, split: scans.append(split) or scan(root, split))
+    scan = index._scan_split
+    monkeypatch.setattr(index, "_scan_split", lambda root, split: scans.append(split) or scan(root, split))
     assert load_index(root) == {"hand": (first,)} and scans == []
     times = [(f, f.stat().st_mtime_ns) for f in (root / "hand", (root / first).parent)]
     second = write_game(tmp_path, "place", trial="trial_2")
@@ -470,7 +472,7 @@ def test_index_goes_home_where_the_data_cannot_be_written(tmp_path, monkeypatch)
     (root / ".a3t_index.json").mkdir()  # stands for a folder that cannot be written: root may write anywhere
     load_index(root)
     assert len(list((tmp_path / "home" / ".cache" / "a3t").glob("*.json"))) == 1
-    monkeypatch.setattr(alfworld, "_scan_split", None)
+    monkeypatch.setattr(index, "_scan_split", None)
     assert load_index(root) == {"hand": (task_id,)}
 
 
@@ -557,7 +559,7 @@ def run_python(code: str, tmp_path: Path, *args: str) -> str:
 def test_our_engine_imports_nothing_of_alfworld(tmp_path):
     task_id = write_game(tmp_path)
     code = (
-        "import sys; from envs.play import make_world; w = make_world('alfworld', data=sys.argv[1]); "
+        "import sys; from envs.make import make_world; w = make_world('alfworld', data=sys.argv[1]); "
         "w.reset(sys.argv[2]); w.step('look'); print({'alfworld', 'textworld', 'torch', 'jax'} & set(sys.modules))"
     )
     assert run_python(code, tmp_path, str(tmp_path), task_id) == "set()\n"
@@ -567,7 +569,7 @@ def test_our_engine_imports_nothing_of_alfworld(tmp_path):
 def test_reference_engine_leaves_no_traces(tmp_path):
     task_id = write_game(tmp_path)
     code = (
-        "import os, sys; from envs.alfworld import AlfWorld; before = dict(os.environ); "
+        "import os, sys; from envs.alfworld.world import AlfWorld; before = dict(os.environ); "
         "AlfWorld(data=sys.argv[1], engine='textworld').reset(sys.argv[2]); print(before == dict(os.environ))"
     )
     assert run_python(code, tmp_path, str(tmp_path), task_id).endswith("True\n")

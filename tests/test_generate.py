@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from envs import generate, rooms
-from envs.alfworld import TASK_TYPES, AlfWorld, task_type
+from envs.alfworld import generate, rooms
+from envs.alfworld.index import TASK_TYPES, task_type
+from envs.alfworld.world import AlfWorld
 from envs.panel import read_panel
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +94,7 @@ for _ in games.game_files:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_games_whatever_the_process_and_the_order(family):
     split = f"{family}_valid"
-    script = f"from envs.generate import *; print([i for i, _, _ in generate_games(5, {split!r}, 20)])"
+    script = f"from envs.alfworld.generate import *; print([i for i, _, _ in generate_games(5, {split!r}, 20)])"
     runs = []
     for hash_seed in ("1", "2"):  # sets iterate in another order
         environment = os.environ | {"PYTHONHASHSEED": hash_seed}
@@ -166,9 +167,12 @@ def test_task_lines_are_the_wheels_templates():
 
 
 def test_alfworld_is_never_imported():
-    script = "import sys; from envs.generate import *; generate_game(0, f'{family()}_train', 0); print(*sys.modules)"
+    script = (
+        "import sys; from envs.alfworld.generate import *; "
+        "generate_game(0, f'{family()}_train', 0); print(*sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "envs.rooms" in done.stdout.split() and "alfworld" not in done.stdout.split()
+    assert "envs.alfworld.rooms" in done.stdout.split() and "alfworld" not in done.stdout.split()
 
 
 def test_without_the_wheel_there_are_small_rooms_and_a_clear_error(tmp_path, monkeypatch):
@@ -208,7 +212,7 @@ def test_what_is_there_is_kept_and_another_seed_is_refused(tmp_path, monkeypatch
 
 
 def test_a_killed_generation_leaves_no_split_and_the_next_one_completes_it(tmp_path):
-    command = [sys.executable, "-m", "envs.generate", "--folder", str(tmp_path), "--splits", "mini_train"]
+    command = [sys.executable, "-m", "envs.alfworld.generate", "--folder", str(tmp_path), "--splits", "mini_train"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(3000):  # until it has begun to write games
         if next(tmp_path.glob("building-*/*/*/*/game.tw-pddl"), None):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from envs.base import make_world
 from envs.jericho import GAMES, LONGEST, Jericho
+from envs.make import make_world
 from envs.panel import read_panel
 from envs.process import WorldProcess, ready
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from envs import panel
-from envs.alfworld import TASK_TYPES, task_type
-from envs.generate import SEED, generate_games
+from envs.alfworld.generate import SEED, generate_games
+from envs.alfworld.index import TASK_TYPES, task_type
+from envs.alfworld.rooms import wheel_folder
 from envs.panel import (
     ALFWORLD,
     HELD_OUT,
@@ -22,9 +23,8 @@ from envs.panel import (
     excluded_ids,
     read_panel,
 )
-from envs.rooms import wheel_folder
-from envs.webshop_catalogue import open_catalogue, prepare
-from envs.webshop_generate import ensure_catalogue
+from envs.webshop.catalogue import open_catalogue, prepare
+from envs.webshop.generate import ensure_catalogue
 
 DATA = os.environ.get("ALFWORLD_DATA")
 SHOP = os.environ.get("WEBSHOP_DATA")
@@ -88,7 +88,7 @@ def test_demonstrations_are_kept_out_of_every_panel():
 
 @pytest.mark.parametrize("name", panel.GENERATED)
 def test_generated_panels_are_what_the_generator_makes(name):
-    """A change to envs/generate.py or envs/rooms.py that changes games must make the panels again."""
+    """A change to envs/alfworld/generate.py or envs/alfworld/rooms.py that changes games must make the panels again."""
     split, _, count = name.rpartition("-")
     if split.startswith("gen") and wheel_folder() is None:
         pytest.skip("the data of the alfworld wheel is not installed")

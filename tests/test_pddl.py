@@ -7,9 +7,9 @@ import random
 import pytest
 
 from envs.panel import read_panel
-from envs.pddl import CHECK, LOOK, PROBLEMS, Pddl, draw_task, load_task
-from envs.pddl_domains import DOMAINS
-from envs.strips import Problem, read_domain, read_expression
+from envs.pddl.domains import DOMAINS
+from envs.pddl.strips import Problem, read_domain, read_expression
+from envs.pddl.world import CHECK, LOOK, PROBLEMS, Pddl, draw_task, load_task
 
 OPENINGS = {1: "4ea558dcb963b63f"}  # PROBLEMS: the beginning of the sha256 of the panel's openings
 

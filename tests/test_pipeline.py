@@ -18,7 +18,7 @@ import actre
 import evaluate
 import rollout
 import train_pg
-from policy import load_tokenizer
+from lora.tokenizer import load_tokenizer
 from scores import directory_name
 from stage import StageError, read_json, round_directory
 from tests.helpers import write_tiny_model

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from attempt import template_reason
-from envs.alfworld import TASK_TYPES, AlfWorld, task_type
+from envs.alfworld.index import TASK_TYPES, task_type
+from envs.alfworld.world import AlfWorld
 from envs.panel import excluded_ids
 from lora import nf4
 from lora.mistral import Config, Mistral, token_logprobs

@@ -10,15 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
-from hand_game import GOALS, write_game
 
 from agent import play
 from attempt import Compose, Job, Play
 from envs import process
-from envs.alfworld import AlfWorld
-from envs.base import make_world
-from envs.generate import family
+from envs.alfworld.rooms import family
+from envs.alfworld.world import AlfWorld
+from envs.make import make_world
 from policy import DemonstratorScript, ReplayScript, ScriptedPolicy
+from tests.hand_game import GOALS, write_game
 from tests.rooms import TASK, Apart, Room, Unruly, processes
 
 ROOT = Path(__file__).parent.parent

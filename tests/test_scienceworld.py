@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 
 from envs import scienceworld
-from envs.base import World, make_world
+from envs.base import World
+from envs.make import make_world
 from envs.process import WorldProcess, ready
 from envs.scienceworld import CHECK, TASKS, UNKNOWN, ScienceWorld
 

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.panel import SYNTHETIC, default_panels, read_panel
-from envs.synthetic import SPLITS, State, Synthetic, listed, spec_of
-from envs.synthetic_words import FUNCTION_WORDS, HELD, TRAIN
+from envs.synthetic.rules import State
+from envs.synthetic.spec import listed, spec_of
+from envs.synthetic.words import FUNCTION_WORDS, HELD, TRAIN
+from envs.synthetic.world import SPLITS, Synthetic
 from teacher import play, script_of, teach, trajectory_of, turns_of
 from trajectory import parse_line, to_line
 from verify import fits, read_script, verify
@@ -61,7 +63,7 @@ def test_played_worlds_of_the_two_have_no_content_word_in_common():
 
 
 def test_a_name_is_always_the_same_world():
-    """Where this fails, scores on the panels do not compare any more: raise WORLDS in envs/synthetic.py."""
+    """Where this fails, scores on the panels do not compare any more: raise WORLDS in envs/synthetic/world.py."""
     specs = [spec_of(task) for name in SYNTHETIC for task in read_panel(name)]
     text = repr([(s.opening, s.lies, s.goals, s.hands, s.commands, s.says) for s in specs])
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "75dedc90bda45774"

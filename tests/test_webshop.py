@@ -13,14 +13,15 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hand_shop import ATTRIBUTES, PRODUCTS, WRITTEN, options, product, write_shop
 
-from envs import webshop_catalogue, webshop_reward
-from envs.webshop import MODES, WebShop, parse
-from envs.webshop_catalogue import open_catalogue, prepare
-from envs.webshop_generate import ensure_catalogue, generate_listing
-from envs.webshop_goals import Goal, Product, price_limit
-from envs.webshop_reward import heuristic_nouns, normal_colour, score_purchase, similar
+from envs.webshop import catalogue as webshop_catalogue
+from envs.webshop import reward as webshop_reward
+from envs.webshop.catalogue import open_catalogue, prepare
+from envs.webshop.generate import ensure_catalogue, generate_listing
+from envs.webshop.goals import Goal, Product, price_limit
+from envs.webshop.reward import heuristic_nouns, normal_colour, score_purchase, similar
+from envs.webshop.world import MODES, WebShop, parse
+from tests.hand_shop import ATTRIBUTES, PRODUCTS, WRITTEN, options, product, write_shop
 
 DATA = os.environ.get("WEBSHOP_DATA")
 GOLDEN = "golden_{}.jsonl.gz"
@@ -404,7 +405,7 @@ def load(**settings):
     data = write_shop(tmp_path / "data")
     (tmp_path / "data" / "nouns.json").write_text("not read")
     code = f"""
-from envs.webshop import WebShop
+from envs.webshop.world import WebShop
 world = WebShop({data["data"]!r})
 print(world.facts["nouns"], world._nouns_backend()[1]("", "red OAK Chair"))"""
     paths = os.pathsep.join([str(tmp_path / "site"), str(Path(__file__).parents[1])])

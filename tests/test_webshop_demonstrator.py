@@ -3,11 +3,11 @@
 import random
 
 import pytest
-from hand_shop import write_shop
 
-from envs.webshop import MODES, WebShop
-from envs.webshop_demonstrator import Demonstrator, play, read_nodes, split_options
-from envs.webshop_generate import ensure_catalogue
+from envs.webshop.demonstrator import Demonstrator, play, read_nodes, split_options
+from envs.webshop.generate import ensure_catalogue
+from envs.webshop.world import MODES, WebShop
+from tests.hand_shop import write_shop
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from envs.webshop_catalogue import find_files, index_text, read_products
-from envs.webshop_search import Index, IndexBuilder, analyze, build_index, quantise_lengths
+from envs.webshop.catalogue import find_files, index_text, read_products
+from envs.webshop.search import Index, IndexBuilder, analyze, build_index, quantise_lengths
 
 DATA = os.environ.get("WEBSHOP_DATA")
 RECORDED = ("lucene_top50.jsonl.gz", "lucene_doc_tokens.jsonl.gz")

@@ -7,15 +7,15 @@ import random
 import re
 
 import pytest
-from hand_game import write_game
-from hand_shop import write_shop
 
-from envs.alfred import COMMANDS
-from envs.alfworld import AlfWorld
-from envs.base import make_world
-from envs.demonstrator import Demonstrator
-from envs.generate import generate_games
+from envs.alfworld.demonstrator import Demonstrator
+from envs.alfworld.engine import COMMANDS
+from envs.alfworld.generate import generate_games
+from envs.alfworld.world import AlfWorld
+from envs.make import make_world
 from envs.wording import PERTURBATIONS, Perturbed, TellCommands, Wording
+from tests.hand_game import write_game
+from tests.hand_shop import write_shop
 from trajectory import opening_text
 
 REWORDED = {  # original: under P1, P2, P3, P4, P5

@@ -14,11 +14,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from hand_game import GOALS, write_game
-from hand_shop import write_shop
 
-from envs.base import WORLDS, Observation, Result, World, make_world
+from envs.base import Observation, Result, World
+from envs.make import WORLDS, make_world
 from envs.wording import PERTURBATIONS, form, numbered
+from tests.hand_game import GOALS, write_game
+from tests.hand_shop import write_shop
 
 ROOT = Path(__file__).parents[1]
 BAD_TEXTS = ["", " ", "\n", "\x00", "think: I look", "\u2028\u2029", "\ud800", "é" * 3, "go " * 5000, "{0}%s", "[]"]

@@ -1,7 +1,7 @@
 """PDDL: planning problems in words, after AgentBoard's: blocksworld, gripper, barman, tyreworld.
 
-A task is `<split>/<domain>-<number>`; its problem is drawn from that name (`envs/pddl_domains.py`) and played by the
-rules (`envs/strips.py`). The answer to an action says what has changed, to one that is impossible what is missing.
+A task is `<split>/<domain>-<number>`; its problem is drawn from that name (`envs/pddl/domains.py`) and played by the
+rules (`envs/pddl/strips.py`). The answer to an action says what has changed, to one that is impossible what is missing.
 `check valid actions` and `look` (the whole state) are always accepted.
 Left out: the turn limit (the runner's; AgentBoard's is 30), AgentBoard's own problems and wordings.
 
@@ -18,8 +18,8 @@ from functools import lru_cache
 import numpy as np
 
 from envs.base import Observation, Result, check_split, check_task
-from envs.pddl_domains import DOMAINS, Domain, Drawn
-from envs.strips import Action, Fact, Operator, Problem, find_plan
+from envs.pddl.domains import DOMAINS, Domain, Drawn
+from envs.pddl.strips import Action, Fact, Operator, Problem, find_plan
 
 PROBLEMS = 1  # goes up when the same name comes to stand for another problem
 SEED = 0

@@ -1,6 +1,6 @@
 """ALFWorld games for a machine without the game files: new games, written exactly as the real ones are.
 
-    python -m envs.generate --folder data/generated            # gen_train, gen_valid, gen_demo
+    python -m envs.alfworld.generate --folder data/generated            # gen_train, gen_valid, gen_demo
     ALFWORLD_DATA=data/generated python -m envs.play --env alfworld --tasks --split gen_valid
 
 The alfworld wheel ships no games but everything they are made of: 120 rooms (the object types in each, and its
@@ -29,8 +29,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from envs.base import check_stamp
-from envs.rooms import (
+from envs.alfworld.rooms import (
     ABILITIES,
     CHANGES,
     FIXTURES,
@@ -47,9 +46,10 @@ from envs.rooms import (
     somewhere,
     spot,
 )
+from envs.base import check_stamp
 
 SEED = 20240403  # of the panels in envs/panels
-FOLDER = Path(__file__).parents[1] / "data/generated"
+FOLDER = Path(__file__).parents[2] / "data/generated"
 SPLIT_SIZES = {"train": 600, "valid": 200, "demo": 300}
 STAMP = "generated.json"  # in a split's folder: what stamp_of says
 

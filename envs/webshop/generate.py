@@ -1,11 +1,11 @@
 """A web shop for a machine without WebShop's data: invented products and goals, in the original file formats.
 
-    python -m envs.webshop_generate --folder data/generated_webshop
+    python -m envs.webshop.generate --folder data/generated_webshop
     python -m envs.play --env webshop --data data/generated_webshop --tasks --split gen_valid
 
 Some 1,000 products of 50 kinds in WebShop's five departments. A product has a made-up brand, attributes (some in its
 name, all in its features), options and a price; three in five have an instruction, from which
-`envs/webshop_goals.py` makes a goal for every combination of options, and one in ten has a written one too. Products
+`envs/webshop/goals.py` makes a goal for every combination of options, and one in ten has a written one too. Products
 of one kind share words, so a search finds many that nearly fit. A product is a function of (seed, number).
 Left out: images, and the spelling mistakes and keyword heaps of real listings.
 """
@@ -28,7 +28,7 @@ from envs.base import check_stamp
 
 SEED = 20220704  # of the panels in envs/panels
 PRODUCTS = 1000
-FOLDER = Path(__file__).parents[1] / "data/generated_webshop"
+FOLDER = Path(__file__).parents[2] / "data/generated_webshop"
 STAMP = "generated.json"
 FILES = ("items_shuffle_1000.json", "items_ins_v2_1000.json", "items_human_ins.json")
 

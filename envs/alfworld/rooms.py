@@ -1,7 +1,7 @@
 """The rooms and rules that ALFWorld games are made of, read from the alfworld wheel's data or from our mini_rooms.
 
 The wheel (0.4.2) ships 120 rooms, for each the object types and the receptacles with their places, the table of which
-receptacle may hold what, the PDDL domain and the text grammar. `catalogue` turns them into what envs/generate.py needs:
+receptacle may hold what, the PDDL domain and the text grammar. `catalogue` turns them into what generate.py needs:
 for every room the text that all its games share, and for every task type the rooms and goals that are possible.
 Left out: the rooms of the real unseen splits, and sizes (any number of objects fits where the table allows them).
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from envs import mini_rooms
+from envs.alfworld import mini_rooms
 
 # Rooms that the real training games do not use: the unseen splits are made of them.
 UNSEEN_SCENES = {9, 10, 29, 215, 219, 226, 308, 315, 325, 404, 424, 425}
@@ -164,7 +164,7 @@ def family() -> str:
 def catalogue(name: str) -> Catalogue:
     """The rooms and rules of a family of splits, `gen` or `mini`."""
     if name == "mini":
-        note = "These rooms are played by envs/alfworld.py only; install alfworld for games that TextWorld can play."
+        note = "These rooms are played by our own engine only; install alfworld for games that TextWorld can play."
         scenes = [mini_scene(room, *mini_rooms.ROOMS[room]) for room in mini_rooms.ROOMS]
         return build_catalogue(scenes, mini_rooms.HOLDS, mini_rooms.ABILITIES, note, f'"rhs": "{TASK_SLOT}" {note}')
     if name != "gen":

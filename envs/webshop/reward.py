@@ -33,7 +33,7 @@ import msgspec
 from rapidfuzz import fuzz
 from rapidfuzz.utils import default_process
 
-from envs.webshop_goals import Goal, Product
+from envs.webshop.goals import Goal, Product
 
 COLOURS = (
     "alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel camo "

@@ -13,7 +13,7 @@ streams the products, so that memory stays at a few GB for 1.2 million of them, 
 index. Later uses map what is there. Files that change are prepared anew; an old folder may be deleted at any time.
 Left out: images, reviews and ratings, which the text never shows.
 
-Run: python -m envs.webshop_catalogue [--data DIR]     prepares it and says what there is
+Run: python -m envs.webshop.catalogue [--data DIR]     prepares it and says what there is
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from envs.webshop_generate import STAMP, ensure_catalogue
-from envs.webshop_goals import (
+from envs.webshop.generate import STAMP, ensure_catalogue
+from envs.webshop.goals import (
     Goal,
     Instruction,
     Product,
@@ -47,7 +47,7 @@ from envs.webshop_goals import (
     name_goals,
     synthetic_goals,
 )
-from envs.webshop_search import Index, IndexBuilder, analyze
+from envs.webshop.search import Index, IndexBuilder, analyze
 
 VERSION = 1  # of the prepared folder: one of another version is not read
 CHUNK = 1 << 24  # characters of the product file read at a time

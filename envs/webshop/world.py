@@ -3,7 +3,7 @@ text.
 
 `search[words]` searches from any page (50 products at most, 10 a page), `click[x]` follows a button, link or option
 of the page, `think[x]` does nothing. Anything else does nothing either and is not valid. The task ends with
-`click[buy now]`; its reward (`envs/webshop_reward.py`) is 1 where everything fits. What crashes the original or
+`click[buy now]`; its reward (`envs/webshop/reward.py`) is 1 where everything fits. What crashes the original or
 draws from its global generator (searches that begin with <r>, <a>, <c> or <q>, a link to a product that is not
 there, more than 1,024 words) is not valid here.
 Left out: the turn limit (the runner's), the html and url modes, images, the Attributes page (it shows the answer).
@@ -20,9 +20,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from envs.base import Observation, Result
-from envs.webshop_catalogue import data_folder, open_catalogue, prepare
-from envs.webshop_goals import Goal
-from envs.webshop_reward import Score, nouns_named, score_purchase
+from envs.webshop.catalogue import data_folder, open_catalogue, prepare
+from envs.webshop.goals import Goal
+from envs.webshop.reward import Score, nouns_named, score_purchase
 
 MODES = ("text", "text_rich")
 SEPARATOR = " [SEP] "
@@ -77,7 +77,7 @@ class WebShop:
         self.purchase: Score | None = None
 
     def tasks(self, split: str) -> Sequence[str]:
-        """Sorted ids of a split (`envs/webshop_goals.py` lists them)."""
+        """Sorted ids of a split (`envs/webshop/goals.py` lists them)."""
         if split not in self._shop.splits:
             raise ValueError(
                 f"no split {split!r} in {self._shop.facts['data']}: expected one of "

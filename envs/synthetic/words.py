@@ -1,4 +1,4 @@
-"""Two vocabularies for sampled worlds (envs/synthetic.py): one to train on, one that is held out.
+"""Two vocabularies for sampled worlds (envs/synthetic/world.py): one to train on, one that is held out.
 
 They share no content word: no noun, verb, adjective, placeholder, or wording of an answer. What both may use is
 FUNCTION_WORDS. Left out: how a world is drawn from a vocabulary.

@@ -1,4 +1,4 @@
-"""Four small rooms of our own, for games where the alfworld wheel is missing. Data only; read by envs/generate.py.
+"""Four small rooms of our own, for games where the alfworld wheel is missing. Data only; read by generate.py.
 
 They use ALFWorld's names, so that the same words do, but not its rooms: few receptacles, few objects.
 

@@ -1,4 +1,4 @@
-"""The four planning domains of `envs/pddl.py`: rules in PDDL, words for the agent, and problems without end.
+"""The four planning domains of `envs/pddl/world.py`: rules in PDDL, words for the agent, and problems without end.
 
 The rules are the well-known ones of Blocksworld, Gripper, Barman (of the planning competition of 2011, without action
 costs and dispensers) and Tyreworld; texts and problems are ours. A problem can be solved by construction: each function
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from envs.strips import Fact, Operator, read_domain
+from envs.pddl.strips import Fact, Operator, read_domain
 
 Drawn = tuple[dict[str, str], list[Fact], list[Fact]]  # objects with their types, facts at the start, goal
 

@@ -13,7 +13,7 @@ buys it as it is, whatever options are asked for.
 
 Left out: the reward's view of attributes, which no page shows. Reads both observation modes.
 
-Run: python -m envs.webshop_demonstrator [--split gen_test]     plays a split and prints its mean reward and success
+Run: python -m envs.webshop.demonstrator [--split gen_test]     plays a split and prints its mean reward and success
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from envs.webshop import OPEN, WebShop
+from envs.webshop.world import OPEN, WebShop
 
 PRICE = re.compile(r",? and price lower than (\d+\.\d\d) dollars$")
 FIRST_OPTION = re.compile(r"(.*) with ((?:(?! with )[^:])+): (.*)", re.DOTALL)

@@ -4,7 +4,7 @@ Human goals come from written instructions. Synthetic ones are an instruction ma
 combination of the product's options. Both name a price limit: the larger of two of the next four multiples of ten
 above the price. The original draws prices and limits from the global generator before it seeds it, so they differ
 from run to run; here every draw is addressed by (SEED, product), and the goals are frozen to a file
-(`envs/webshop_catalogue.py`).
+(`envs/webshop/catalogue.py`).
 
 | split | what |
 |---|---|

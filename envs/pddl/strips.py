@@ -2,7 +2,7 @@
 
 A fact is a tuple of words, ("on", "b1", "b2"); a problem numbers its facts, and a state is an int with a bit for each
 that is true. Only facts and actions that some course of actions could bring about are numbered.
-Left out: numbers, conditional effects, quantifiers, equality, constants; words for the agent (envs/pddl.py).
+Left out: numbers, conditional effects, quantifiers, equality, constants; words for the agent (envs/pddl/world.py).
 
 Source: the PDDL 1.2 manual (McDermott et al., 1998); `relaxed_plan` is the heuristic of FF (Hoffmann and Nebel, 2001).
 """

@@ -1,0 +1,1 @@
+"""Planning problems in words: blocksworld, gripper, barman, tyreworld."""

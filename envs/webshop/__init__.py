@@ -1,0 +1,1 @@
+"""WebShop: pages, reward and ranking of the original, a generated catalogue, a demonstrator."""
