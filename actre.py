@@ -22,11 +22,7 @@ from typing import Literal
 import tyro
 
 from agent import PlayArgs, play, policy_of, settings_of, world_of
-from attempt import Compose, Job
-from lora.checkpoint import base_sha
-from policy import prompt_facts
-from server import Server
-from stage import (
+from artifacts.stage import (
     Stage,
     adapter_of_round,
     adapter_sha,
@@ -36,7 +32,11 @@ from stage import (
     run_main,
     sha256,
 )
-from trajectory import FAULTS, Trajectory, Writer, fault_note, read_trajectories, sort_file
+from artifacts.trajectory import FAULTS, Trajectory, Writer, fault_note, read_trajectories, sort_file
+from attempt import Compose, Job
+from lora.checkpoint import base_sha
+from policy import prompt_facts
+from server import Server
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,13 +20,13 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from artifacts.trajectory import Trajectory
 from attempt import Attempt, Compose, Job, Overdue, Play
 from envs.base import World
 from envs.make import make_world
 from envs.process import WorldProcess, Worlds, ready
 from policy import Line, Policy, make_policy
 from server import Server
-from trajectory import Trajectory
 
 HOPELESS = 20  # attempts in worlds that did not start, after which a stage stops in which none has started
 MOMENT = 0.1  # seconds between two looks at the deadlines while only worlds are waited for

@@ -18,16 +18,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from envs.base import Observation, Result, World
-from envs.process import WorldProcess, call
-from policy import Ask, NoReply, Policy
-from stage import draw_seed, generator
-from trajectory import (
+from artifacts.render import (
     OK,
     REASON,
-    End,
-    Trajectory,
-    Turn,
     act_line,
     actre_turn_text,
     last_observation_text,
@@ -37,6 +30,11 @@ from trajectory import (
     parse_reply,
     think_line,
 )
+from artifacts.seeds import draw_seed, generator
+from artifacts.trajectory import End, Trajectory, Turn
+from envs.base import Observation, Result, World
+from envs.process import WorldProcess, call
+from policy import Ask, NoReply, Policy
 
 MAX_THOUGHTS = 3  # think lines in one turn; a further one is taken for the (invalid) action of the turn
 FORCE_AFTER = 3  # invalid actions of the policy's own in a row, after which A3T forces a sampled action

@@ -18,7 +18,6 @@ task is to:" or "Goal:", if that is there. An answer without "Action:" is an act
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -30,8 +29,9 @@ import msgspec
 import tyro
 from tqdm import tqdm
 
-from stage import Stage, StageError, require_done, run_main, sha256
-from trajectory import Trajectory, Turn, read_trajectories, write_file
+from artifacts.atomic import atomic_write
+from artifacts.stage import Stage, StageError, require_done, run_main, sha256
+from artifacts.trajectory import Trajectory, Turn, read_trajectories, write_file
 
 ANSWER_FORM = "Answer with one thought and one action each time, in this form:\nThought: ...\nAction: ..."
 UNKNOWN = ["parameter", "place", "logic"]  # errors of a turn that is known to be a mistake, not of which kind
@@ -84,9 +84,8 @@ def export(directory: Path, out: Path) -> None:
     rows = list(read_trajectories(directory / "trajectories.jsonl"))
     kept = [to_conversation(row) for row in rows if row.success and row.turns]
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in tqdm(kept, "conversations")))
-    os.replace(temporary, out)
+    with atomic_write(out) as temporary:
+        temporary.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in tqdm(kept, "conversations")))
     print(f"{out}: {len(kept)} conversations; {len(rows) - len(kept)} of {len(rows)} trajectories were no successes")
 
 

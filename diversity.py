@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 import tyro
 
-from stage import draw_seed, generator, run_main
-from trajectory import read_trajectories
+from artifacts.seeds import draw_seed, generator
+from artifacts.stage import run_main
+from artifacts.trajectory import read_trajectories
 
 DIMENSIONS = 50
 HELD = 0.01  # share of a file's thoughts from which on it holds a cluster

@@ -25,15 +25,15 @@ from typing import Literal
 import tyro
 
 from agent import PlayArgs, play, policy_of, require_tasks, settings_of, world_of
+from artifacts.report import write_report
+from artifacts.scores import WORDINGS, directory_name, perturbation_table, perturbations, places, score, table
+from artifacts.stage import Stage, StageError, adapter_of_round, adapter_sha, current_round, run_main, write_json
+from artifacts.trajectory import Trajectory, Writer, fault_note, sort_file
 from attempt import Job
 from envs.panel import default_panels, pick_tasks
 from envs.wording import Perturbed
 from lora.checkpoint import base_sha
 from policy import prompt_facts
-from report import write_report
-from scores import WORDINGS, directory_name, perturbation_table, perturbations, places, score, table
-from stage import Stage, StageError, adapter_of_round, adapter_sha, current_round, run_main, write_json
-from trajectory import Trajectory, Writer, fault_note, sort_file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from artifacts.render import act_line, parse_reply, think_line
 from envs.alfworld.demonstrator import Demonstrator
 from lora.convert import load_adapter, load_model
 from lora.decoding import RolloutWeights
 from lora.engine import Engine
 from lora.tokenizer import encode_piece, load_tokenizer, prompt_ids
-from trajectory import act_line, parse_reply, think_line
 
 if TYPE_CHECKING:
     from server import Server

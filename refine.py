@@ -27,12 +27,13 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
+from artifacts.seeds import draw_seed, generator
+from artifacts.stage import Stage, run_main, sha256
+from artifacts.trajectory import Trajectory, Writer, sort_file
 from envs.synthetic.spec import WORLDS
 from policy import Ask
 from server import Server, ServerPolicy
-from stage import Stage, draw_seed, generator, run_main, sha256
 from teacher import script_of, teach, trajectory_of, turns_of
-from trajectory import Trajectory, Writer, sort_file
 from verify import main_over, to_trajectory, verified_prefix, verify
 
 PROMPTS = Path(__file__).parent / "prompts"

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import tyro
 
 from agent import PlayArgs, play, policy_of, require_tasks, settings_of, world_of
+from artifacts.scores import success_by_type
+from artifacts.stage import Stage, adapter_of_round, adapter_sha, current_round, round_directory, run_main
+from artifacts.trajectory import Trajectory, Writer, fault_note, sort_file
 from attempt import Job
 from envs.panel import default_panels, pick_tasks
 from lora.checkpoint import base_sha
 from policy import prompt_facts
-from scores import success_by_type
-from stage import Stage, adapter_of_round, adapter_sha, current_round, round_directory, run_main
-from trajectory import Trajectory, Writer, fault_note, sort_file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from artifacts.render import ACTION, REASON, flat
 from policy import Ask, Line, NoReply
-from trajectory import ACTION, REASON, flat
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from artifacts.trajectory import Trajectory, Turn
 from envs.base import Result
 from envs.synthetic.rules import verification_code
 from envs.synthetic.spec import Goal, Spec, fill, listed, spec_of
 from envs.synthetic.words import HELD, TRAIN
 from envs.synthetic.world import Synthetic
 from envs.wording import told_commands
-from trajectory import Trajectory, Turn
 from verify import COMPLETED
 
 MAX_STEPS = 30

@@ -21,12 +21,15 @@ import json
 import math
 import os
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import optax
 import tyro
@@ -37,7 +40,19 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
-from examples import collect, pack_examples, preview, save_packed
+from artifacts.packing import Example, Packed, pack, preview, save_packed, token_weights, tokens_of
+from artifacts.seeds import draw_seed, generator
+from artifacts.stage import (
+    Stage,
+    StageError,
+    adapter_of_round,
+    current_round,
+    require_done,
+    round_directory,
+    run_main,
+    sha256,
+)
+from artifacts.trajectory import FAULTS, Trajectory, read_trajectories
 from lora.checkpoint import base_sha
 from lora.convert import adapter_name, load_adapter, load_model, save_adapter
 from lora.device import lora_step_flops, peak_flops, peak_memory
@@ -45,17 +60,6 @@ from lora.linear import LoRAConfig, LoRAParam
 from lora.mistral import token_logprobs
 from lora.sharding import AXES, ROWS, join_processes, make_mesh, specs_of
 from lora.tokenizer import encode_piece, load_tokenizer
-from stage import (
-    Stage,
-    StageError,
-    adapter_of_round,
-    current_round,
-    draw_seed,
-    generator,
-    round_directory,
-    run_main,
-)
-from trajectory import Packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -415,6 +419,100 @@ def launch(args: Args) -> None:
     """Joins the other processes, if there are any, and trains; on a CPU with a device for each row of a step."""
     jax.config.update("jax_num_cpu_devices", max(1, args.batch_rows // join_processes()))
     main(args)
+
+
+# ---- which trajectories, with which weights
+
+
+def select_round(rows: Iterable[Example], args: Args) -> list[Example]:
+    """A3T's filter for one round: every success, and a task's first own failure where the task has a success.
+
+    Failed compositions are dropped; rows ended by a fault are not evidence of anything and dropped too.
+    """
+    by_task: dict[str, list[Example]] = defaultdict(list)
+    for row in rows:
+        if row.trajectory.end not in FAULTS:
+            by_task[row.trajectory.task_id].append(row)
+    selected: list[Example] = []
+    for task_id in sorted(by_task):
+        won = [r for r in by_task[task_id] if r.trajectory.reward >= args.threshold]
+        lost = [r for r in by_task[task_id] if r.trajectory.reward < args.threshold and r.trajectory.source == "react"]
+        won.sort(key=lambda r: (r.trajectory.source, r.trajectory.trial))
+        for row in won[: args.positives]:
+            selected.append(row._replace(weight=row.trajectory.reward if args.fractional else 1.0))
+        if won and lost:
+            weight = lost[0].trajectory.reward if args.fractional else args.failure_reward
+            selected += [lost[0]._replace(weight=weight)] if weight else []
+    return selected
+
+
+def select(rows: list[Example], args: Args) -> list[Example]:
+    """What is trained on: A3T's choice of each round's own and composed trajectories, every success of a teacher."""
+    taught = [row._replace(weight=1.0) for row in rows if row.trajectory.source in ("demo", "refine")]
+    selected = [row for row in taught if row.trajectory.success and row.trajectory.end not in FAULTS]
+    for number in sorted({row.trajectory.round for row in rows}):
+        of_round = [r for r in rows if r.trajectory.round == number and r.trajectory.source in ("react", "actre")]
+        # Round 0 has nothing to pair a failure with: the paper trains on the prompted agent's successes only.
+        selected += [e for e in select_round(of_round, args) if number > 0 or e.weight > 0]
+    return selected
+
+
+def collect(args: Args, number: int) -> tuple[list[Example], dict[str, str]]:
+    """The examples of rounds 0..number, or of args.inputs, and the sha256 of every file read.
+
+    There are none in round 0 where nothing was won there: compositions come with round 1. StageError if there are none
+    otherwise, or if a stage is not finished.
+    """
+    rounds = [(earlier, stage) for earlier in range(number + 1) for stage in ("rollout", "actre")]
+    own = [
+        (round_directory(args.run, earlier) / stage, f"python {stage}.py --run {args.run} --round {earlier}")
+        for earlier, stage in rounds
+    ]
+    given = [(directory, f"the stage that writes {directory}") for directory in args.inputs]
+    rows, hashes = [], {}
+    for directory, command in given or own:
+        require_done(directory, command)
+        path = directory / "trajectories.jsonl"
+        name = str(path if args.inputs else path.relative_to(args.run))
+        hashes[name] = sha256(path)
+        rows += [Example(t, 0.0, name, line) for line, t in enumerate(read_trajectories(path), 1)]
+    examples = select(rows, args)
+    if not examples and (number > 0 or args.inputs):
+        raise StageError(
+            f"none of {len(rows)} trajectories was won, so there is nothing to train on; play more tasks, "
+            "or look at the rewards and at --threshold"
+        )
+    return examples, hashes
+
+
+def refined(trajectory: Trajectory, how: str) -> tuple[Trajectory, set[int]]:
+    """What is trained on of a synthetic trajectory with mistakes, and the turns of it whose tokens have no weight.
+
+    `how`: mask-errors (AgentRefine), or one of its paper's controls: mask-refined masks the turn after a mistake too,
+    drop-errors leaves mistakes out of the text, no-mask imitates them.
+    """
+    wrong = {number for number, turn in enumerate(trajectory.turns) if turn.errors}
+    if how == "drop-errors":
+        return msgspec.structs.replace(trajectory, turns=[turn for turn in trajectory.turns if not turn.errors]), set()
+    return trajectory, {"mask-errors": wrong, "mask-refined": wrong | {n + 1 for n in wrong}, "no-mask": set()}[how]
+
+
+def pack_examples(examples: list[Example], args: Args, encode: Callable[[str, bool], list[int]]) -> Packed:
+    """Tokens and weights of all examples in rows. ValueError if no token of them has a weight."""
+    sequences = []
+    for trajectory, weight, *_ in examples:
+        synthetic = trajectory.source == "refine"
+        trajectory, masked = refined(trajectory, args.refinement) if synthetic else (trajectory, set())
+        tokens = tokens_of(trajectory, encode)
+        world_weight = 0.0 if synthetic else args.world_weight
+        sequences.append((tokens.ids, token_weights(tokens, weight, world_weight=world_weight, masked=masked)))
+    packed = pack(sequences, args.row_length)
+    if examples and not np.any(packed.weights_NL):
+        raise ValueError(
+            f"all token weights are zero ({len(examples)} trajectories): there is nothing to train on; "
+            "play more tasks, or look at the rewards and at --threshold"
+        )
+    return packed
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 import regex
 
-from trajectory import Trajectory, Turn
+from artifacts.trajectory import Trajectory, Turn
 
 COMPLETED = "Task completed"
 REFINEMENTS = 2  # the paper's least number of mistakes that are followed by another try

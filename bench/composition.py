@@ -15,13 +15,13 @@ from pathlib import Path
 import tyro
 
 from agent import play
+from artifacts.scores import wilson
+from artifacts.stage import adapter_of_round, run_main
+from artifacts.trajectory import Trajectory
 from attempt import Compose, Job, Play
 from envs.make import make_world
 from envs.panel import pick_tasks
 from policy import LocalPolicy
-from scores import wilson
-from stage import adapter_of_round, run_main
-from trajectory import Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,12 +19,12 @@ from pathlib import Path
 import tyro
 
 from agent import play
+from artifacts.trajectory import Trajectory
 from attempt import Job, Play
 from envs.alfworld.world import AlfWorld
 from envs.base import World
 from envs.panel import default_panels, pick_tasks
 from policy import LocalPolicy
-from trajectory import Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)

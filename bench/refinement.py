@@ -20,7 +20,7 @@ from pathlib import Path
 
 import tyro
 
-from scores import WORDINGS, directory_name, read_scores, wilson
+from artifacts.scores import WORDINGS, directory_name, read_scores, wilson
 
 MAIN = ("demo", "refine", "both")
 CONTROLS = ("mask-refined", "drop-errors", "no-mask")

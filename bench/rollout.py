@@ -26,6 +26,8 @@ from flax import nnx
 from tqdm import tqdm
 
 from agent import play
+from artifacts.render import react_segments
+from artifacts.trajectory import Trajectory
 from attempt import Job, Play
 from bench.shapes import MISTRAL_100M
 from envs.alfworld.world import AlfWorld
@@ -34,7 +36,6 @@ from lora.engine import Engine
 from lora.mistral import Mistral
 from lora.tokenizer import encode_piece, load_tokenizer, prompt_ids
 from policy import DemonstratorScript, ScriptedPolicy
-from trajectory import Trajectory, react_segments
 
 BASE, PROMPT = "models/tiny-alfworld", Path("prompts/alfworld_react.txt")
 

@@ -23,12 +23,12 @@ import tyro
 from tqdm import tqdm
 
 from agent import play
+from artifacts.trajectory import Trajectory, Writer
 from attempt import Compose, Job, Play
 from envs.alfworld.generate import SEED, write_split
 from envs.alfworld.rooms import family
 from envs.alfworld.world import AlfWorld
 from policy import DemonstratorScript, LocalPolicy, ScriptedPolicy
-from trajectory import Trajectory, Writer
 
 EVERY = 200
 

@@ -32,7 +32,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from trajectory import pack
+from artifacts.packing import pack
 
 
 @dataclass(frozen=True, kw_only=True)

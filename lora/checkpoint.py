@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from artifacts.atomic import atomic_write
 from lora import nf4
 from lora.mistral import Config
 
@@ -267,7 +268,8 @@ def write_checkpoint(out_dir: str | Path, tensors: Iterable[tuple[str, np.ndarra
     for number, file in enumerate(files):
         os.replace(out_dir / f"part-{number}.tmp", out_dir / file)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    replace_file(out_dir / "config.json", lambda path: path.write_text(text))
+    with atomic_write(out_dir / "config.json") as temporary:
+        temporary.write_text(text)
 
 
 def copy_companions(model_dir: str | Path, out_dir: str | Path) -> None:
@@ -275,10 +277,3 @@ def copy_companions(model_dir: str | Path, out_dir: str | Path) -> None:
     for pattern in COMPANIONS:
         for path in Path(model_dir).glob(pattern):
             shutil.copy(path, Path(out_dir) / path.name)
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file beside `path` and moves it there, so that a killed run leaves no half file."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)

@@ -33,6 +33,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
+from artifacts.atomic import atomic_write
 from lora import nf4
 from lora.checkpoint import (
     BASE_SHA,
@@ -46,7 +47,6 @@ from lora.checkpoint import (
     decoded,
     is_linear,
     layer_tensor,
-    replace_file,
     tensor_shapes,
     write_checkpoint,
 )
@@ -246,9 +246,11 @@ def save_adapter(adapter_dir: str | Path, model: Mistral, base_dir: str | Path) 
     adapter_dir.mkdir(parents=True, exist_ok=True)
     metadata = {BASE_SHA: base_sha(base_dir)}  # safetensors writes several keys in random order: bytes would differ
     weights_path = adapter_dir / "adapter_model.safetensors"
-    replace_file(weights_path, lambda path: save_file(tensors, path, metadata=metadata))
+    with atomic_write(weights_path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    replace_file(adapter_dir / "adapter_config.json", lambda path: path.write_text(text))
+    with atomic_write(adapter_dir / "adapter_config.json") as temporary:
+        temporary.write_text(text)
 
 
 def adapter_name(run: str, number: int, adapter_dir: str | Path) -> str:

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from artifacts.render import actre_segments, react_segments, text_of
+from artifacts.seeds import generator
+from artifacts.trajectory import Trajectory, Turn
 from envs.alfworld.demonstrator import Demonstrator, kind
 from envs.alfworld.engine import NOTHING, Game
 from envs.alfworld.generate import generate_games
 from envs.alfworld.world import AlfWorld
 from envs.panel import excluded_ids
-from stage import generator
-from trajectory import Trajectory, Turn, actre_segments, react_segments, text_of
 
 if TYPE_CHECKING:
     from models.pretrain import Args

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules lie beside models/
 
+from artifacts.stage import Stage, run_main
+from artifacts.trajectory import write_file
 from envs.alfworld.engine import COMMANDS
 from envs.wording import told_commands
 from models import alfworld_lessons, pretrain
-from stage import Stage, run_main
-from trajectory import write_file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec.structs import replace
 
+from artifacts.render import react_segments, text_of
+from artifacts.seeds import generator
+from artifacts.trajectory import Trajectory, Turn
 from attempt import sample_action, template_reason
 from envs.alfworld.rooms import family
 from envs.alfworld.world import AlfWorld
@@ -27,8 +30,6 @@ from envs.synthetic.rules import parse
 from envs.synthetic.spec import spec_of
 from envs.synthetic.world import Synthetic
 from envs.wording import TellCommands
-from stage import generator
-from trajectory import Trajectory, Turn, react_segments, text_of
 
 if TYPE_CHECKING:
     from models.pretrain import Args

@@ -42,11 +42,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules lie beside models/
 
+from artifacts.render import actre_segments, react_segments
+from artifacts.seeds import generator
+from artifacts.trajectory import Trajectory
 from lora import nf4
 from lora.convert import save_model
 from lora.mistral import Config, Mistral, token_logprobs
-from stage import generator
-from trajectory import Trajectory, actre_segments, react_segments
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from agent import play
+from artifacts.render import actre_segments, react_segments, text_of
+from artifacts.trajectory import Trajectory
 from attempt import Job, Play
 from envs.alfworld.world import AlfWorld
 from envs.base import World
@@ -21,7 +23,6 @@ from envs.webshop import demonstrator as webshop_demonstrator
 from envs.webshop.generate import ensure_catalogue
 from envs.webshop.world import WebShop
 from policy import DemonstratorScript, ScriptedPolicy
-from trajectory import Trajectory, actre_segments, react_segments, text_of
 
 HERE = Path(__file__).parent
 FEWEST, MOST = 6, 8  # turns of an example

@@ -9,11 +9,11 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from artifacts.trajectory import Trajectory, Turn
 from lora.convert import save_model
 from lora.linear import LoRAParam
 from lora.mistral import Config, Mistral
 from tests.rooms import OPENING, TASK
-from trajectory import Trajectory, Turn
 
 TINY = Config(
     vocab_size=97,

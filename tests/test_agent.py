@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from agent import Rates, play, require_tasks
+from artifacts.seeds import generator
 from attempt import MAX_THOUGHTS, Compose, Job, Play, sample_action, template_reason
 from envs.alfworld.rooms import family
 from envs.alfworld.world import AlfWorld
@@ -17,7 +18,6 @@ from envs.webshop.generate import ensure_catalogue
 from envs.webshop.world import WebShop
 from policy import DemonstratorScript, ReplayScript, ScriptedPolicy
 from prompts.make import SHOWN, examples
-from stage import generator
 from tests.rooms import TASK, Room
 
 

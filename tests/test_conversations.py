@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import verify
+from artifacts.stage import StageError
+from artifacts.trajectory import read_trajectories, write_file
 from conversations import ANSWER_FORM, Args, Conversation, Message, main, to_conversation, to_trajectory
-from stage import StageError
 from tests.helpers import trajectory, turn
 from tests.planted_refine import kitchen, shell
-from trajectory import read_trajectories, write_file
 
 REFINE = {
     "id": "refine_17",

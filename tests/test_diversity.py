@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import diversity
+from artifacts.trajectory import write_file
 from tests.helpers import trajectory, turn
-from trajectory import write_file
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from peft import PeftModel
 
+from artifacts.render import react_segments, text_of
 from lora import engine as engine_module
 from lora import linear
 from lora.convert import load_model, save_adapter, save_model
@@ -19,7 +20,6 @@ from lora.linear import LoRAConfig, LoRAParam
 from lora.mistral import Config, Mistral, token_logprobs
 from lora.tokenizer import encode_piece, load_tokenizer
 from tests.helpers import trajectory, with_random_adapter
-from trajectory import react_segments, text_of
 
 TINY = Config(
     vocab_size=61,

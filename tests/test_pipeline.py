@@ -18,11 +18,11 @@ import actre
 import evaluate
 import rollout
 import train_pg
+from artifacts.scores import directory_name
+from artifacts.stage import StageError, read_json, round_directory
+from artifacts.trajectory import read_trajectories, to_line
 from lora.tokenizer import load_tokenizer
-from scores import directory_name
-from stage import StageError, read_json, round_directory
 from tests.helpers import write_tiny_model
-from trajectory import read_trajectories, to_line
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"slots": 8, "context": 1024, "max_turns": 14}

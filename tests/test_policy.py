@@ -6,14 +6,15 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 import rollout
+from artifacts.packing import tokens_of
+from artifacts.stage import StageError
+from artifacts.trajectory import read_trajectories
 from lora.convert import load_model
 from lora.engine import Engine
 from lora.tokenizer import encode_piece, load_tokenizer
 from policy import Ask, LocalPolicy, make_policy
 from server import Server
-from stage import StageError
 from tests.helpers import byte_tokenizer, write_tiny_model
-from trajectory import read_trajectories, tokens_of
 
 EXAMPLE, OPENING, MORE = "Observation: an example.\n\n", "Observation: a room.\nAction:", "Observation: OK.\nAction:"
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from artifacts.render import react_segments, text_of
+from artifacts.trajectory import Turn, read_trajectories
 from attempt import template_reason
 from envs.alfworld.index import TASK_TYPES, task_type
 from envs.alfworld.world import AlfWorld
@@ -32,7 +34,6 @@ from models.pretrain import (
 )
 from teacher import told
 from tests.helpers import trajectory
-from trajectory import Turn, react_segments, read_trajectories, text_of
 
 
 @pytest.fixture

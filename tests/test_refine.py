@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import refine
+from artifacts.stage import read_json
+from artifacts.trajectory import read_trajectories
 from server import Server
-from stage import read_json
 from tests.planted_refine import CLEAN
 from tests.test_server import completion, server  # noqa: F401 (a fixture)
-from trajectory import read_trajectories
 
 ROOT = Path(__file__).parent.parent
 

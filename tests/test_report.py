@@ -4,11 +4,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-import report
-from scores import score
-from stage import write_json
+from artifacts import report
+from artifacts.scores import score
+from artifacts.stage import write_json
+from artifacts.trajectory import write_file
 from tests.helpers import trajectory, turn
-from trajectory import write_file
 
 
 class Tags(HTMLParser):

@@ -2,8 +2,17 @@
 
 import pytest
 
-from scores import PEOPLE, WORDINGS, directory_name, perturbation_table, perturbations, read_scores, score, table
-from stage import write_json
+from artifacts.scores import (
+    PEOPLE,
+    WORDINGS,
+    directory_name,
+    perturbation_table,
+    perturbations,
+    read_scores,
+    score,
+    table,
+)
+from artifacts.stage import write_json
 from tests.helpers import trajectory
 
 TASKS = [f"gen_valid/pick_and_place_simple-Mug-None-Desk-{i}/trial" for i in range(3)]

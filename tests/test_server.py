@@ -20,11 +20,11 @@ import pytest
 import actre
 import rollout
 import train_pg
+from artifacts.stage import read_json
+from artifacts.trajectory import read_trajectories
 from lora import convert
 from policy import Ask, NoReply
 from server import Server, ServerPolicy
-from stage import read_json
-from trajectory import read_trajectories
 
 ROOT = Path(__file__).parent.parent
 

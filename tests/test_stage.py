@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from stage import (
+from artifacts.seeds import draw_seed, generator
+from artifacts.stage import (
     Stage,
     StageError,
     adapter_of_round,
     current_round,
-    draw_seed,
-    generator,
     read_json,
     require_done,
     round_directory,

@@ -11,26 +11,31 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
-from examples import Example, collect, pack_examples, refined, select_round
+from artifacts.packing import Example, tokens_of
+from artifacts.render import react_segments, text_of
+from artifacts.stage import StageError
+from artifacts.trajectory import Turn, to_line
 from lora.convert import load_model
 from lora.linear import LoRAConfig, LoRAParam
 from lora.mistral import token_logprobs
 from lora.sharding import make_mesh
 from lora.tokenizer import encode_piece
-from stage import StageError
 from tests.helpers import byte_tokenizer, trajectory, write_tiny_model
 from train_pg import (
     Args,
     Batch,
     batch_order,
     check_step,
+    collect,
     initial_state,
     main,
     make_update,
     mesh_of,
     objective,
+    pack_examples,
+    refined,
+    select_round,
 )
-from trajectory import Turn, react_segments, text_of, to_line, tokens_of
 
 WON = {"reward": 1.0, "success": True, "end": "success"}
 LOST = {"reward": 0.0, "success": False, "end": "max_turns"}

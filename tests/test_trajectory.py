@@ -4,24 +4,11 @@ import msgspec
 import numpy as np
 import pytest
 
+from artifacts.packing import pack, token_weights, tokens_of
+from artifacts.render import act_line, actre_segments, flat, parse_reply, react_segments, text_of
+from artifacts.trajectory import Writer, fault_note, read_trajectories, sort_file, to_line
 from lora.tokenizer import encode_piece
 from tests.helpers import byte_tokenizer, trajectory, turn
-from trajectory import (
-    Writer,
-    act_line,
-    actre_segments,
-    fault_note,
-    flat,
-    pack,
-    parse_reply,
-    react_segments,
-    read_trajectories,
-    sort_file,
-    text_of,
-    to_line,
-    token_weights,
-    tokens_of,
-)
 
 REACT = """Observation: Your task is to: put a mug in desk. You are in the middle of a room. \
 Looking quickly around you, you see a desk 1, and a shelf 1.

@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from artifacts.render import opening_text
 from envs.alfworld.demonstrator import Demonstrator
 from envs.alfworld.engine import COMMANDS
 from envs.alfworld.generate import generate_games
@@ -16,7 +17,6 @@ from envs.make import make_world
 from envs.wording import PERTURBATIONS, Perturbed, TellCommands, Wording
 from tests.hand_game import write_game
 from tests.hand_shop import write_shop
-from trajectory import opening_text
 
 REWORDED = {  # original: under P1, P2, P3, P4, P5
     "clean mug 1 with sinkbasin 12": (

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from artifacts.atomic import atomic_write
+
 TASK_TYPES = (
     "pick_and_place_simple",
     "pick_clean_then_place_in_recep",
@@ -78,11 +80,10 @@ def _read_index(place: Path) -> dict[str, dict]:
 
 
 def _write_index(place: Path, text: str) -> bool:
-    temporary = place.with_suffix(f".{os.getpid()}.tmp")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
-        os.replace(temporary, place)
+        with atomic_write(place) as temporary:
+            temporary.write_text(text)
     except OSError:
         return False
     return True

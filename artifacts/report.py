@@ -18,9 +18,11 @@ from typing import Any
 
 import tyro
 
-from scores import PEOPLE, perturbation_table, places, read_scores
-from stage import read_json, run_main
-from trajectory import Trajectory, react_segments, read_trajectories, text_of
+from artifacts.atomic import atomic_write
+from artifacts.render import react_segments, text_of
+from artifacts.scores import PEOPLE, perturbation_table, places, read_scores
+from artifacts.stage import read_json, run_main
+from artifacts.trajectory import Trajectory, read_trajectories
 
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
 table { border-collapse: collapse; } th, td { padding: .2em .8em; text-align: right; border-bottom: 1px solid #ddd; }
@@ -129,13 +131,12 @@ def write_report(run: Path) -> Path:
     )
     body = "\n".join(sections(run))
     path = run / "report.html"
-    temporary = path.with_name("report.html.tmp")
-    temporary.write_text(
+    page = (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>\n'
-        f'<h1>{title}</h1>\n<p class="note">{note}</p>\n{body}\n</html>\n',
-        errors="replace",
+        f'<h1>{title}</h1>\n<p class="note">{note}</p>\n{body}\n</html>\n'
     )
-    os.replace(temporary, path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(page, errors="replace")
     return path
 
 

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from artifacts.stage import current_round, read_json, round_directory
+from artifacts.trajectory import FAULTS, Trajectory
 from envs.alfworld.index import TASK_TYPES, task_type
 from envs.wording import PERTURBATIONS
-from stage import current_round, read_json, round_directory
-from trajectory import FAULTS, Trajectory
 
 SHORT = dict(zip(TASK_TYPES, ("Pick", "Clean", "Heat", "Cool", "Examine", "PickTwo"), strict=True))
 WORDINGS = ("none", *PERTURBATIONS)

@@ -12,20 +12,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import time
-import zlib
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from artifacts.atomic import atomic_write
 
 # Settings that change how a stage asks a server or waits for a world, and not what for: it may be resumed with others.
 HOW_ONLY = ("concurrency", "timeout", "retries", "deadline", "turn_deadline", "processes")
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy", "alfworld")
+ROOT = Path(__file__).parents[1]  # the project's folder
 
 
 class StageError(Exception):
@@ -39,7 +38,7 @@ def run_main(main, args) -> None:
     """
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent / "runs" / ".compiled"))
+    jax.config.update("jax_compilation_cache_dir", str(ROOT / "runs" / ".compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     try:
         main(args)
@@ -49,10 +48,9 @@ def run_main(main, args) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes to path.tmp, then os.replace: a reader sees the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    """Writes JSON atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -165,8 +163,7 @@ def provenance() -> dict[str, Any]:
     import jax
 
     def git(*words: str) -> str | None:
-        here = Path(__file__).parent
-        result = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
+        result = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
         return result.stdout.strip() if result.returncode == 0 else None
 
     versions = {}
@@ -181,21 +178,3 @@ def provenance() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "device": jax.devices()[0].device_kind,
     }
-
-
-# ---- addressed randomness --------------------------------------------------------------------------------------------
-
-
-def address(*parts: int | str) -> list[int]:
-    """The place of a draw, e.g. (seed, "actre", round, task_id, trial, turn): strings by their crc32."""
-    return [zlib.crc32(p.encode()) if isinstance(p, str) else int(p) for p in parts]
-
-
-def generator(*parts: int | str) -> np.random.Generator:
-    """A generator for one place: the same draws whatever the order, the batch or a resume."""
-    return np.random.default_rng(address(*parts))
-
-
-def draw_seed(*parts: int | str) -> int:
-    """A uint32 for one place, for samplers that take an integer seed."""
-    return int(np.random.SeedSequence(address(*parts)).generate_state(1)[0])

@@ -1,0 +1,156 @@
+"""The record that every stage reads and writes: an attempt at a task, one JSON line of `trajectories.jsonl` (schema 1).
+
+A trajectory is what the world first said, then turns of (thought, action, observation). `render.py` turns it into text,
+`packing.py` into token ids and weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from artifacts.atomic import atomic_write
+
+SCHEMA = 1
+End = Literal["success", "finished", "stuck", "max_turns", "context_full", "env_error", "llm_error", "timeout"]
+FAULTS = ("env_error", "llm_error", "timeout")  # evidence, never training data and never a failure of the agent
+
+
+class Turn(msgspec.Struct, forbid_unknown_fields=True):
+    """One turn. `observation` is what the world returned AFTER `action`."""
+
+    thought: str
+    action: str
+    observation: str
+    thought_by: Literal["react", "actre", "demo", "teacher"]
+    action_by: Literal["react", "sampled", "demo", "teacher"]
+    valid: bool
+    errors: list[Literal["parameter", "place", "logic"]] = []
+
+
+class Trajectory(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """One attempt at one task; the fields are explained in the README ("The record")."""
+
+    schema: int = SCHEMA
+    env: str
+    split: str
+    task_id: str
+    task: str
+    trial: int
+    round: int
+    seed: int
+    source: Literal["react", "actre", "demo", "refine"]
+    first_observation: str
+    turns: list[Turn]
+    reward: float
+    progress: float
+    success: bool
+    end: End
+    ids: list[int] = []
+    sampled: list[int] = []  # 1 where the model sampled the token, 0 elsewhere
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.task_id, self.trial
+
+
+# ---- reading and writing ---------------------------------------------------------------------------------------------
+
+_decoder = msgspec.json.Decoder(Trajectory)
+_encoder = msgspec.json.Encoder()
+
+
+def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
+    """Yields the trajectories of a JSONL file in order.
+
+    Lines end at the byte 0x0A only: U+2028 and its like are ordinary text inside a string.
+    Raises ValueError naming file:line for anything that is not a whole record of this schema.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            yield parse_line(line, f"{path}:{number}")
+
+
+def parse_line(line: bytes, where: str) -> Trajectory:
+    """One JSONL line into a Trajectory; ValueError names `where` (file:line) and what was wrong."""
+    if not line.endswith(b"\n"):
+        raise ValueError(f"{where}: the line is cut off (no newline at its end); run the stage that writes it again")
+    try:
+        trajectory = _decoder.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: not a trajectory record: {error}") from error
+    if trajectory.schema != SCHEMA:
+        raise ValueError(f"{where}: schema {trajectory.schema}, but this code reads schema {SCHEMA}")
+    if len(trajectory.ids) != len(trajectory.sampled):
+        raise ValueError(f"{where}: {len(trajectory.ids)} ids but {len(trajectory.sampled)} sampled flags")
+    return trajectory
+
+
+def to_line(trajectory: Trajectory) -> bytes:
+    return _encoder.encode(trajectory) + b"\n"
+
+
+class Writer:
+    """Appends one flushed line per trajectory, so that a killed stage loses at most the line in flight.
+
+    `with Writer(path) as writer: writer.write(trajectory)`. Opening an existing file drops an unterminated last line,
+    and rows that ended in a fault, so that a mended world or server is asked again; `writer.known` holds the (task_id,
+    trial) keys that stay.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.known: set[tuple[str, int]] = set()
+        if self.path.exists():
+            data = self.path.read_bytes()
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data):
+                os.truncate(self.path, whole)
+            there = list(read_trajectories(self.path))
+            kept = [trajectory for trajectory in there if trajectory.end not in FAULTS]
+            if len(kept) < len(there):
+                write_file(self.path, kept)
+                print(f"{self.path}: {len(there) - len(kept)} trajectories ended in a fault and are played again")
+            self.known = {trajectory.key for trajectory in kept}
+        self._file = open(self.path, "ab")
+
+    def write(self, trajectory: Trajectory) -> None:
+        if trajectory.key in self.known:
+            raise ValueError(f"{self.path}: {trajectory.key} is already there; a (task_id, trial) is written once")
+        self._file.write(to_line(trajectory))
+        self._file.flush()
+        self.known.add(trajectory.key)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def sort_file(path: str | Path) -> list[Trajectory]:
+    """Rewrites a finished file sorted by (task_id, trial), atomically, and returns its trajectories."""
+    trajectories = sorted(read_trajectories(path), key=lambda t: t.key)
+    write_file(path, trajectories)
+    return trajectories
+
+
+def write_file(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
+    """Writes a whole file, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(b"".join(map(to_line, trajectories)))
+
+
+def fault_note(trajectories: Iterable[Trajectory], directory: Path) -> str:
+    """What a stage says at its end of rows that ended in a fault; nothing where none did."""
+    ends = Counter(t.end for t in trajectories if t.end in FAULTS)
+    named = ", ".join(f"{end}: {count}" for end, count in sorted(ends.items()))
+    return f"\n  not the agent's failures: {named}; to play them again, remove {directory}/done.json" if ends else ""
