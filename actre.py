@@ -14,14 +14,16 @@ Writes <run>/round_<k>/actre/trajectories.jsonl, failed compositions too (train_
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
-from agent import PlayArgs, play, policy_of, settings_of, world_of
+from agent.args import PlayArgs, make_policy, make_settings, prompt_facts, world_maker
+from agent.attempt import Compose, Job
+from agent.loop import PlayLoop
+from agent.server import Server
 from artifacts.stage import (
     Stage,
     adapter_of_round,
@@ -33,10 +35,7 @@ from artifacts.stage import (
     sha256,
 )
 from artifacts.trajectory import FAULTS, Trajectory, Writer, fault_note, read_trajectories, sort_file
-from attempt import Compose, Job
 from lora.checkpoint import base_sha
-from policy import prompt_facts
-from server import Server
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,7 @@ class Args(PlayArgs):
     """Sampling temperature of the agent's own turns; 0 is greedy (not stated in the paper)."""
 
 
-def next_trial(args: Args, done: dict[int, bool]) -> list[int]:
+def next_trials(args: Args, done: dict[int, bool]) -> list[int]:
     """Trials of a task to start, given the finished ones {trial: success}: all of `force` at once, then one by one
     until a success or the budget's end. The same whatever was finished before a resume."""
     force = min(args.force, args.budget)
@@ -85,13 +84,40 @@ def failed_tasks(played: Path) -> list[str]:
     ]
 
 
+def compose(args: Args, round_index: int, failed: list[str], writer: Writer, adapter: Path | None) -> dict[str, Any]:
+    """Composes for all failed tasks, resuming from what the writer's file holds. Returns counts for done.json."""
+    finished: dict[str, dict[int, bool]] = {task: {} for task in failed}
+    for trajectory in read_trajectories(writer.path):
+        finished[trajectory.task_id][trajectory.trial] = trajectory.success
+    jobs = [Job(task, trial) for task in failed for trial in next_trials(args, finished[task])]
+    if not jobs:
+        return {"asked": {}, "rates": {}}
+    folder = writer.path.parent
+    react = make_policy(args, args.server, folder / "replies.sqlite", adapter, args.prompt)
+    explainer = None
+    if args.reason == "actre":
+        explainer = make_policy(args, args.actre_server, folder / "replies_actre.sqlite", None, args.actre_prompt)
+    rule = Compose(probability=args.probability, sample=args.sample, reason=args.reason)
+    loop = PlayLoop(jobs, make_settings(args, "actre", round_index, rule), world_maker(args), react, explainer)
+    started = set(jobs)
+    for trajectory in loop:
+        writer.write(trajectory)
+        task, trials = trajectory.task_id, finished[trajectory.task_id]
+        trials[trajectory.trial] = trajectory.success
+        more = [job for trial in next_trials(args, trials) if (job := Job(task, trial)) not in started]
+        started.update(more)
+        loop.add(more)
+    asked = {"react": react.counts, "actre": explainer.counts if explainer else {}}
+    return {"asked": asked, "rates": loop.rates.summary()}
+
+
 def main(args: Args) -> None:
-    number = current_round(args.run) if args.round is None else args.round
-    adapter = adapter_of_round(args.run, number)
-    rollout = round_directory(args.run, number) / "rollout"
-    require_done(rollout, f"python rollout.py --run {args.run} --round {number}")
+    round_index = current_round(args.run) if args.round is None else args.round
+    adapter = adapter_of_round(args.run, round_index)
+    rollout = round_directory(args.run, round_index) / "rollout"
+    require_done(rollout, f"python rollout.py --run {args.run} --round {round_index}")
     played = rollout / "trajectories.jsonl"
-    directory = round_directory(args.run, number) / "actre"
+    directory = round_directory(args.run, round_index) / "actre"
     facts = {
         "rollout": sha256(played),
         "base": base_sha(args.model),
@@ -102,60 +128,29 @@ def main(args: Args) -> None:
     if stage.finished:
         return
     path = directory / "trajectories.jsonl"
-    asked, rates = {}, {}
-    failed = failed_tasks(played) if number else []
+    failed = failed_tasks(played) if round_index else []
     with Writer(path) as writer:
-        finished: dict[str, dict[int, bool]] = {task: {} for task in failed}
-        for trajectory in read_trajectories(path):
-            finished[trajectory.task_id][trajectory.trial] = trajectory.success
-
-        def on_done(trajectory: Trajectory) -> Iterable[Job]:
-            writer.write(trajectory)
-            done = finished[trajectory.task_id]
-            done[trajectory.trial] = trajectory.success
-            forced = range(min(args.force, args.budget))  # all under way already
-            if any(trial not in done for trial in forced):
-                return ()
-            return [Job(trajectory.task_id, trial) for trial in next_trial(args, done)]
-
-        jobs = [Job(task, trial) for task in failed for trial in next_trial(args, finished[task])]
-        if jobs:
-            compose = Compose(probability=args.probability, sample=args.sample, reason=args.reason)
-            react = policy_of(args, args.server, directory / "replies.sqlite", adapter, args.prompt)
-            explainer = None
-            if args.reason == "actre":
-                replies = directory / "replies_actre.sqlite"
-                explainer = policy_of(args, args.actre_server, replies, None, args.actre_prompt)
-            rates = play(
-                jobs,
-                settings_of(args, "actre", number, compose),
-                world_of(args),
-                react,
-                explainer,
-                on_done,
-                total=len(jobs),
-            )
-            asked = {"react": react.counts, "actre": explainer.counts if explainer else {}}
+        counts = compose(args, round_index, failed, writer, adapter)
     composed = sort_file(path)
     won = [t for t in composed if t.success]
     solved = {t.task_id for t in won}
     stage.finish(
         {
-            "round": number,
+            "round": round_index,
             "failed_tasks": len(failed),
             "composed": len(composed),
             "success": len(won),
             "solved_tasks": len(solved),
             "positives_per_failed_task": round(len(won) / len(failed), 2) if failed else None,
             "composed_success_rate": round(len(won) / len(composed), 4) if composed else None,
-            "asked": asked,
+            "asked": counts["asked"],
             "sampled_turns": sum(turn.action_by == "sampled" for t in composed for turn in t.turns),
-            "rates": rates,
+            "rates": counts["rates"],
         }
     )
-    why = " (round 0 keeps the agent's own successes only)" if number == 0 else ""
+    why = " (round 0 keeps the agent's own successes only)" if round_index == 0 else ""
     print(
-        f"actre round {number}: {len(won)}/{len(composed)} compositions won, "
+        f"actre round {round_index}: {len(won)}/{len(composed)} compositions won, "
         f"{len(solved)}/{len(failed)} failed tasks solved{why} -> {path}"
         f"{fault_note(composed, directory)}"
     )

@@ -24,16 +24,16 @@ from typing import Literal
 
 import tyro
 
-from agent import PlayArgs, play, policy_of, require_tasks, settings_of, world_of
+from agent.args import PlayArgs, make_policy, make_settings, prompt_facts, world_maker
+from agent.attempt import Job
+from agent.loop import PlayLoop
 from artifacts.report import write_report
 from artifacts.scores import WORDINGS, directory_name, perturbation_table, perturbations, places, score, table
 from artifacts.stage import Stage, StageError, adapter_of_round, adapter_sha, current_round, run_main, write_json
-from artifacts.trajectory import Trajectory, Writer, fault_note, sort_file
-from attempt import Job
-from envs.panel import default_panels, pick_tasks
+from artifacts.trajectory import Writer, fault_note, sort_file
+from envs.panel import default_panels, pick_tasks, require_tasks
 from envs.wording import Perturbed
 from lora.checkpoint import base_sha
-from policy import prompt_facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def evaluate(args: Args, place: str, adapter: Path | None, number: int) -> None:
     directory = places(args.run)[place] / directory_name(args.env, args.perturb, args.best_of)
     panels = args.panels or default_panels("evaluate", args.env, args.data)
     tasks = {panel: pick_tasks(panel, args.limit) for panel in panels}
-    world = world_of(args, args.perturb)()
+    world = world_maker(args, args.perturb)()
     facts = {
         "panels": {p: h for p, (_, h) in tasks.items()},
         "world": world.facts,
@@ -73,25 +73,15 @@ def evaluate(args: Args, place: str, adapter: Path | None, number: int) -> None:
         return
     for ids, _ in tasks.values():
         require_tasks(world, ids)
-    policy = policy_of(args, args.server, directory / "replies.sqlite", adapter, args.prompt)
+    policy = make_policy(args, args.server, directory / "replies.sqlite", adapter, args.prompt)
     path = directory / "trajectories.jsonl"
+    settings = make_settings(args, "evaluate", number)
     with Writer(path) as writer:
-
-        def on_done(trajectory: Trajectory) -> tuple[Job, ...]:
-            writer.write(trajectory)
-            return ()
-
         jobs = [Job(task, trial) for ids, _ in tasks.values() for task in ids for trial in range(args.best_of)]
         jobs = [job for job in jobs if job not in writer.known]
-        rates = play(
-            jobs,
-            settings_of(args, "evaluate", number),
-            world_of(args, args.perturb),
-            policy,
-            None,
-            on_done,
-            total=len(jobs),
-        )
+        loop = PlayLoop(jobs, settings, world_maker(args, args.perturb), policy)
+        for trajectory in loop:
+            writer.write(trajectory)
     trajectories = {t.key: t for t in sort_file(path)}
     scores = {}
     for panel, (ids, _) in tasks.items():
@@ -99,7 +89,7 @@ def evaluate(args: Args, place: str, adapter: Path | None, number: int) -> None:
         scores[panel] = score(played, args.best_of) | {"world": world.facts}
     write_json(directory / "scores.json", scores)
     summary = {p: {k: s[k] for k in ("success", "n", "rate", "wilson95", "progress")} for p, s in scores.items()}
-    stage.finish(summary | {"rates": rates})
+    stage.finish(summary | {"rates": loop.rates.summary()})
     if note := fault_note(trajectories.values(), directory):
         print(f"{path}:{note}")
 
@@ -136,7 +126,7 @@ def main(args: Args) -> None:
     wordings = WORDINGS if args.perturb == "all" else (args.perturb,)
     panel = (args.panels or default_panels("evaluate", args.env, args.data))[0]
     for wording in (name for name in wordings if name != "none"):  # before anything is played
-        Perturbed(world_of(args)(), wording).require_change(pick_tasks(panel, args.limit)[0])
+        Perturbed(world_maker(args)(), wording).require_change(pick_tasks(panel, args.limit)[0])
     for place, adapter, number in policies(args):
         for wording in wordings:
             done = places(args.run)[place] / directory_name(args.env, wording, args.best_of) / "done.json"

@@ -27,14 +27,14 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
+from agent.policy import Ask
+from agent.server import Server, ServerPolicy
+from agentrefine.teacher import script_of, teach, trajectory_of, turns_of
+from agentrefine.verify import main_over, to_trajectory, verified_prefix, verify
 from artifacts.seeds import draw_seed, generator
 from artifacts.stage import Stage, run_main, sha256
 from artifacts.trajectory import Trajectory, Writer, sort_file
 from envs.synthetic.spec import WORLDS
-from policy import Ask
-from server import Server, ServerPolicy
-from teacher import script_of, teach, trajectory_of, turns_of
-from verify import main_over, to_trajectory, verified_prefix, verify
 
 PROMPTS = Path(__file__).parent / "prompts"
 SEEDS_APART = 100_000  # worlds between those of two seeds
@@ -148,7 +148,7 @@ def ask_server(args: Args, writer: Writer, bar: tqdm, directory: Path) -> tuple[
                 writer.write(to_trajectory(script, turns, split="personas", task_id=task_id, seed=args.seed))
             return
         session = author.open(prompt)
-        author.ask(Ask(session, args.temperature, draw_seed(args.seed, "refine", number, call)))
+        author.submit(Ask(session, args.temperature, draw_seed(args.seed, "refine", number, call)))
         under_way[session] = number, call + 1, course
 
     while True:
@@ -156,7 +156,7 @@ def ask_server(args: Args, writer: Writer, bar: tqdm, directory: Path) -> tuple[
             go_on(number, 0, write_one(args, personas[number % len(personas)]), None)
         if not under_way:
             return verdicts, author.counts
-        for session, text in author.lines():
+        for session, text in author.poll():
             course = under_way.pop(session)
             author.close(session)
             go_on(*course, text if isinstance(text, str) else None)

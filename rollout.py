@@ -10,19 +10,18 @@ actions and ActRe (actre.py), training (train_pg.py), scores on held-out tasks (
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import tyro
 
-from agent import PlayArgs, play, policy_of, require_tasks, settings_of, world_of
+from agent.args import PlayArgs, make_policy, make_settings, prompt_facts, world_maker
+from agent.attempt import Job
+from agent.loop import PlayLoop
 from artifacts.scores import success_by_type
 from artifacts.stage import Stage, adapter_of_round, adapter_sha, current_round, round_directory, run_main
-from artifacts.trajectory import Trajectory, Writer, fault_note, sort_file
-from attempt import Job
-from envs.panel import default_panels, pick_tasks
+from artifacts.trajectory import Writer, fault_note, sort_file
+from envs.panel import default_panels, pick_tasks, require_tasks
 from lora.checkpoint import base_sha
-from policy import prompt_facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,7 @@ def main(args: Args) -> None:
     panel = args.panel or default_panels("train", args.env, args.data)[0]
     tasks, panel_hash = pick_tasks(panel, args.limit)
     directory = round_directory(args.run, number) / "rollout"
-    world = world_of(args)()
+    world = world_maker(args)()
     facts = {
         "panel": panel,
         "panel_sha256": panel_hash,
@@ -56,18 +55,14 @@ def main(args: Args) -> None:
     if stage.finished:
         return
     require_tasks(world, tasks)
-    settings = settings_of(args, "rollout", number)
-    react = policy_of(args, args.server, directory / "replies.sqlite", adapter, args.prompt)
+    settings = make_settings(args, "rollout", number)
+    react = make_policy(args, args.server, directory / "replies.sqlite", adapter, args.prompt)
     path = directory / "trajectories.jsonl"
     with Writer(path) as writer:
-
-        def on_done(trajectory: Trajectory) -> Iterable[Job]:
-            writer.write(trajectory)
-            return ()
-
         jobs = [Job(task, trial) for task in tasks for trial in range(args.trials)]
-        jobs = [job for job in jobs if job not in writer.known]
-        rates = play(jobs, settings, world_of(args), react, None, on_done, total=len(jobs))
+        loop = PlayLoop([job for job in jobs if job not in writer.known], settings, world_maker(args), react)
+        for trajectory in loop:
+            writer.write(trajectory)
     trajectories = sort_file(path)
     won = sum(t.success for t in trajectories)
     turns = sum(len(t.turns) for t in trajectories) / len(trajectories)
@@ -81,7 +76,7 @@ def main(args: Args) -> None:
             "mean_turns": round(turns, 2),
             "ids": sum(len(t.ids) for t in trajectories),
             "asked": react.counts,
-            "rates": rates,
+            "rates": loop.rates.summary(),
         }
     )
     print(

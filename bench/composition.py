@@ -14,14 +14,14 @@ from pathlib import Path
 
 import tyro
 
-from agent import play
+from agent.attempt import AttemptSettings, Compose, Job
+from agent.local import LocalPolicy
+from agent.loop import PlayLoop
 from artifacts.scores import wilson
 from artifacts.stage import adapter_of_round, run_main
 from artifacts.trajectory import Trajectory
-from attempt import Compose, Job, Play
 from envs.make import make_world
 from envs.panel import pick_tasks
-from policy import LocalPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,7 @@ def main(args: Args) -> None:
     tasks, _ = pick_tasks(args.panel, args.limit)
 
     def collect(jobs: Iterable[Job], temperature: float, compose: Compose | None) -> list[Trajectory]:
-        done: list[Trajectory] = []
-        settings = Play(
+        settings = AttemptSettings(
             env="alfworld",
             stage="composition",
             round=args.round,
@@ -73,10 +72,7 @@ def main(args: Args) -> None:
             patience=args.patience,
             compose=compose,
         )
-        play(
-            jobs, settings, lambda: make_world("alfworld", data=args.data), react, actre, lambda t: done.append(t) or ()
-        )
-        return done
+        return list(PlayLoop(jobs, settings, lambda: make_world("alfworld", data=args.data), react, actre))
 
     alone = collect([Job(task, 0) for task in tasks], 0.0, None)
     failed = sorted(t.task_id for t in alone if not t.success)

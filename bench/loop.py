@@ -18,13 +18,13 @@ from pathlib import Path
 
 import tyro
 
-from agent import play
+from agent.attempt import AttemptSettings, Job
+from agent.local import LocalPolicy
+from agent.loop import PlayLoop
 from artifacts.trajectory import Trajectory
-from attempt import Job, Play
 from envs.alfworld.world import AlfWorld
 from envs.base import World
 from envs.panel import default_panels, pick_tasks
-from policy import LocalPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +51,10 @@ def inline(data: str | None) -> World:
 def measure(name: str, make, tasks: list[str], args: Args) -> tuple[dict, list[Trajectory]]:
     """The rates of all tasks, and their trajectories."""
     policy = LocalPolicy(args.model, slots=args.slots)
-    settings = Play(env="alfworld", stage=name, round=0, seed=0, max_turns=20, patience=3, temperature=0.0)
-    done: list[Trajectory] = []
-    rates = play(
-        [Job(task, 0) for task in tasks],
-        settings,
-        make,
-        policy,
-        None,
-        lambda trajectory: done.append(trajectory) or (),
-        total=len(tasks),
-    )
-    return rates, sorted(done, key=lambda trajectory: trajectory.key)
+    settings = AttemptSettings(env="alfworld", stage=name, round=0, seed=0, max_turns=20, patience=3, temperature=0.0)
+    loop = PlayLoop([Job(task, 0) for task in tasks], settings, make, policy)
+    trajectories = sorted(loop, key=lambda trajectory: trajectory.key)
+    return loop.rates.summary(), trajectories
 
 
 def main(args: Args) -> None:

@@ -25,17 +25,16 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
-from agent import play
+from agent.attempt import AttemptSettings, Job
+from agent.loop import PlayLoop
+from agent.scripted import DemonstratorScript, ScriptedPolicy
 from artifacts.render import react_segments
-from artifacts.trajectory import Trajectory
-from attempt import Job, Play
 from bench.shapes import MISTRAL_100M
 from envs.alfworld.world import AlfWorld
 from lora.convert import load_model, save_model
 from lora.engine import Engine
 from lora.mistral import Mistral
 from lora.tokenizer import encode_piece, load_tokenizer, prompt_ids
-from policy import DemonstratorScript, ScriptedPolicy
 
 BASE, PROMPT = "models/tiny-alfworld", Path("prompts/alfworld_react.txt")
 
@@ -59,17 +58,10 @@ class Args:
 def recorded(count: int, replies: int) -> list[list[list[int]]]:
     """For each of `count` games, the ids that the world wrote before each of its first replies."""
     tasks = AlfWorld().tasks("gen_train")[: 4 * count]
-    settings = Play(env="alfworld", stage="bench", round=0, seed=0, max_turns=20, patience=0, temperature=0.0)
-    games: list[Trajectory] = []
-    play(
-        [Job(task, 0) for task in tasks],
-        settings,
-        AlfWorld,
-        ScriptedPolicy(DemonstratorScript),
-        None,
-        lambda game: games.append(game) or (),
-        total=len(tasks),
+    settings = AttemptSettings(
+        env="alfworld", stage="bench", round=0, seed=0, max_turns=20, patience=0, temperature=0.0
     )
+    games = PlayLoop([Job(task, 0) for task in tasks], settings, AlfWorld, ScriptedPolicy(DemonstratorScript))
     tokenizer, found = load_tokenizer(BASE), []
     for game in sorted(games, key=lambda game: game.key):
         segments = react_segments(game)

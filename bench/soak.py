@@ -22,13 +22,14 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-from agent import play
-from artifacts.trajectory import Trajectory, Writer
-from attempt import Compose, Job, Play
+from agent.attempt import AttemptSettings, Compose, Job
+from agent.local import LocalPolicy
+from agent.loop import PlayLoop
+from agent.scripted import DemonstratorScript, ScriptedPolicy
+from artifacts.trajectory import Writer
 from envs.alfworld.generate import SEED, write_split
 from envs.alfworld.rooms import family
 from envs.alfworld.world import AlfWorld
-from policy import DemonstratorScript, LocalPolicy, ScriptedPolicy
 
 EVERY = 200
 
@@ -56,7 +57,7 @@ def main(args: Args) -> None:
         jobs = [Job(task, 0) for task in world().tasks(split)]
         policy = ScriptedPolicy(DemonstratorScript) if args.player == "script" else LocalPolicy("models/tiny-alfworld")
         compose = Compose(probability=0.5, reason="template") if args.player == "script" else None
-        settings = Play(
+        settings = AttemptSettings(
             env="alfworld",
             stage="soak",
             round=0,
@@ -67,14 +68,13 @@ def main(args: Args) -> None:
             compose=compose,
         )
 
-        def on_done(trajectory: Trajectory) -> tuple[Job, ...]:
+        loop = PlayLoop(jobs, settings, world, policy)
+        for trajectory in loop:
             writer.write(trajectory)
             if len(writer.known) % EVERY == 0:
                 memory.append(round(resident_mib(), 1))
                 tqdm.write(f"{len(writer.known):>6} games  {memory[-1]:>8.1f} MiB")
-            return ()
-
-        rates = play(jobs, settings, world, policy, None, on_done, total=len(jobs))
+    rates = loop.rates.summary()
     growth = round(memory[-1] - memory[0], 1)
     print(
         f"{args.player}: {len(jobs)} different games in one process, {rates['trajectories_per_hour']:,.0f} an hour; "

@@ -24,19 +24,19 @@ def plain_world(
 ) -> World:
     """The world as it is; `data`, `engine`, `grammar` (ALFWorld) and `mode` (WebShop) mean what it says."""
     if env == "alfworld":
-        from envs.alfworld import AlfWorld  # on demand: one world must not need another's packages
+        from envs.alfworld.world import AlfWorld  # on demand: one world must not need another's packages
 
         return AlfWorld(data=data, engine=engine, grammar=grammar)
     if env == "webshop":
-        from envs.webshop import WebShop
+        from envs.webshop.world import WebShop
 
         return WebShop(data=data, mode=mode)
     if env == "synthetic":
-        from envs.synthetic import Synthetic
+        from envs.synthetic.world import Synthetic
 
         return Synthetic()
     if env == "pddl":
-        from envs.pddl import Pddl
+        from envs.pddl.world import Pddl
 
         return Pddl()
     if env == "babyai":

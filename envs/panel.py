@@ -28,6 +28,8 @@ made; the others name what is wanted by its hash.
 Demonstrations and the training of a base model never use a task of any panel: `excluded_ids()`.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -42,6 +44,7 @@ import tyro
 from envs.alfworld.generate import SEED, generate_games
 from envs.alfworld.index import TASK_TYPES, task_type
 from envs.alfworld.rooms import wheel_folder
+from envs.base import World
 from envs.synthetic.world import Synthetic
 from envs.webshop.generate import ensure_catalogue
 from envs.webshop.goals import OFFICIAL
@@ -259,6 +262,18 @@ def main(args: Args) -> None:
         by_type = "/".join(str(sum(task_type(task_id) == kind for task_id in task_ids)) for kind in TASK_TYPES)
         print(f"{name}: {len(task_ids)} tasks, by type {by_type}, sha256 {panel_sha256(name)[:16]}")
     print("types:", ", ".join(TASK_TYPES))
+
+
+def require_tasks(world: World, task_ids: Iterable[str]) -> None:
+    """Raises ValueError unless the world has every task: a panel is played whole or not at all."""
+    task_ids = list(task_ids)
+    known = {task for split in {task.split("/")[0] for task in task_ids} for task in world.tasks(split)}
+    missing = [task for task in task_ids if task not in known]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(task_ids)} tasks are not in the data, {missing[0]} the first; "
+            "give the data that the panel was made from (--data, or $ALFWORLD_DATA or $WEBSHOP_DATA)"
+        )
 
 
 if __name__ == "__main__":

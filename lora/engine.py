@@ -203,7 +203,7 @@ class Engine:
         """How many more ids fit; negative if more were queued than fit."""
         return self.context - self.length(session)
 
-    def ask(self, session: int, temperature: float, seed: int, top_p: float = 1.0) -> None:
+    def submit(self, session: int, temperature: float, seed: int, top_p: float = 1.0) -> None:
         """Wants the session to sample until a stop id; temperature 0 is greedy, `seed` is a uint32 (see `sample`).
 
         Raises ValueError for a session that is asked already, not open, or has nothing queued, and for a top_p outside
@@ -268,7 +268,7 @@ class Engine:
         """The replies to all asks (session, temperature, seed), or with top_p after them, in their order."""
         replies = {}
         for ask in asks:
-            self.ask(*ask)
+            self.submit(*ask)
         while len(replies) < len(asks):
             replies |= self.replies()
         return [replies[ask[0]] for ask in asks]

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec.structs import replace
 
+from agent.attempt import sample_action, template_reason
 from artifacts.render import react_segments, text_of
 from artifacts.seeds import generator
 from artifacts.trajectory import Trajectory, Turn
-from attempt import sample_action, template_reason
 from envs.alfworld.rooms import family
 from envs.alfworld.world import AlfWorld
 from envs.panel import excluded_ids

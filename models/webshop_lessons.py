@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec.structs import replace
 
+from agent.attempt import sample_action
 from artifacts.render import actre_segments, react_segments, text_of
 from artifacts.seeds import generator
 from artifacts.trajectory import Trajectory, Turn
-from attempt import sample_action
 from envs.panel import excluded_ids
 from envs.webshop.demonstrator import Demonstrator
 from envs.webshop.generate import FOLDER, PRODUCTS, SEED, ensure_catalogue

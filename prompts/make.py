@@ -13,16 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from agent import play
+from agent.attempt import AttemptSettings, Job
+from agent.loop import PlayLoop
+from agent.scripted import DemonstratorScript, ScriptedPolicy
 from artifacts.render import actre_segments, react_segments, text_of
 from artifacts.trajectory import Trajectory
-from attempt import Job, Play
 from envs.alfworld.world import AlfWorld
 from envs.base import World
 from envs.webshop import demonstrator as webshop_demonstrator
 from envs.webshop.generate import ensure_catalogue
 from envs.webshop.world import WebShop
-from policy import DemonstratorScript, ScriptedPolicy
 
 HERE = Path(__file__).parent
 FEWEST, MOST = 6, 8  # turns of an example
@@ -50,18 +50,9 @@ def demonstrations(env: str) -> list[Trajectory]:
     """The first tasks of the kind, as they are played."""
     make_world, kind, script = SHOWN[env]
     tasks = [task for task in make_world().tasks(kind.split("/")[0]) if task.startswith(kind)][:40]
-    settings = Play(env=env, stage="prompts", round=0, seed=0, max_turns=MOST, patience=0, temperature=0.0)
-    played: list[Trajectory] = []
-    play(
-        [Job(task, 0) for task in tasks],
-        settings,
-        make_world,
-        ScriptedPolicy(script),
-        None,
-        lambda trajectory: played.append(trajectory) or (),
-        total=len(tasks),
-    )
-    return sorted(played, key=lambda trajectory: trajectory.key)
+    settings = AttemptSettings(env=env, stage="prompts", round=0, seed=0, max_turns=MOST, patience=0, temperature=0.0)
+    loop = PlayLoop([Job(task, 0) for task in tasks], settings, make_world, ScriptedPolicy(script))
+    return sorted(loop, key=lambda trajectory: trajectory.key)
 
 
 def examples(env: str) -> dict[str, str]:

@@ -8,32 +8,31 @@ from pathlib import Path
 
 import pytest
 
-from agent import Rates, play, require_tasks
+from agent.attempt import MAX_THOUGHTS, AttemptSettings, Compose, Job, sample_action, template_reason
+from agent.loop import PlayLoop, Rates
+from agent.scripted import DemonstratorScript, ReplayScript, ScriptedPolicy
 from artifacts.seeds import generator
-from attempt import MAX_THOUGHTS, Compose, Job, Play, sample_action, template_reason
 from envs.alfworld.rooms import family
 from envs.alfworld.world import AlfWorld
+from envs.panel import require_tasks
 from envs.webshop import demonstrator as webshop_demonstrator
 from envs.webshop.generate import ensure_catalogue
 from envs.webshop.world import WebShop
-from policy import DemonstratorScript, ReplayScript, ScriptedPolicy
 from prompts.make import SHOWN, examples
 from tests.rooms import TASK, Room
 
 
 def settings(**changes):
     fields = {"env": "alfworld", "stage": "test", "round": 1, "seed": 0, "max_turns": 12, "patience": 0}
-    return Play(**({"temperature": 0.0} | fields | changes))
+    return AttemptSettings(**({"temperature": 0.0} | fields | changes))
 
 
 def run(lines, actre=None, jobs=None, world=Room, **changes):
     """Plays Room with the given lines and returns the trajectories."""
-    done = []
     react = ScriptedPolicy(lambda opening: ReplayScript(lines))
     explainer = ScriptedPolicy(lambda opening: ReplayScript(actre)) if actre else None
     jobs = jobs or [Job(TASK, 0)]
-    play(jobs, settings(**changes), world, react, explainer, lambda t: done.append(t) or ())
-    return done
+    return list(PlayLoop(jobs, settings(**changes), world, react, explainer))
 
 
 def test_thoughts_are_joined_and_the_action_ends_the_turn():
@@ -138,10 +137,10 @@ class Mute(ScriptedPolicy):
         assert len(self._scripts) < self.slots, "more sessions than slots"
         return super().open(text)
 
-    def lines(self, wait=True):
+    def poll(self, wait=True):
         held = [session for session in self._asked if session == 1 and self.mute]
         self._asked = [session for session in self._asked if session not in held]
-        came = super().lines(wait)
+        came = super().poll(wait)
         self._asked = held
         return came
 
@@ -155,21 +154,17 @@ class Mute(ScriptedPolicy):
 def test_the_deadline_ends_the_wait_for_a_line_and_its_slot_is_free_when_the_line_comes(slots):
     done, policy = [], Mute(slots)
     jobs = [Job(TASK, trial) for trial in range(4)]
-
-    def on_done(trajectory):
+    for trajectory in PlayLoop(jobs, settings(deadline=2.0), Room, policy):
         done.append(trajectory)
         policy.mute = policy.mute and trajectory.trial != 0
-        return ()
-
-    play(jobs, settings(deadline=2.0), Room, policy, None, on_done)
     ends = {t.trial: (t.end, len(t.turns), t.ids) for t in done}
     assert ends == {0: ("timeout", 0, [])} | {trial: ("success", 2, []) for trial in (1, 2, 3)}
     assert slots > 1 or policy.closed == [1, 2, 3, 4]
 
 
 def test_a_sessions_line_that_never_comes_does_not_keep_the_stage():
-    done, policy = [], Mute()
-    play([Job(TASK, 0)], settings(deadline=0.1), Room, policy, None, lambda t: done.append(t) or ())
+    policy = Mute()
+    done = list(PlayLoop([Job(TASK, 0)], settings(deadline=0.1), Room, policy))
     assert [t.end for t in done] == ["timeout"] and policy.closed == []
 
 
@@ -178,15 +173,15 @@ def test_actre_is_asked_while_the_agent_is():
     waiting = []
 
     class Watched(ScriptedPolicy):
-        def lines(self, wait=True):
+        def poll(self, wait=True):
             waiting.append((self, len(self._asked)))
-            return super().lines(wait)
+            return super().poll(wait)
 
     react, actre = (
         Watched(lambda opening, line=line: ReplayScript([line] * 99)) for line in (" act[wave]\n", " [Because.]\n")
     )
     jobs = [Job(TASK, trial) for trial in range(20)]
-    play(jobs, settings(compose=Compose(probability=0.5)), Room, react, actre, lambda t: ())
+    list(PlayLoop(jobs, settings(compose=Compose(probability=0.5)), Room, react, actre))
     both = [one[1] and other[1] for one, other in itertools.pairwise(waiting) if one[0] is not other[0]]
     assert any(both)
 
@@ -207,12 +202,10 @@ def test_rates_of_a_server_and_shares_of_waiting():
 
     policy = ScriptedPolicy(lambda opening: ReplayScript([" act[wave]\n", " act[win]\n"]))
     policy.counts = {"prompt_tokens": 100, "cached_tokens": 50, "completion_tokens": 7}  # of an earlier stage
-
-    def on_done(trajectory):
+    loop = PlayLoop([Job(TASK, 0)], settings(), Slow, policy)
+    for _ in loop:
         policy.counts = {"prompt_tokens": 300, "cached_tokens": 200, "completion_tokens": 9}
-        return ()
-
-    rates = play([Job(TASK, 0)], settings(), Slow, policy, None, on_done)
+    rates = loop.rates.summary()
     assert rates["prefix_reuse"] == 0.75 and rates["tokens_per_second"] > 0 and rates["trajectories_per_hour"] > 0
     assert rates["waiting_for_worlds"] > 0.5 > rates["waiting_for_model"]
 
@@ -270,17 +263,8 @@ def test_order_and_slots_change_no_trajectory():
     compose = Compose(probability=0.3, reason="template")
 
     def collect(jobs, slots):
-        done = {}
         policy = ScriptedPolicy(DemonstratorScript, slots=slots)
-        play(
-            jobs,
-            settings(compose=compose, max_turns=25),
-            AlfWorld,
-            policy,
-            None,
-            lambda t: done.__setitem__(t.key, t) or (),
-        )
-        return done
+        return {t.key: t for t in PlayLoop(jobs, settings(compose=compose, max_turns=25), AlfWorld, policy)}
 
     first = collect(jobs, 64)
     assert len(first) == 12 and first == collect(jobs[::-1], 3)
@@ -288,15 +272,8 @@ def test_order_and_slots_change_no_trajectory():
 
 
 def test_the_demonstrator_wins_through_the_session_text():
-    done = []
-    play(
-        [Job(task, 0) for task in games()],
-        settings(max_turns=90),
-        AlfWorld,
-        ScriptedPolicy(DemonstratorScript),
-        None,
-        lambda t: done.append(t) or (),
-    )
+    jobs = [Job(task, 0) for task in games()]
+    done = list(PlayLoop(jobs, settings(max_turns=90), AlfWorld, ScriptedPolicy(DemonstratorScript)))
     assert all(t.success for t in done) and all(x.thought for t in done for x in t.turns)
 
 
@@ -320,7 +297,7 @@ def test_the_customer_buys_through_the_session_text(tmp_path):
     policy = ScriptedPolicy(functools.partial(DemonstratorScript, player=webshop_demonstrator.Demonstrator))
     for rule in (None, compose):
         how = settings(compose=rule, max_turns=40)
-        play([Job(task, 0) for task in tasks], how, lambda: WebShop(shop), policy, None, lambda t: done.append(t) or ())
+        done += PlayLoop([Job(task, 0) for task in tasks], how, lambda: WebShop(shop), policy)
     alone, displaced = done[: len(tasks)], done[len(tasks) :]
     assert sum(t.success for t in alone) >= 10 and all(t.end in ("success", "finished") for t in done)
     assert any(turn.action_by == "sampled" for t in displaced for turn in t.turns)

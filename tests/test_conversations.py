@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import verify
+from agentrefine import verify
+from agentrefine.conversations import ANSWER_FORM, Args, Conversation, Message, main, to_conversation, to_trajectory
 from artifacts.stage import StageError
 from artifacts.trajectory import read_trajectories, write_file
-from conversations import ANSWER_FORM, Args, Conversation, Message, main, to_conversation, to_trajectory
 from tests.helpers import trajectory, turn
 from tests.planted_refine import kitchen, shell
 

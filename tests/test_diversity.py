@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import diversity
+from agentrefine import diversity
 from artifacts.trajectory import write_file
 from tests.helpers import trajectory, turn
 

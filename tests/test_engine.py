@@ -284,7 +284,7 @@ def test_rows_that_go_on_in_later_chunks_draw_what_they_would_have_drawn():
 
     def ask(name):
         one.extend(name, prompt(3 + 2 * name, seed=next_turn[name]))
-        one.ask(name, 2.0, 100 * name + next_turn[name])
+        one.submit(name, 2.0, 100 * name + next_turn[name])
 
     for name in next_turn:
         ask(name)
@@ -397,13 +397,13 @@ def test_a_group_waits_for_its_own_sessions_and_for_no_other():
     first, second, third = (one.open() for _ in range(3))
     for session in (first, second, third):
         one.extend(session, prompt(10))
-    one.ask(first, 1.0, 1)
+    one.submit(first, 1.0, 1)
     assert one.replies(wait=False) == {}
-    one.ask(third, 1.0, 3)
+    one.submit(third, 1.0, 3)
     found = one.replies()  # the second group, of which `third` is all that is open
     assert found.keys() == {third}
     found |= one.replies()  # nothing else runs: the first group starts without `second`
-    one.ask(second, 1.0, 2)
+    one.submit(second, 1.0, 2)
     found |= one.replies()
     sessions = [together.open() for _ in range(3)]
     for session in sessions:
@@ -437,13 +437,13 @@ def test_a_session_without_a_slot_is_not_starved_by_one_that_is_asked_again_and_
     greedy, patient = one.open(), one.open()
     for session in (greedy, patient):
         one.extend(session, prompt(4))
-        one.ask(session, 1.0, session)
+        one.submit(session, 1.0, session)
     answered = []
     while patient not in answered and len(answered) < 3:
         for session in one.replies():
             answered.append(session)
             one.extend(session, [1])
-            one.ask(session, 1.0, 7)
+            one.submit(session, 1.0, 7)
     assert answered == [greedy, patient]
 
 

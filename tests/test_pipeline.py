@@ -147,11 +147,11 @@ def test_a_resumed_stage_plays_again_what_ended_in_a_fault(unbroken, tmp_path):
 
 def test_trials_lost_to_faults_are_composed_again():
     args = actre.Args(budget=3, force=2)
-    assert actre.next_trial(args, {}) == [0, 1]
-    assert actre.next_trial(args, {1: False, 2: False}) == [0]
-    assert actre.next_trial(args, {0: False, 1: False}) == [2]
-    assert actre.next_trial(args, {0: False, 1: False, 2: False}) == actre.next_trial(args, {0: False, 1: True}) == []
-    assert actre.next_trial(actre.Args(budget=4, force=1), {0: False, 2: False, 3: False}) == [1]
+    assert actre.next_trials(args, {}) == [0, 1]
+    assert actre.next_trials(args, {1: False, 2: False}) == [0]
+    assert actre.next_trials(args, {0: False, 1: False}) == [2]
+    assert actre.next_trials(args, {0: False, 1: False, 2: False}) == actre.next_trials(args, {0: False, 1: True}) == []
+    assert actre.next_trials(actre.Args(budget=4, force=1), {0: False, 2: False, 3: False}) == [1]
 
 
 def test_rates_are_kept(unbroken):

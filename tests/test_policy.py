@@ -6,14 +6,16 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 import rollout
+from agent.args import make_policy
+from agent.local import LocalPolicy
+from agent.policy import Ask
+from agent.server import Server
 from artifacts.packing import tokens_of
 from artifacts.stage import StageError
 from artifacts.trajectory import read_trajectories
 from lora.convert import load_model
 from lora.engine import Engine
 from lora.tokenizer import encode_piece, load_tokenizer
-from policy import Ask, LocalPolicy, make_policy
-from server import Server
 from tests.helpers import byte_tokenizer, write_tiny_model
 
 EXAMPLE, OPENING, MORE = "Observation: an example.\n\n", "Observation: a room.\nAction:", "Observation: OK.\nAction:"
@@ -34,8 +36,8 @@ def game(policy, temperature: float = 0.0) -> tuple[list[str], list[int], list[i
     """Two lines with an observation between them, and the session's ids and flags."""
     session, lines = policy.open(OPENING), []
     for seed in range(2):
-        policy.ask(Ask(session, temperature, seed))
-        while not (came := policy.lines()):
+        policy.submit(Ask(session, temperature, seed))
+        while not (came := policy.poll()):
             pass
         lines.append(came[0][1])
         policy.extend(session, MORE)

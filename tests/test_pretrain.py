@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from agent.attempt import template_reason
+from agentrefine.teacher import told
 from artifacts.render import react_segments, text_of
 from artifacts.trajectory import Turn, read_trajectories
-from attempt import template_reason
 from envs.alfworld.index import TASK_TYPES, task_type
 from envs.alfworld.world import AlfWorld
 from envs.panel import excluded_ids
@@ -32,7 +33,6 @@ from models.pretrain import (
     train_tokenizer_blanks_last,
     weighted,
 )
-from teacher import told
 from tests.helpers import trajectory
 
 

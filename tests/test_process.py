@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from agent import play
-from attempt import Compose, Job, Play
+from agent.attempt import AttemptSettings, Compose, Job
+from agent.loop import PlayLoop
+from agent.scripted import DemonstratorScript, ReplayScript, ScriptedPolicy
 from envs import process
 from envs.alfworld.rooms import family
 from envs.alfworld.world import AlfWorld
 from envs.make import make_world
-from policy import DemonstratorScript, ReplayScript, ScriptedPolicy
 from tests.hand_game import GOALS, write_game
 from tests.rooms import TASK, Apart, Room, Unruly, processes
 
@@ -26,16 +26,18 @@ BAD = f"{TASK}bad"
 WIN = [" act[wave]\n", " act[win]\n"]
 
 
-def settings(**changes) -> Play:
+def settings(**changes) -> AttemptSettings:
     fields = {"env": "alfworld", "stage": "test", "round": 1, "seed": 0, "max_turns": 6, "patience": 0}
-    return Play(**({"temperature": 0.0, "processes": 2, "turn_deadline": 20.0} | fields | changes))
+    return AttemptSettings(**({"temperature": 0.0, "processes": 2, "turn_deadline": 20.0} | fields | changes))
 
 
-def run(world, jobs, lines=WIN, on_done=lambda trajectory: (), **changes) -> list:
+def run(world, jobs, lines=WIN, on_done=lambda trajectory: None, **changes) -> list:
     """Plays and returns the trajectories in the order in which they ended."""
     done = []
     policy = ScriptedPolicy(lambda opening: ReplayScript(lines))
-    play(jobs, settings(**changes), world, policy, None, lambda t: (done.append(t), on_done(t))[1])
+    for trajectory in PlayLoop(jobs, settings(**changes), world, policy):
+        done.append(trajectory)
+        on_done(trajectory)
     return done
 
 
@@ -177,16 +179,9 @@ def test_a_world_plays_the_same_here_and_in_a_process():
     jobs = [Job(task, trial) for task in AlfWorld().tasks(f"{family()}_valid")[:4] for trial in range(2)]
     played = []
     for world, order, limit in ((AlfWorld, 1, 1), (Apart, 1, 3), (Apart, -1, 1)):
-        done, compose = [], Compose(probability=0.3, reason="template")
-        play(
-            jobs[::order],
-            settings(compose=compose, max_turns=25, processes=limit),
-            world,
-            ScriptedPolicy(DemonstratorScript),
-            None,
-            lambda t, done=done: done.append(t) or (),
-        )
-        played.append(sorted(done, key=lambda t: t.key))
+        how = settings(compose=Compose(probability=0.3, reason="template"), max_turns=25, processes=limit)
+        loop = PlayLoop(jobs[::order], how, world, ScriptedPolicy(DemonstratorScript))
+        played.append(sorted(loop, key=lambda t: t.key))
     assert len(played[0]) == 8 and played[0] == played[1] == played[2]
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import refine
+from agent.server import Server
 from artifacts.stage import read_json
 from artifacts.trajectory import read_trajectories
-from server import Server
 from tests.planted_refine import CLEAN
 from tests.test_server import completion, server  # noqa: F401 (a fixture)
 

@@ -20,11 +20,11 @@ import pytest
 import actre
 import rollout
 import train_pg
+from agent.policy import Ask, NoReply
+from agent.server import Server, ServerPolicy
 from artifacts.stage import read_json
 from artifacts.trajectory import read_trajectories
 from lora import convert
-from policy import Ask, NoReply
-from server import Server, ServerPolicy
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,10 +78,10 @@ def server():
 
 def line_of(policy: ServerPolicy, text: str = "Observation: a room.\nAction:", seed: int = 0):
     session = policy.open(text)
-    policy.ask(Ask(session, 0.0, seed))
+    policy.submit(Ask(session, 0.0, seed))
     deadline = time.time() + 60
     while time.time() < deadline:
-        for of, line in policy.lines():
+        for of, line in policy.poll():
             assert of == session
             return line
     raise TimeoutError
@@ -181,8 +181,8 @@ def test_whatever_is_said_is_one_line_of_bounded_length(server, tmp_path, said, 
     policy = policy_of(server, tmp_path)
     assert line_of(policy) == line
     policy.extend(1, "Observation: OK.\nAction:")
-    policy.ask(Ask(1, 0.0, 0))
-    while not policy.lines():
+    policy.submit(Ask(1, 0.0, 0))
+    while not policy.poll():
         pass
     text = server.requests[1]["messages"][1]["content"]
     assert text == f"Observation: a room.\nAction:{line}Observation: OK.\nAction:"
@@ -222,11 +222,11 @@ def test_what_the_server_had_in_its_cache_is_counted_where_it_says_so(server, tm
 def test_a_session_closed_before_its_reply_comes_leaves_the_reply_for_later(server, tmp_path):
     policy = policy_of(server, tmp_path)
     session = policy.open("Observation: a room.\nAction:")
-    policy.ask(Ask(session, 0.0, 0))
+    policy.submit(Ask(session, 0.0, 0))
     policy.close(session)
     deadline = time.time() + 60
     while not policy.counts["requests"] and time.time() < deadline:
-        assert policy.lines() == []
+        assert policy.poll() == []
     assert line_of(policy) == " act[look]\n" and policy.counts["from_cache"] == 1 == len(server.requests)
 
 

@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agentrefine.player import play
+from agentrefine.teacher import script_of, teach, trajectory_of, turns_of
+from agentrefine.verify import fits, read_script, verify
 from artifacts.trajectory import parse_line, to_line
 from envs.panel import SYNTHETIC, default_panels, read_panel
 from envs.synthetic.rules import State
 from envs.synthetic.spec import listed, spec_of
 from envs.synthetic.words import FUNCTION_WORDS, HELD, TRAIN
 from envs.synthetic.world import SPLITS, Synthetic
-from teacher import play, script_of, teach, trajectory_of, turns_of
-from verify import fits, read_script, verify
 
 NUMBERS = st.integers(0, 10**6).map(lambda n: f"{n:05d}")
 TASKS = st.one_of(NUMBERS.map("syn_train/{}".format), st.integers(0, 499).map("syn_held/{:05d}".format))

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agentrefine.verify import main_over, to_trajectory, verified_prefix, verify, verify_line
 from artifacts.trajectory import parse_line, to_line
 from tests.planted_refine import ACTIONS, CLEAN, CODE, dm, planted, player
-from verify import main_over, to_trajectory, verified_prefix, verify, verify_line
 
 CORPUS = list(planted())
 JSON = st.recursive(

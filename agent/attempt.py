@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from agent.policy import Ask, NoReply, Policy
 from artifacts.render import (
     OK,
     REASON,
@@ -34,7 +35,6 @@ from artifacts.seeds import draw_seed, generator
 from artifacts.trajectory import End, Trajectory, Turn
 from envs.base import Observation, Result, World
 from envs.process import WorldProcess, call
-from policy import Ask, NoReply, Policy
 
 MAX_THOUGHTS = 3  # think lines in one turn; a further one is taken for the (invalid) action of the turn
 FORCE_AFTER = 3  # invalid actions of the policy's own in a row, after which A3T forces a sampled action
@@ -50,7 +50,7 @@ class Compose:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Play:
+class AttemptSettings:
     """What all attempts of a stage share (see PlayArgs); (seed, stage, round) with task, trial and turn address every
     draw."""
 
@@ -142,7 +142,9 @@ class Attempt:
     a row; the reason then comes from `actre`'s own session over the same trajectory.
     """
 
-    def __init__(self, job: Job, settings: Play, world: World | WorldProcess, react: Policy, actre: Policy | None):
+    def __init__(
+        self, job: Job, settings: AttemptSettings, world: World | WorldProcess, react: Policy, actre: Policy | None
+    ):
         self.job, self.settings, self.world, self.react, self.actre = job, settings, world, react, actre
         self.place = (settings.seed, settings.stage, settings.round, job.task_id, job.trial)
         self.explains = settings.compose is not None and settings.compose.reason == "actre"
@@ -156,7 +158,7 @@ class Attempt:
         self.why = ""  # what went wrong, where something did
         self.broken = False  # the world has not given its last answer
         self.started = time.monotonic()
-        self.in_world = 0.0  # seconds in a world that is stepped here
+        self.seconds_in_world = 0.0  # seconds in a world that is stepped here
         self.sampled: list[list[int]] = []  # of each session, which ids the model sampled
         self.course = self.play()
 
@@ -245,7 +247,7 @@ class Attempt:
         else:
             start = time.monotonic()
             good, value = call(self.world, method, args)
-            self.in_world += time.monotonic() - start
+            self.seconds_in_world += time.monotonic() - start
         if not good:
             raise WorldFailed(value)
         self.broken = False

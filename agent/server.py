@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from agent.policy import Ask, Line, NoReply
 from artifacts.render import ACTION, REASON, flat
-from policy import Ask, Line, NoReply
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class ServerPolicy:
     def extend(self, session: int, text: str) -> None:
         self._text[session] += text
 
-    def ask(self, ask: Ask) -> None:
+    def submit(self, ask: Ask) -> None:
         request = self._request(self._text[ask.session], ask.temperature, ask.seed)
         key = hashlib.sha256(json.dumps([self._server.url, request], sort_keys=True).encode()).hexdigest()
         known = self._cache.execute("SELECT reply FROM replies WHERE request = ?", (key,)).fetchone()
@@ -115,7 +115,7 @@ class ServerPolicy:
         else:  # a daemon, so that a run that is interrupted or stops does not wait for the server
             threading.Thread(target=self._send, args=(ask.session, key, request), daemon=True).start()
 
-    def lines(self, wait: bool = True) -> list[tuple[int, Line]]:
+    def poll(self, wait: bool = True) -> list[tuple[int, Line]]:
         """See Policy. Raises ValueError where the server refuses whatever is asked."""
         patience = 0.1 if wait and not self._ready else 0.0
         while True:

@@ -1,0 +1,108 @@
+"""A local JAX model as a policy: sessions in the slots of one engine (lora/engine.py), with or without an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from lora.convert import load_adapter, load_model
+from lora.decoding import RolloutWeights
+from lora.engine import Engine
+from lora.tokenizer import encode_piece, load_tokenizer, prompt_ids
+
+if TYPE_CHECKING:
+    pass
+from agent.policy import Ask, Line
+
+
+class LocalPolicy:
+    """A local JAX model. Sessions live in the slots of one engine, each with its KV cache over all its turns.
+
+    A `prompt` is held once for all sessions (lora.tokenizer.prompt_ids). The ids of a session are what they would be
+    without it, and so are those that are trained on; what the tokenizer puts before a text (<s>) is played once,
+    before the prompt.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        adapter: str | Path | None = None,
+        *,
+        weights: str = "nf4",
+        rollout_weights: RolloutWeights | None = None,
+        slots: int = 64,
+        context: int = 1024,
+        max_new_tokens: int = 64,
+        prompt: str = "",
+        top_p: float = 1.0,
+    ):
+        self.slots, self.context, self._top_p = slots, context, top_p
+        self._tokenizer = load_tokenizer(model_dir)
+        on_cpu = jax.default_backend() == "cpu"
+        rollout_weights = rollout_weights or ("fp32" if on_cpu else "bf16")
+        narrow = weights == "nf4" and rollout_weights != "fp32" and not on_cpu
+        how = {"weights": weights, "dtype": jnp.bfloat16 if narrow else None}
+        model = load_model(model_dir, **how) if adapter is None else load_adapter(model_dir, adapter, **how)
+        self._newline = self.encode("\n", first=False)
+        if len(self._newline) != 1:
+            raise ValueError(f"{model_dir}: a newline is {len(self._newline)} tokens; one was expected, as the stop")
+        self._end = model.config.eos_token_id  # what ends an instructed model's reply where a newline does not
+        stop_ids = self._newline if self._end is None else [*self._newline, self._end]
+        prefix = prompt_ids(self._tokenizer, model_dir, prompt) if prompt else []
+        self._played = len(self._tokenizer.encode("").ids) if prompt else 0  # ids of a session that the prefix has too
+        self._engine = Engine(
+            model,
+            slots=slots,
+            context=context,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            prefix=prefix,
+            weights=rollout_weights,
+        )
+        self.counts = {"prompt_tokens": len(prefix), "completion_tokens": 0}
+        self._ids: dict[int, list[int]] = {}
+        self._sampled: dict[int, list[int]] = {}
+
+    def encode(self, text: str, first: bool) -> list[int]:
+        return encode_piece(self._tokenizer, text, first)
+
+    def open(self, text: str) -> int:
+        session = self._engine.open()
+        self._ids[session], self._sampled[session] = [], []
+        self._append(session, self.encode(text, first=True), 0)
+        return session
+
+    def extend(self, session: int, text: str) -> None:
+        self._append(session, self.encode(text, first=False), 0)
+
+    def _append(self, session: int, ids: list[int], sampled: int) -> None:
+        if not sampled:  # sampled ids are in the cache already
+            self._engine.extend(session, ids if self._ids[session] else ids[self._played :])
+        self._ids[session] += ids
+        self._sampled[session] += [sampled] * len(ids)
+        self.counts["completion_tokens" if sampled else "prompt_tokens"] += len(ids)
+
+    def submit(self, ask: Ask) -> None:
+        self._engine.submit(*ask, self._top_p)
+
+    def poll(self, wait: bool = True) -> list[tuple[int, Line]]:
+        """See Policy. A line that has no newline (cut off by its limit, or ended) gets one, so that the form holds."""
+        lines: list[tuple[int, Line]] = []
+        for session, reply in self._engine.replies(wait).items():
+            if reply is None:
+                lines.append((session, None))
+                continue
+            self._append(session, reply.ids, 1)
+            if reply.ids[-1] != self._newline[0]:
+                self._append(session, self._newline, 0)
+            lines.append(
+                (session, self._tokenizer.decode([i for i in reply.ids if i != self._end], skip_special_tokens=False))
+            )
+        return lines
+
+    def close(self, session: int) -> tuple[list[int], list[int]]:
+        self._engine.close(session)
+        return self._ids.pop(session), self._sampled.pop(session)

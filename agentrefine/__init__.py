@@ -1,0 +1,1 @@
+"""AgentRefine: the procedural teacher, its mistakes, the verifier, and the released conversation format."""
