@@ -1,10 +1,10 @@
 """Trains the adapter by policy gradient with binarised rewards on everything collected so far (A3T, sections 1.3-1.5).
 
-Reads rollout/ and actre/ of this round and all before it, keeps every success (+1), keeps the policy's own failure of a
-task (R_f, -1 in the paper) only where that task was also solved in the same round, drops failed compositions, and
-maximises sum(w * log p) / trajectories over whole trajectories, observations included. Only LoRA weights move; the
-base stays quantised. The adapter that is saved is the average over the epochs' ends, in PEFT's layout. Trajectories of
-refine.py are trained on as AgentRefine does (--inputs, --refinement): thoughts and actions, no weight on mistakes.
+Reads rollout/ and actre/ of this round and all earlier ones. Keeps every success (+1); keeps the policy's own failure
+of a task (R_f, -1 in the paper) only if that task was also solved in the same round; drops failed compositions. Then
+maximises sum(w * log p) / trajectories over whole trajectories, observations included. Only LoRA weights move; the base
+stays quantised. The saved adapter averages the ends of all epochs, in PEFT's layout. Trajectories of refine.py are
+trained on as AgentRefine does (--inputs, --refinement): thoughts and actions only, with no weight on mistakes.
 
     python train_pg.py                       # the current round of runs/a3t
     python train_pg.py --run runs/refine --inputs runs/refine/refine
@@ -17,15 +17,12 @@ Shapes: N packed rows, S microbatches of B rows, L tokens.
 from __future__ import annotations
 
 import functools
-import json
-import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +32,10 @@ import optax
 import tyro
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
-from tqdm import tqdm
 
+from artifacts.metrics import MetricsLog
 from artifacts.packing import Example, Packed, pack, preview, save_packed, token_weights, tokens_of
 from artifacts.seeds import draw_seed, generator
 from artifacts.stage import (
@@ -53,13 +49,16 @@ from artifacts.stage import (
     sha256,
 )
 from artifacts.trajectory import FAULTS, Trajectory, read_trajectories
+from lora.adapter import adapter_name, save_adapter
 from lora.checkpoint import base_sha
-from lora.convert import adapter_name, load_adapter, load_model, save_adapter
-from lora.device import lora_step_flops, peak_flops, peak_memory
+from lora.config import Config
+from lora.flops import lora_step_flops, peak_flops, peak_memory
 from lora.linear import LoRAConfig, LoRAParam
-from lora.mistral import token_logprobs
-from lora.sharding import AXES, ROWS, join_processes, make_mesh, specs_of
+from lora.load import load_adapter, load_model
+from lora.logprobs import token_logprobs
+from lora.sharding import is_first_process, join_processes
 from lora.tokenizer import encode_piece, load_tokenizer
+from lora.train_step import Batch, initial_state, make_update, shard_rows, training_mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,296 +131,7 @@ class Args:
     """Print so many packed trajectories with their weights coloured and stop."""
 
 
-# ---- the objective ---------------------------------------------------------------------------------------------------
-
-
-class Batch(NamedTuple):
-    """Packed rows, [B, L] each: token ids, segments (0 = padding), weights."""
-
-    ids: jax.Array
-    segments: jax.Array
-    weights: jax.Array
-
-
-def objective(model, batch: Batch, trajectories: jax.Array, **how):
-    """sum(w * log p) / trajectories, to be maximised, and the log-likelihood of + and - tokens apart (sums).
-
-    The first token of a segment has no context and log-probability 0. `how`: see `token_logprobs`.
-    """
-    logprobs_BL = token_logprobs(model, batch.ids, batch.segments, **how)
-    value = (batch.weights * logprobs_BL).sum() / trajectories
-    return value, ((batch.weights > 0) * logprobs_BL).sum(), ((batch.weights < 0) * logprobs_BL).sum()
-
-
-def make_update(graph, optimizer: optax.GradientTransformation, mesh: Mesh, adapter, frozen, **how):
-    """The jitted optimizer step: (adapter, state, frozen, rate, batch, trajectories, key) -> (adapter, state, metrics).
-
-    `batch` is [S, B, L]: every device takes its share of the B rows, one S after the other, and the gradients are
-    summed (gradient accumulation). `adapter` and `frozen` say how they lie on the mesh. The rate is an argument: a
-    schedule's length differs from round to round, and would be compiled anew with it. `key` is that of LoRA dropout,
-    or None.
-    """
-    places = specs_of(adapter)
-
-    def of_device(adapter, frozen, batch, trajectories, key):
-        def loss(adapter, rows, index):
-            if key is not None:
-                index = index * jax.lax.axis_size(("data", "fsdp")) + jax.lax.axis_index(("data", "fsdp"))
-            row_key = None if key is None else jax.random.fold_in(key, index)
-            model = nnx.merge(graph, adapter, frozen)
-            value, positive, negative = objective(model, rows, trajectories, key=row_key, **how)
-            return -value, (positive, negative)
-
-        def add(total, rows_and_index):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss, has_aux=True)(adapter, *rows_and_index)), None
-
-        nothing = ((0.0, (0.0, 0.0)), jax.tree.map(jnp.zeros_like, adapter))
-        numbers = jnp.arange(len(batch.ids))
-        (sums, gradient), _ = jax.lax.scan(add, jax.tree.map(jnp.asarray, nothing), (batch, numbers))
-
-        def over_devices(gradient, place):
-            """Devices that hold the same part of an adapter have each a part of its gradient."""
-            return jax.lax.psum(gradient, tuple(axis for axis in AXES if axis not in place))
-
-        return jax.lax.psum(sums, ("data", "fsdp")), jax.tree.map(over_devices, gradient, places)
-
-    # check_vma would add sums over devices of its own to the gradient of what they share; here they are written out.
-    of_batch = jax.shard_map(
-        of_device,
-        mesh=mesh,
-        in_specs=(places, specs_of(frozen), P(None, *ROWS), P(), P()),
-        out_specs=(P(), places),
-        check_vma=False,
-    )
-
-    @jax.jit
-    def update(adapter, state, frozen, rate, batch, trajectories, key):
-        (value, sums), gradient = of_batch(adapter, frozen, batch, trajectories, key)
-        updates, state = optimizer.update(gradient, state, adapter)
-        updates = jax.tree.map(lambda u: -rate * u, updates)
-        return optax.apply_updates(adapter, updates), state, (value, *sums, optax.tree.norm(gradient))
-
-    return update
-
-
-def state_places(optimizer: optax.GradientTransformation, adapter, mesh: Mesh):
-    """Where the optimizer's state lies: its moments beside the arrays that they are of."""
-    places = jax.tree.map(lambda x: x.sharding, adapter)
-    return optax.tree.map_params(
-        optimizer,
-        lambda _, place: place,
-        jax.eval_shape(optimizer.init, adapter),
-        places,
-        transform_non_params=lambda _: NamedSharding(mesh, P()),
-    )
-
-
-def initial_state(optimizer: optax.GradientTransformation, adapter, mesh: Mesh):
-    """The optimizer's state before the first step."""
-    return jax.jit(optimizer.init, out_shardings=state_places(optimizer, adapter, mesh))(adapter)
-
-
-def batch_order(args: Args, number: int, epoch: int, rows: int) -> list[np.ndarray]:
-    """The rows of each step of an epoch; the last step is filled up with row -1 (an empty row), so shapes are fixed."""
-    order = generator(args.seed, "train_pg", number, epoch).permutation(rows)
-    order = np.concatenate([order, np.full(-rows % args.batch_rows, -1, order.dtype)])
-    return list(order.reshape(-1, args.batch_rows))
-
-
-def mesh_of(args: Args) -> Mesh:
-    """The mesh of the arguments; the data axis, if it is -1, divides the rows of a step.
-
-    Raises ValueError if the devices, or the rows of a step, cannot be divided so.
-    """
-    data, fsdp, tensor = args.mesh
-    if data == -1:
-        rows, devices = args.batch_rows // (args.device_rows * fsdp), jax.device_count() // (fsdp * tensor)
-        data = max(1, math.gcd(rows, devices))
-    at_once = data * fsdp * args.device_rows
-    if args.batch_rows % at_once:
-        raise ValueError(
-            f"--batch-rows {args.batch_rows} is no multiple of data x fsdp x --device-rows = {data} x {fsdp} x "
-            f"{args.device_rows}: give a multiple of {at_once}."
-        )
-    return make_mesh((data, fsdp, tensor))
-
-
-# ---- the run ---------------------------------------------------------------------------------------------------------
-
-
-def train(args: Args, number: int, packed: Packed, model, mesh: Mesh, directory: Path) -> tuple[object, dict]:
-    """Runs all epochs, resuming from the last whole one. Returns the model to save and counts for done.json.
-
-    Raises StageError, naming the step, on a non-finite loss or where the likelihood of the failures has run away.
-    """
-    rows, epochs = len(packed.ids_NL), args.epochs[min(number, len(args.epochs) - 1)]
-    per_epoch = -(-rows // args.batch_rows)
-    steps = epochs * per_epoch
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, args.learning_rate, max(1, round(0.03 * steps)), max(2, steps), 0.1 * args.learning_rate
-    )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(args.clip), optax.scale_by_adam(), optax.add_decayed_weights(args.weight_decay)
-    )
-    graph, adapter, frozen = nnx.split(model, LoRAParam, ...)
-    update = make_update(graph, optimizer, mesh, adapter, frozen, implementation=args.attention, remat=args.remat)
-    nothing = jax.tree.map(lambda x: jnp.zeros_like(x, device=x.sharding), adapter)
-    progress = {"adapter": adapter, "state": initial_state(optimizer, adapter, mesh), "sum": nothing}
-
-    empty = np.zeros((1, args.row_length), np.int32)  # row -1
-    whole = Batch(*(np.concatenate([a, empty.astype(a.dtype)]) for a in packed[:3]))
-    at_once = mesh.shape["data"] * mesh.shape["fsdp"] * args.device_rows
-    place = NamedSharding(mesh, P(None, *ROWS))
-    peak = peak_flops(mesh.size)
-
-    def batch_of(members: np.ndarray) -> Batch:
-        rows = (x[members].reshape(-1, at_once, args.row_length) for x in whole)
-        return Batch(*(jax.make_array_from_callback(x.shape, place, lambda index, x=x: x[index]) for x in rows))
-
-    metrics_path, checkpoints = directory / "metrics.jsonl", directory / "checkpoints"
-    latest = ocp.training.preservation_policies.LatestN(1)
-    with ocp.training.Checkpointer(checkpoints.resolve(), preservation_policy=latest) as checkpointer:
-        first = 0
-        if checkpointer.latest is not None:
-            first = checkpointer.latest.step
-            leaves = checkpointer.load(first, {"leaves": jax.tree.leaves(progress)})["leaves"]
-            progress = jax.tree.unflatten(jax.tree.structure(progress), leaves)
-        if chief():
-            keep_metrics(metrics_path, first * per_epoch)
-        with (
-            open(metrics_path if chief() else os.devnull, "a") as metrics,
-            tqdm(total=steps, initial=first * per_epoch, desc="train_pg", disable=not chief()) as bar,
-        ):
-            for epoch in range(first, epochs):
-                adapter, state = progress["adapter"], progress["state"]
-                for index, members in enumerate(batch_order(args, number, epoch, rows)):
-                    step, start = epoch * per_epoch + index + 1, time.time()
-                    segments, weights = whole.segments[members], whole.weights[members]
-                    trajectories = np.float32(max(1, segments.max(axis=1).sum()))
-                    key = jax.random.key(draw_seed(args.seed, "dropout", number, step)) if args.dropout else None
-                    adapter, state, values = update(
-                        adapter, state, frozen, schedule(step - 1), batch_of(members), trajectories, key
-                    )
-                    loss, positive, negative, norm = (float(v) for v in values)
-                    tokens, seconds = int((segments > 0).sum()), time.time() - start
-                    flops = lora_step_flops(model.config, tokens) / seconds
-                    line = {
-                        "step": step,
-                        "epoch": epoch,
-                        "loss": loss,
-                        "gradient_norm": norm,
-                        "logprob_positive": positive / max(1, int((weights > 0).sum())),
-                        "logprob_negative": negative / max(1, int((weights < 0).sum())),
-                        "tokens": tokens,
-                        "seconds": round(seconds, 4),
-                        "tokens_per_s": round(tokens / seconds, 1),
-                        "mfu": peak and round(flops / peak, 4),
-                        "peak_memory": peak_memory(),
-                    }
-                    check_step(args, line, directory)
-                    metrics.write(json.dumps(line) + "\n")
-                    metrics.flush()
-                    bar.set_postfix(
-                        loss=f"{loss:.2f}",
-                        positive=f"{line['logprob_positive']:.4f}",
-                        tokens_per_s=f"{tokens / seconds:.0f}",
-                        refresh=False,
-                    )
-                    bar.update()
-                total = jax.tree.map(jnp.add, progress["sum"], adapter)
-                progress = {"adapter": adapter, "state": state, "sum": total}
-                checkpointer.save(epoch + 1, {"leaves": jax.tree.leaves(progress)})
-    final = jax.tree.map(lambda x: x / epochs, progress["sum"]) if args.average else progress["adapter"]
-    return nnx.merge(graph, final, frozen), {"epochs": epochs, "steps": steps, "rows": rows}
-
-
-def check_step(args: Args, line: dict, directory: Path) -> None:
-    """Raises StageError if a step's numbers are not finite or its failures have become too unlikely."""
-    found = None
-    if not np.isfinite([line["loss"], line["gradient_norm"]]).all():
-        found = f"loss {line['loss']}, gradient norm {line['gradient_norm']}"
-    elif line["logprob_negative"] < args.floor:
-        found = (
-            f"the mean log-probability of the failures' tokens is {line['logprob_negative']:.1f}, under --floor "
-            f"{args.floor:g}: at R_f < 0 the loss has no lower bound, and this one runs away"
-        )
-    if found:
-        raise StageError(
-            f"step {line['step']}: {found}. Lower --learning-rate (now {args.learning_rate:g}) or raise "
-            f"--failure-reward (now {args.failure_reward:g}), then remove {directory} and run again."
-        )
-
-
-def chief() -> bool:
-    """Whether this is the process that writes files."""
-    return jax.process_index() == 0
-
-
-def keep_metrics(path: Path, steps: int) -> None:
-    """Drops the lines after the step that a resumed run starts from."""
-    if path.exists():
-        lines = path.read_text().split("\n")[:steps]
-        path.write_text("".join(line + "\n" for line in lines))
-
-
-def main(args: Args) -> None:
-    if min(args.epochs, default=0) < 1 or min(args.batch_rows, args.device_rows) < 1:
-        raise ValueError(
-            f"--epochs {args.epochs}, --batch-rows {args.batch_rows} and --device-rows {args.device_rows} "
-            "must be numbers of at least 1; --epochs needs one or more of them"
-        )
-    number = current_round(args.run) if args.round is None else args.round
-    examples, hashes = collect(args, number)
-    tokenizer = load_tokenizer(args.model)
-    packed = pack_examples(examples, args, functools.partial(encode_piece, tokenizer))
-    if args.preview:
-        return preview(packed, examples, lambda ids: tokenizer.decode(ids, skip_special_tokens=False), args.preview)
-    mesh = mesh_of(args)
-    directory = round_directory(args.run, number) / "train_pg"
-    stage = Stage(directory, args, {"inputs": hashes, "base": base_sha(args.model)}) if chief() else None
-    finished = stage is not None and stage.finished
-    if multihost_utils.broadcast_one_to_all(np.array(finished)):
-        return None
-    if stage:
-        save_packed(directory, packed, examples)
-    previous = adapter_of_round(args.run, number) if args.init == "previous" else None
-    lora = LoRAConfig(rank=args.rank, alpha=args.alpha, targets=args.targets, dropout=args.dropout)
-    dtype = None if args.dtype is None else jnp.dtype(args.dtype)
-    if previous is None:
-        seed = draw_seed(args.seed, "train_pg", number)
-        model = load_model(args.model, weights=args.weights, lora=lora, seed=seed, dtype=dtype, mesh=mesh)
-    else:
-        model = load_adapter(args.model, previous, weights=args.weights, dtype=dtype, mesh=mesh)
-    model, counts = train(args, number, packed, model, mesh, directory)
-    save_adapter(directory / "adapter", model, args.model)
-    if not stage:
-        return None
-    failed = sum(e.weight < 0 for e in examples)
-    name = adapter_name(args.run.name, number, directory / "adapter")
-    summary = {
-        "round": number,
-        "adapter": name,
-        "sequences": len(examples),
-        "sequences_failed": failed,
-        "tokens": int((packed.segments_NL > 0).sum()),
-        **counts,
-    }
-    stage.finish(summary)
-    why = "" if examples else " (nothing was won yet: the policy is still the base)"
-    print(
-        f"train_pg round {number}: {len(examples)} trajectories ({failed} failed), {counts['steps']} steps{why} "
-        f"-> {directory / 'adapter'} ({name})"
-    )
-    return None
-
-
-def launch(args: Args) -> None:
-    """Joins the other processes, if there are any, and trains; on a CPU with a device for each row of a step."""
-    jax.config.update("jax_num_cpu_devices", max(1, args.batch_rows // join_processes()))
-    main(args)
-
-
-# ---- which trajectories, with which weights
+# ---- which trajectories, with which weights --------------------------------------------------------------------------
 
 
 def select_round(rows: Iterable[Example], args: Args) -> list[Example]:
@@ -450,20 +160,20 @@ def select(rows: list[Example], args: Args) -> list[Example]:
     """What is trained on: A3T's choice of each round's own and composed trajectories, every success of a teacher."""
     taught = [row._replace(weight=1.0) for row in rows if row.trajectory.source in ("demo", "refine")]
     selected = [row for row in taught if row.trajectory.success and row.trajectory.end not in FAULTS]
-    for number in sorted({row.trajectory.round for row in rows}):
-        of_round = [r for r in rows if r.trajectory.round == number and r.trajectory.source in ("react", "actre")]
+    for round_index in sorted({row.trajectory.round for row in rows}):
+        of_round = [r for r in rows if r.trajectory.round == round_index and r.trajectory.source in ("react", "actre")]
         # Round 0 has nothing to pair a failure with: the paper trains on the prompted agent's successes only.
-        selected += [e for e in select_round(of_round, args) if number > 0 or e.weight > 0]
+        selected += [e for e in select_round(of_round, args) if round_index > 0 or e.weight > 0]
     return selected
 
 
-def collect(args: Args, number: int) -> tuple[list[Example], dict[str, str]]:
-    """The examples of rounds 0..number, or of args.inputs, and the sha256 of every file read.
+def collect(args: Args, round_index: int) -> tuple[list[Example], dict[str, str]]:
+    """The examples of rounds 0..round_index, or of args.inputs, and the sha256 of every file read.
 
     There are none in round 0 where nothing was won there: compositions come with round 1. StageError if there are none
     otherwise, or if a stage is not finished.
     """
-    rounds = [(earlier, stage) for earlier in range(number + 1) for stage in ("rollout", "actre")]
+    rounds = [(earlier, stage) for earlier in range(round_index + 1) for stage in ("rollout", "actre")]
     own = [
         (round_directory(args.run, earlier) / stage, f"python {stage}.py --run {args.run} --round {earlier}")
         for earlier, stage in rounds
@@ -477,7 +187,7 @@ def collect(args: Args, number: int) -> tuple[list[Example], dict[str, str]]:
         hashes[name] = sha256(path)
         rows += [Example(t, 0.0, name, line) for line, t in enumerate(read_trajectories(path), 1)]
     examples = select(rows, args)
-    if not examples and (number > 0 or args.inputs):
+    if not examples and (round_index > 0 or args.inputs):
         raise StageError(
             f"none of {len(rows)} trajectories was won, so there is nothing to train on; play more tasks, "
             "or look at the rewards and at --threshold"
@@ -491,10 +201,12 @@ def refined(trajectory: Trajectory, how: str) -> tuple[Trajectory, set[int]]:
     `how`: mask-errors (AgentRefine), or one of its paper's controls: mask-refined masks the turn after a mistake too,
     drop-errors leaves mistakes out of the text, no-mask imitates them.
     """
-    wrong = {number for number, turn in enumerate(trajectory.turns) if turn.errors}
+    wrong = {index for index, turn in enumerate(trajectory.turns) if turn.errors}
     if how == "drop-errors":
         return msgspec.structs.replace(trajectory, turns=[turn for turn in trajectory.turns if not turn.errors]), set()
-    return trajectory, {"mask-errors": wrong, "mask-refined": wrong | {n + 1 for n in wrong}, "no-mask": set()}[how]
+    return trajectory, {"mask-errors": wrong, "mask-refined": wrong | {index + 1 for index in wrong}, "no-mask": set()}[
+        how
+    ]
 
 
 def pack_examples(examples: list[Example], args: Args, encode: Callable[[str, bool], list[int]]) -> Packed:
@@ -513,6 +225,196 @@ def pack_examples(examples: list[Example], args: Args, encode: Callable[[str, bo
             "play more tasks, or look at the rewards and at --threshold"
         )
     return packed
+
+
+# ---- the objective ---------------------------------------------------------------------------------------------------
+
+
+def objective(model, batch: Batch, trajectories: jax.Array, **forward):
+    """sum(w * log p) / trajectories, to be maximised, and the log-likelihoods of + and - tokens (sums).
+
+    The first token of a segment has no context and log-probability 0. `forward`: see `token_logprobs`.
+    """
+    logprobs_BL = token_logprobs(model, batch.ids, batch.segments, **forward)
+    value = (batch.weights * logprobs_BL).sum() / trajectories
+    return value, (((batch.weights > 0) * logprobs_BL).sum(), ((batch.weights < 0) * logprobs_BL).sum())
+
+
+def batch_order(args: Args, round_index: int, epoch: int, rows: int) -> list[np.ndarray]:
+    """The rows of each step of an epoch; the last step is padded with row -1 (an empty row), so shapes are fixed."""
+    order = generator(args.seed, "train_pg", round_index, epoch).permutation(rows)
+    order = np.concatenate([order, np.full(-rows % args.batch_rows, -1, order.dtype)])
+    return list(order.reshape(-1, args.batch_rows))
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epochs:
+    """What the optimizer steps of one run share; `run` makes those of one epoch."""
+
+    args: Args
+    round_index: int
+    directory: Path
+    rows: Batch  # on the host, [N + 1, L]; the last one is empty
+    mesh: Mesh
+    update: Callable
+    schedule: optax.Schedule
+    frozen: nnx.State
+    model_config: Config
+
+    def run(self, epoch: int, adapter: nnx.State, state, log: MetricsLog) -> tuple[nnx.State, optax.OptState]:
+        """Trains on every row once. Returns the adapter and the optimizer state; raises what `check_step` does."""
+        args, (_, segments_NL, weights_NL) = self.args, self.rows
+        order = batch_order(args, self.round_index, epoch, len(segments_NL) - 1)
+        peak = peak_flops(self.mesh.size)
+        for step, members in enumerate(order, epoch * len(order) + 1):
+            start = time.time()
+            segments, weights = segments_NL[members], weights_NL[members]
+            trajectories = np.float32(max(1, segments.max(axis=1).sum()))
+            key = jax.random.key(draw_seed(args.seed, "dropout", self.round_index, step)) if args.dropout else None
+            batch = shard_rows(Batch(*(x[members] for x in self.rows)), self.mesh, args.device_rows)
+            rate = self.schedule(step - 1)
+            adapter, state, metrics = self.update(adapter, state, self.frozen, rate, batch, trajectories, key)
+            loss, positive, negative, norm = (float(value) for value in metrics)
+            tokens, seconds = int((segments > 0).sum()), time.time() - start
+            flops = lora_step_flops(self.model_config, tokens) / seconds
+            line = {
+                "step": step,
+                "epoch": epoch,
+                "loss": loss,
+                "gradient_norm": norm,
+                "logprob_positive": positive / max(1, int((weights > 0).sum())),
+                "logprob_negative": negative / max(1, int((weights < 0).sum())),
+                "tokens": tokens,
+                "seconds": round(seconds, 4),
+                "tokens_per_s": round(tokens / seconds, 1),
+                "mfu": peak and round(flops / peak, 4),
+                "peak_memory": peak_memory(),
+            }
+            check_step(args, line, self.directory)
+            log.write(line)
+        return adapter, state
+
+
+def train(args: Args, round_index: int, packed: Packed, model, mesh: Mesh, directory: Path) -> tuple[object, dict]:
+    """Runs all epochs, resuming after the last complete one. Returns the model to save and counts for done.json.
+
+    Raises StageError, naming the step, on a non-finite loss or if the likelihood of the failures runs away.
+    """
+    count, epochs = len(packed.ids_NL), args.epochs[min(round_index, len(args.epochs) - 1)]
+    per_epoch = -(-count // args.batch_rows)
+    steps = epochs * per_epoch
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(args.clip), optax.scale_by_adam(), optax.add_decayed_weights(args.weight_decay)
+    )
+    graph, adapter, frozen = nnx.split(model, LoRAParam, ...)
+    weighted = functools.partial(objective, implementation=args.attention, remat=args.remat)
+    runner = Epochs(
+        args=args,
+        round_index=round_index,
+        directory=directory,
+        rows=Batch(*(np.pad(x, ((0, 1), (0, 0))) for x in packed[:3])),
+        mesh=mesh,
+        update=make_update(weighted, graph, optimizer, mesh, adapter, frozen),
+        schedule=optax.warmup_cosine_decay_schedule(
+            0.0, args.learning_rate, max(1, round(0.03 * steps)), max(2, steps), 0.1 * args.learning_rate
+        ),
+        frozen=frozen,
+        model_config=model.config,
+    )
+    nothing = jax.tree.map(lambda x: jnp.zeros_like(x, device=x.sharding), adapter)
+    progress = {"adapter": adapter, "state": initial_state(optimizer, adapter, mesh), "sum": nothing}
+    latest = ocp.training.preservation_policies.LatestN(1)
+    with ocp.training.Checkpointer((directory / "checkpoints").resolve(), preservation_policy=latest) as checkpointer:
+        first = 0
+        if checkpointer.latest is not None:
+            first = checkpointer.latest.step
+            leaves = checkpointer.load(first, {"leaves": jax.tree.leaves(progress)})["leaves"]
+            progress = jax.tree.unflatten(jax.tree.structure(progress), leaves)
+        with MetricsLog(directory, first * per_epoch, steps, active=is_first_process()) as log:
+            for epoch in range(first, epochs):
+                adapter, state = runner.run(epoch, progress["adapter"], progress["state"], log)
+                total = jax.tree.map(jnp.add, progress["sum"], adapter)
+                progress = {"adapter": adapter, "state": state, "sum": total}
+                checkpointer.save(epoch + 1, {"leaves": jax.tree.leaves(progress)})
+    final = jax.tree.map(lambda x: x / epochs, progress["sum"]) if args.average else progress["adapter"]
+    return nnx.merge(graph, final, frozen), {"epochs": epochs, "steps": steps, "rows": count}
+
+
+def check_step(args: Args, line: dict, directory: Path) -> None:
+    """Raises StageError if a step's numbers are not finite or its failures have become too unlikely."""
+    found = None
+    if not np.isfinite([line["loss"], line["gradient_norm"]]).all():
+        found = f"loss {line['loss']}, gradient norm {line['gradient_norm']}"
+    elif line["logprob_negative"] < args.floor:
+        found = (
+            f"the mean log-probability of the failures' tokens is {line['logprob_negative']:.1f}, under --floor "
+            f"{args.floor:g}: at R_f < 0 the loss has no lower bound, and this one runs away"
+        )
+    if found:
+        raise StageError(
+            f"step {line['step']}: {found}. Lower --learning-rate (now {args.learning_rate:g}) or raise "
+            f"--failure-reward (now {args.failure_reward:g}), then remove {directory} and run again."
+        )
+
+
+def main(args: Args) -> None:
+    if min(args.epochs, default=0) < 1 or min(args.batch_rows, args.device_rows) < 1:
+        raise ValueError(
+            f"--epochs {args.epochs}, --batch-rows {args.batch_rows} and --device-rows {args.device_rows} "
+            "must be numbers of at least 1; --epochs needs one or more of them"
+        )
+    round_index = current_round(args.run) if args.round is None else args.round
+    examples, hashes = collect(args, round_index)
+    tokenizer = load_tokenizer(args.model)
+    packed = pack_examples(examples, args, functools.partial(encode_piece, tokenizer))
+    if args.preview:
+        return preview(packed, examples, lambda ids: tokenizer.decode(ids, skip_special_tokens=False), args.preview)
+    mesh = training_mesh(args.mesh, args.batch_rows, args.device_rows)
+    directory = round_directory(args.run, round_index) / "train_pg"
+    stage = Stage(directory, args, {"inputs": hashes, "base": base_sha(args.model)}) if is_first_process() else None
+    finished = stage is not None and stage.finished
+    if multihost_utils.broadcast_one_to_all(np.array(finished)):
+        return None
+    if stage:
+        save_packed(directory, packed, examples)
+    previous = adapter_of_round(args.run, round_index) if args.init == "previous" else None
+    lora = LoRAConfig(rank=args.rank, alpha=args.alpha, targets=args.targets, dropout=args.dropout)
+    dtype = None if args.dtype is None else jnp.dtype(args.dtype)
+    if previous is None:
+        seed = draw_seed(args.seed, "train_pg", round_index)
+        model = load_model(args.model, weights=args.weights, lora=lora, seed=seed, dtype=dtype, mesh=mesh)
+    else:
+        model = load_adapter(args.model, previous, weights=args.weights, dtype=dtype, mesh=mesh)
+    model, counts = train(args, round_index, packed, model, mesh, directory)
+    save_adapter(directory / "adapter", model, args.model)
+    if not stage:
+        return None
+    failed = sum(e.weight < 0 for e in examples)
+    name = adapter_name(args.run.name, round_index, directory / "adapter")
+    summary = {
+        "round": round_index,
+        "adapter": name,
+        "sequences": len(examples),
+        "sequences_failed": failed,
+        "tokens": int((packed.segments_NL > 0).sum()),
+        **counts,
+    }
+    stage.finish(summary)
+    why = "" if examples else " (nothing was won yet: the policy is still the base)"
+    print(
+        f"train_pg round {round_index}: {len(examples)} trajectories ({failed} failed), {counts['steps']} steps{why} "
+        f"-> {directory / 'adapter'} ({name})"
+    )
+    return None
+
+
+def launch(args: Args) -> None:
+    """Joins the other processes, if there are any, and trains; a CPU gets a device for each row of a step."""
+    jax.config.update("jax_num_cpu_devices", max(1, args.batch_rows // join_processes()))
+    main(args)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from lora.convert import load_adapter, load_model
 from lora.decoding import RolloutWeights
 from lora.engine import Engine
+from lora.load import load_adapter, load_model
 from lora.tokenizer import encode_piece, load_tokenizer, prompt_ids
 
 if TYPE_CHECKING:

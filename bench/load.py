@@ -21,7 +21,7 @@ import tyro
 
 from bench.shapes import MISTRAL_7B, parameters
 from lora.checkpoint import tensor_shapes, weight_files, write_checkpoint
-from lora.mistral import Config
+from lora.config import Config
 
 SHAPE = Config(
     vocab_size=32000,

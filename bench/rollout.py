@@ -31,9 +31,9 @@ from agent.scripted import DemonstratorScript, ScriptedPolicy
 from artifacts.render import react_segments
 from bench.shapes import MISTRAL_100M
 from envs.alfworld.world import AlfWorld
-from lora.convert import load_model, save_model
 from lora.engine import Engine
-from lora.mistral import Mistral
+from lora.load import load_model, save_model
+from lora.model import Mistral
 from lora.tokenizer import encode_piece, load_tokenizer, prompt_ids
 
 BASE, PROMPT = "models/tiny-alfworld", Path("prompts/alfworld_react.txt")

@@ -8,9 +8,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora import nf4
-from lora.convert import adapter_shapes
+from lora.adapter import adapter_shapes
+from lora.config import Config
 from lora.linear import FUSED, NF4, LoRAConfig
-from lora.mistral import Config, Mistral
+from lora.model import Mistral
 from lora.sharding import check_divisible, spec_of
 
 MISTRAL_7B = Config(

@@ -10,6 +10,7 @@ process at a time.
     python -m bench.tpu_compile --only v5e/2048
 """
 
+import functools
 import json
 import os
 import re
@@ -34,7 +35,8 @@ from lora.engine import ACCELERATOR_TILE as TILE
 from lora.engine import cache_sizes
 from lora.linear import LoRAConfig, LoRAParam
 from lora.sharding import ROWS, make_mesh
-from train_pg import Batch, make_update, state_places
+from lora.train_step import Batch, make_update, optimizer_shardings
+from train_pg import objective
 
 GIB = 2**30
 
@@ -98,8 +100,9 @@ def compile_case(case: Case) -> dict:
     model = described(MISTRAL_7B, LoRAConfig(rank=16, alpha=32.0, targets=("q", "v")), mesh, double=case.double)
     graph, adapter, frozen = nnx.split(model, LoRAParam, ...)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
-    update = make_update(graph, optimizer, mesh, adapter, frozen, implementation="splash", remat=case.remat)
-    places = state_places(optimizer, adapter, mesh)
+    weighted = functools.partial(objective, implementation="splash", remat=case.remat)
+    update = make_update(weighted, graph, optimizer, mesh, adapter, frozen)
+    places = optimizer_shardings(optimizer, adapter, mesh)
     state = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         jax.eval_shape(optimizer.init, adapter),

@@ -100,10 +100,11 @@ def ours(args: Args) -> tuple[list[Callable[[], object]], Callable[[], int], str
     from flax import nnx
 
     from bench.shapes import described, random_like
-    from lora.device import peak_memory
+    from lora.flops import peak_memory
     from lora.linear import LoRAConfig, LoRAParam
     from lora.sharding import make_mesh
-    from train_pg import Batch, initial_state, make_update
+    from lora.train_step import Batch, initial_state, make_update
+    from train_pg import objective
 
     jax.config.update("jax_num_cpu_devices", args.rows)
     on_cpu = jax.default_backend() == "cpu"
@@ -113,7 +114,7 @@ def ours(args: Args) -> tuple[list[Callable[[], object]], Callable[[], int], str
     graph, adapter, frozen = nnx.split(described(config, lora, mesh, dtype=dtype), LoRAParam, ...)
     adapter, frozen = random_like(adapter), random_like(frozen)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
-    update = make_update(graph, optimizer, mesh, adapter, frozen, remat=args.remat)
+    update = make_update(partial(objective, remat=args.remat), graph, optimizer, mesh, adapter, frozen)
     state = initial_state(optimizer, adapter, mesh)
 
     def step(ids: np.ndarray, segments: np.ndarray) -> None:
@@ -271,7 +272,7 @@ class Contender:
 
     def result(self, args: Args) -> dict:
         """What it did, once all of its steps are taken."""
-        from lora.device import lora_step_flops
+        from lora.flops import lora_step_flops
 
         config, said = shape_of(args), json.loads(self._read())
         self._process.communicate()

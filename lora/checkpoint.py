@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from safetensors.numpy import save_file
 
 from artifacts.atomic import atomic_write
 from lora import nf4
-from lora.mistral import Config
+from lora.config import Config
 
 HF_NAMES = {target: f"self_attn.{target}_proj" for target in ("q", "k", "v", "o")}
 HF_NAMES |= {target: f"mlp.{target}_proj" for target in ("gate", "up", "down")}
@@ -111,6 +112,11 @@ class Checkpoint:
             expected |= {f"{name}.{part}" for part in (STATE, "absmax", "quant_map", *nested)}
         found = [name for name in self._files if not name.endswith("rotary_emb.inv_freq")]  # old files: a constant
         check_names(model_dir, found, expected)
+
+    @cached_property
+    def sha256(self) -> str:
+        """See `base_sha`."""
+        return base_sha(self.folder)
 
     def _read(self, name: str) -> np.ndarray:
         with safe_open(self._files[name], framework="np") as file:

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from lora.linear import FUSED, multiply
-from lora.mistral import Layer, rms_norm, rotation
+from lora.model import Layer, rms_norm, rotation
 
 # How the base lies while it samples: dense in float32 with the adapter added, dense in bfloat16 with the adapter beside
 # it (a sum in bfloat16 would round most of it away), or as the model has it, NF4, decoded at every step.

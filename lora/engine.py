@@ -52,7 +52,7 @@ from lora.decoding import (
     prefill_layer,
 )
 from lora.linear import lay_out
-from lora.mistral import Mistral
+from lora.model import Mistral
 
 # Places of the first block of the cache; later ones end at 1.5, 2, 3, 4, 6, ... times as many, so that attention reads
 # at most half more than its longest row needs, in few compiled shapes.

@@ -17,8 +17,8 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from lora.convert import Weights, load_adapter, load_model
-from lora.mistral import token_logprobs
+from lora.load import Weights, load_adapter, load_model
+from lora.logprobs import token_logprobs
 from lora.tokenizer import load_tokenizer
 
 

@@ -67,6 +67,11 @@ def join_processes() -> int:
     return 1
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one that writes files."""
+    return jax.process_index() == 0
+
+
 # ---- inside the step -------------------------------------------------------------------------------------------------
 
 

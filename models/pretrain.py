@@ -46,8 +46,10 @@ from artifacts.render import actre_segments, react_segments
 from artifacts.seeds import generator
 from artifacts.trajectory import Trajectory
 from lora import nf4
-from lora.convert import save_model
-from lora.mistral import Config, Mistral, token_logprobs
+from lora.config import Config
+from lora.load import save_model
+from lora.logprobs import token_logprobs
+from lora.model import Mistral
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="session")
 def base_dir(tmp_path_factory):
     """A random base in Hugging Face layout, saved by us."""
-    from lora.convert import save_model
-    from lora.mistral import Mistral
+    from lora.load import save_model
+    from lora.model import Mistral
     from tests.helpers import TINY
 
     folder = tmp_path_factory.mktemp("base")

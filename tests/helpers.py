@@ -10,9 +10,10 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from artifacts.trajectory import Trajectory, Turn
-from lora.convert import save_model
+from lora.config import Config
 from lora.linear import LoRAParam
-from lora.mistral import Config, Mistral
+from lora.load import save_model
+from lora.model import Mistral
 from tests.rooms import OPENING, TASK
 
 TINY = Config(

@@ -15,11 +15,12 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora import mistral
-from lora.convert import load_model
+from lora import model as mistral
 from lora.linear import TARGETS, LoRAConfig, LoRAParam
+from lora.load import load_model
 from lora.sharding import ROWS, join_processes, make_mesh, to_host
-from train_pg import Batch, initial_state, make_update
+from lora.train_step import Batch, initial_state, make_update
+from train_pg import objective
 
 B, L = 8, 48
 
@@ -31,7 +32,7 @@ def losses(folder: str, weights: str, shape: tuple[int, int, int]) -> list[float
     model = load_model(folder, weights=weights, lora=lora, seed=1, mesh=mesh)
     graph, adapter, frozen = nnx.split(model, LoRAParam, ...)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
-    update = make_update(graph, optimizer, mesh, adapter, frozen)
+    update = make_update(objective, graph, optimizer, mesh, adapter, frozen)
     state = initial_state(optimizer, adapter, mesh)
     rng = np.random.default_rng(0)
     ids = rng.integers(0, model.config.vocab_size, (B, L)).astype(np.int32)

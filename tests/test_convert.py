@@ -13,10 +13,13 @@ import pytest
 from flax import nnx
 
 from lora import checkpoint, nf4
+from lora.adapter import adapter_name, save_adapter
 from lora.checkpoint import base_sha, layer_tensor
-from lora.convert import Args, adapter_name, load_adapter, load_model, main, save_adapter, save_model
+from lora.config import Config
+from lora.convert import Args, main
 from lora.linear import FUSED, TARGETS, LoRAConfig, gathered
-from lora.mistral import Config, Mistral
+from lora.load import load_adapter, load_model, save_model
+from lora.model import Mistral
 from tests.helpers import TINY, byte_tokenizer, logits_of, random_ids, with_random_adapter
 
 ALL = LoRAConfig(rank=4, alpha=12.0, targets=TARGETS)

@@ -13,11 +13,14 @@ from peft import PeftModel
 from artifacts.render import react_segments, text_of
 from lora import engine as engine_module
 from lora import linear
-from lora.convert import load_model, save_adapter, save_model
+from lora.adapter import save_adapter
+from lora.config import Config
 from lora.decoding import Asked, Graph, View, append, decode, empty_buffer, sample
 from lora.engine import Engine
 from lora.linear import LoRAConfig, LoRAParam
-from lora.mistral import Config, Mistral, token_logprobs
+from lora.load import load_model, save_model
+from lora.logprobs import token_logprobs
+from lora.model import Mistral
 from lora.tokenizer import encode_piece, load_tokenizer
 from tests.helpers import trajectory, with_random_adapter
 

@@ -8,14 +8,18 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora import attention, mistral, nf4
+from lora import attention, nf4
+from lora import model as mistral
 from lora.checkpoint import HF_NAMES
-from lora.convert import load_model
+from lora.config import Config
 from lora.linear import FUSED, NF4, TARGETS, LoRAConfig, LoRAParam, adapter_matmul, drop, nf4_matmul
-from lora.mistral import Config, Mistral, token_logprobs
+from lora.load import load_model
+from lora.logprobs import token_logprobs
+from lora.model import Mistral
 from lora.sharding import make_mesh
+from lora.train_step import Batch, initial_state, make_update
 from tests.helpers import TINY, logits_of, random_ids, with_random_adapter
-from train_pg import Batch, initial_state, make_update
+from train_pg import objective
 
 ALL = LoRAConfig(rank=4, alpha=12.0, targets=TARGETS)
 
@@ -175,7 +179,7 @@ def test_one_step_of_adamw_is_peft_s(base_dir):
     graph, adapter, frozen = nnx.split(model, LoRAParam, ...)
     adapter, frozen = jax.device_put((adapter, frozen), NamedSharding(mesh, PartitionSpec()))
     ours = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(decay))
-    update = make_update(graph, ours, mesh, adapter, frozen)
+    update = make_update(objective, graph, ours, mesh, adapter, frozen)
     batch = Batch(ids[None], np.ones_like(ids)[None], np.ones((1, *ids.shape), np.float32))
     after, _, _ = update(adapter, initial_state(ours, adapter, mesh), frozen, rate, batch, 2.0, None)
     holders = nnx.merge(graph, after, frozen).layers

@@ -13,8 +13,8 @@ from agent.server import Server
 from artifacts.packing import tokens_of
 from artifacts.stage import StageError
 from artifacts.trajectory import read_trajectories
-from lora.convert import load_model
 from lora.engine import Engine
+from lora.load import load_model
 from lora.tokenizer import encode_piece, load_tokenizer
 from tests.helpers import byte_tokenizer, write_tiny_model
 

@@ -18,7 +18,9 @@ from envs.alfworld.index import TASK_TYPES, task_type
 from envs.alfworld.world import AlfWorld
 from envs.panel import excluded_ids
 from lora import nf4
-from lora.mistral import Config, Mistral, token_logprobs
+from lora.config import Config
+from lora.logprobs import token_logprobs
+from lora.model import Mistral
 from models import demonstrations as demonstrations_stage
 from models import neutral_lessons, webshop_lessons
 from models.alfworld_lessons import SPLIT, demonstrations, sources

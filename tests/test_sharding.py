@@ -13,8 +13,9 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from lora.convert import save_model
-from lora.mistral import Config, Mistral
+from lora.config import Config
+from lora.load import save_model
+from lora.model import Mistral
 from lora.sharding import check_divisible, fused_order, join_processes, make_mesh
 from tests.helpers import TINY
 

@@ -15,22 +15,19 @@ from artifacts.packing import Example, tokens_of
 from artifacts.render import react_segments, text_of
 from artifacts.stage import StageError
 from artifacts.trajectory import Turn, to_line
-from lora.convert import load_model
 from lora.linear import LoRAConfig, LoRAParam
-from lora.mistral import token_logprobs
+from lora.load import load_model
+from lora.logprobs import token_logprobs
 from lora.sharding import make_mesh
 from lora.tokenizer import encode_piece
+from lora.train_step import Batch, initial_state, make_update, training_mesh
 from tests.helpers import byte_tokenizer, trajectory, write_tiny_model
 from train_pg import (
     Args,
-    Batch,
     batch_order,
     check_step,
     collect,
-    initial_state,
     main,
-    make_update,
-    mesh_of,
     objective,
     pack_examples,
     refined,
@@ -163,7 +160,7 @@ def test_devices_that_share_the_rows_take_the_same_step(model):
     def step(devices):
         mesh = make_mesh((devices, 1, 1))
         places = jax.device_put((adapter, frozen), NamedSharding(mesh, PartitionSpec()))
-        update = make_update(graph, optimizer, mesh, *places)
+        update = make_update(objective, graph, optimizer, mesh, *places)
         rows = Batch(*(x.reshape(2 // devices, devices, -1) for x in batch()))
         return update(places[0], initial_state(optimizer, places[0], mesh), places[1], 1e-3, rows, 3.0, None)
 
@@ -185,10 +182,10 @@ def test_a_step_that_is_not_finite_or_runs_away_is_named(tmp_path):
 
 
 def test_rows_that_cannot_be_divided_are_refused():
-    assert dict(mesh_of(Args(batch_rows=3)).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
-    assert dict(mesh_of(Args(batch_rows=4, device_rows=2)).shape) == {"data": 2, "fsdp": 1, "tensor": 1}
+    assert dict(training_mesh((-1, 1, 1), 3, 1).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(training_mesh((-1, 1, 1), 4, 2).shape) == {"data": 2, "fsdp": 1, "tensor": 1}
     with pytest.raises(ValueError, match="--batch-rows 3 is no multiple of .* give a multiple of 2"):
-        mesh_of(Args(batch_rows=3, device_rows=2))
+        training_mesh((-1, 1, 1), 3, 2)
 
 
 def test_padding_rows_change_nothing(model):

@@ -8,7 +8,7 @@ import resource
 
 import jax
 
-from lora.mistral import Config
+from lora.config import Config
 
 # FLOP/s by jax.Device.device_kind.
 PEAK_FLOPS = {

@@ -12,73 +12,17 @@ Shapes: N layers, B rows, L tokens, T tokens of a chunk, D model, F feed-forward
 V vocabulary.
 """
 
-import dataclasses
-import json
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lora.attention import Implementation, attention, best_implementation, positions_in
+from lora.config import Config
 from lora.linear import Linear
 from lora.sharding import enter, leave
 
-# Logits are made for so many tokens at a time that a chunk holds at most this many numbers (64 MiB in float32).
-LOGITS_PER_CHUNK = 2**24
 # Up to so many layers the scan is unrolled: 15 % faster on a CPU, and small models compile quickly all the same.
 UNROLLED_LAYERS = 16
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """The fields of a Hugging Face Mistral `config.json` that change what is computed."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int = 4096
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
-    tie_word_embeddings: bool = False
-    sliding_window: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-
-    @classmethod
-    def read(cls, model_dir: str | Path) -> "Config":
-        """Reads `model_dir/config.json` of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
-
-        Raises ValueError for a model that this file does not compute: another architecture, activation or RoPE.
-        """
-        path = Path(model_dir) / "config.json"
-        raw = json.loads(path.read_text())
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        found = (raw.get("model_type"), raw.get("hidden_act", "silu"), rope.get("rope_type", "default"))
-        if found != ("mistral", "silu", "default"):
-            raise ValueError(
-                f"{path}: model_type, hidden_act, rope_type are {found}, expected ('mistral', 'silu', 'default'): "
-                "only plain Mistral models can be read."
-            )
-        given = {field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw}
-        given["rope_theta"] = float(rope.get("rope_theta", raw.get("rope_theta", cls.rope_theta)))
-        if given.get("head_dim") is None:
-            given["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
-        return cls(**given)
-
-    def to_json(self) -> dict:
-        """The content of a `config.json` that transformers 4 and 5 read."""
-        return dataclasses.asdict(self) | {
-            "architectures": ["MistralForCausalLM"],
-            "model_type": "mistral",
-            "hidden_act": "silu",
-            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
-            "dtype": "float32",
-        }
 
 
 def rms_norm(x: jax.Array, weight_D: jax.Array, epsilon: float) -> jax.Array:
@@ -197,73 +141,3 @@ class Mistral(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits [..., V] in float32 of final hidden states [..., D]."""
         return jnp.einsum("...d,vd->...v", hidden, self.unembed(), preferred_element_type=jnp.float32)
-
-
-def token_logprobs(model: Mistral, ids_BL: jax.Array, segments_BL: jax.Array, **how) -> jax.Array:
-    """log p(ids[t] | earlier ids of its segment) [B, L] float32; 0.0 at a segment's first token and at padding.
-
-    `how`: the keywords of `Mistral.__call__`.
-    """
-    B, L = ids_BL.shape
-    hidden_BLD = model(ids_BL, segments_BL, **how)
-    counted = (segments_BL[:, 1:] == segments_BL[:, :-1]) & (segments_BL[:, 1:] != 0)
-    flat = chosen_logprobs(hidden_BLD[:, :-1].reshape(B * (L - 1), -1), ids_BL[:, 1:].reshape(-1), model.unembed())
-    inside = jnp.where(counted, flat.reshape(B, L - 1), 0.0)
-    return jnp.pad(inside, ((0, 0), (1, 0)))
-
-
-@jax.custom_vjp
-def chosen_logprobs(hidden_TD: jax.Array, targets_T: jax.Array, head_VD: jax.Array) -> jax.Array:
-    """log softmax(hidden head^T)[targets] [T] float32, with the logits of one chunk of tokens at a time.
-
-    A token's log-probability depends on its own hidden state alone, so what it changes there, head[target] - sum(p *
-    head), is found in the forward pass, while the logits are at hand, and multiplied by what comes back: the head's
-    products are made twice, not three times. Only the gradient of a head that is trained makes the logits again.
-    """
-
-    return in_chunks(lambda *chunk: logits_and_logprobs(*chunk, head_VD)[1], len(head_VD), hidden_TD, targets_T)
-
-
-def logits_and_logprobs(hidden_CD, targets_C, head_VD):
-    """Logits [C, V] in float32, log-probabilities of the targets [C], and log of the sum of all exp(logits) [C]."""
-    logits_CV = jnp.einsum("cd,vd->cv", hidden_CD, head_VD, preferred_element_type=jnp.float32)
-    logsum_C = jax.nn.logsumexp(logits_CV, axis=-1)
-    return logits_CV, jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0] - logsum_C, logsum_C
-
-
-def in_chunks(function, vocabulary: int, *arrays: jax.Array):
-    """`function` of arrays [T, ...], for as many of the T at a time as `LOGITS_PER_CHUNK` allows."""
-    tokens = len(arrays[0])
-    chunks = -(-tokens * vocabulary // LOGITS_PER_CHUNK)
-    size = -(-tokens // chunks)
-    cut = [
-        jnp.pad(x, [(0, chunks * size - tokens)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, size, *x.shape[1:])
-        for x in arrays
-    ]
-    made = jax.lax.map(lambda chunk: function(*chunk), tuple(cut))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:tokens], made)
-
-
-def _chosen_forward(hidden_TD, targets_T, head_VD):
-    def both(hidden_CD, targets_C):
-        logits_CV, logprobs_C, logsum_C = logits_and_logprobs(hidden_CD, targets_C, head_VD)
-        p_CV = jnp.exp(logits_CV - logsum_C[:, None]).astype(head_VD.dtype)
-        mean_CD = jnp.einsum("cv,vd->cd", p_CV, head_VD, preferred_element_type=jnp.float32)
-        return logprobs_C, (head_VD[targets_C] - mean_CD).astype(hidden_CD.dtype)
-
-    logprobs_T, slope_TD = in_chunks(both, len(head_VD), hidden_TD, targets_T)
-    return logprobs_T, (slope_TD, hidden_TD, targets_T, head_VD)
-
-
-def _chosen_backward(residuals, d_T):
-    slope_TD, hidden_TD, targets_T, head_VD = residuals
-
-    def of_head(head_VD):
-        logprobs = jax.checkpoint(lambda *chunk: logits_and_logprobs(*chunk, head_VD)[1])
-        return in_chunks(logprobs, len(head_VD), hidden_TD, targets_T)
-
-    [d_head_VD] = jax.vjp(of_head, head_VD)[1](d_T)  # XLA leaves it out where the head is frozen
-    return (d_T[:, None] * slope_TD).astype(hidden_TD.dtype), None, d_head_VD
-
-
-chosen_logprobs.defvjp(_chosen_forward, _chosen_backward)

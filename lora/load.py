@@ -1,0 +1,161 @@
+"""Base models into JAX: tensor by tensor, quantised on the way, each device its shard; and dense ones out again."""
+
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from lora import nf4
+from lora.adapter import add_adapters, fresh_adapter, read_adapter
+from lora.checkpoint import (
+    HF_NORMS,
+    Checkpoint,
+    layer_tensor,
+    write_checkpoint,
+)
+from lora.linear import FUSED, NF4, LoRAConfig
+from lora.model import Mistral
+from lora.sharding import COLUMN, fused_order, put, spec_of
+
+Weights = Literal["nf4", "nf4-dq", "bf16", "fp32"]
+
+DTYPES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}
+
+
+def load_model(
+    base: str | Path | Checkpoint,
+    *,
+    weights: Weights = "nf4",
+    lora: LoRAConfig | None = None,
+    seed: int = 0,
+    dtype=None,
+    mesh: Mesh | None = None,
+) -> Mistral:
+    """The model of a folder, or of a Checkpoint that is open already; embeddings, head and norms are never quantised.
+
+    `weights`: linear layers in "nf4" (block 64), "nf4-dq" (double-quantised), "bf16" or "fp32". `dtype` is that of
+    activations and of what is not quantised: bfloat16 for "bf16", else float32 unless it is given. `lora` adds fresh
+    adapters drawn from `seed`. On a `mesh` each device gets its shard. Raises ValueError naming every missing,
+    unexpected or misshapen tensor, a layer whose width NF4 cannot cut into blocks of 64, or one that the mesh cannot
+    divide.
+    """
+    if weights not in ("nf4", "nf4-dq", "bf16", "fp32"):
+        raise ValueError(f"load_model got weights={weights!r}, expected 'nf4', 'nf4-dq', 'bf16' or 'fp32'.")
+    own = {"bf16": jnp.bfloat16, "fp32": jnp.float32}.get(weights)
+    dtype = np.dtype(dtype or own or jnp.float32)
+    if own not in (None, dtype):
+        raise ValueError(f"load_model got weights={weights!r} with activations in {dtype}; leave one of them out.")
+    checkpoint = base if isinstance(base, Checkpoint) else Checkpoint(base)
+    config = checkpoint.config
+    model = nnx.eval_shape(lambda: Mistral(config, rngs=nnx.Rngs(0)))
+
+    def whole(name: str) -> nnx.Param:
+        return nnx.Param(put(checkpoint.dense(name).astype(dtype), mesh, P(), name))
+
+    def stacked(ours: str) -> np.ndarray:
+        names = (layer_tensor(layer, ours) for layer in range(config.num_hidden_layers))
+        return np.stack([checkpoint.dense(name).astype(dtype) for name in names])
+
+    model.embed, model.norm = whole("model.embed_tokens.weight"), whole("model.norm.weight")
+    if not config.tie_word_embeddings:
+        model.head = whole("lm_head.weight")
+    for ours in HF_NORMS:
+        setattr(model.layers, ours, nnx.Param(put(stacked(ours), mesh, P(), ours)))
+    for name, parts in FUSED.items():
+        linear = getattr(model.layers, name)
+        if weights.startswith("nf4"):
+            check_width(checkpoint.folder, name, linear.inputs)
+            linear.quantize(read_nf4(checkpoint, name, weights == "nf4-dq", mesh))
+        else:
+            for part in parts:
+                array = put(stacked(part), mesh, spec_of(name, "weight"), part)
+                linear.weight[part] = nnx.Param(array)
+    if lora is not None:
+        add_adapters(model, lora, fresh_adapter(config, lora, seed), mesh)
+    return model
+
+
+def load_adapter(
+    model_dir: str | Path, adapter_dir: str | Path, weights: Weights = "nf4", *, dtype=None, mesh: Mesh | None = None
+) -> Mistral:
+    """The base of `model_dir` (see `load_model`) with an adapter in PEFT's layout (see `read_adapter`)."""
+    checkpoint = Checkpoint(model_dir)
+    lora, adapter = read_adapter(checkpoint, adapter_dir)
+    model = load_model(checkpoint, weights=weights, dtype=dtype, mesh=mesh)
+    add_adapters(model, lora, adapter, mesh)
+    return model
+
+
+def check_width(model_dir: str | Path, name: str, inputs: int) -> None:
+    if inputs % nf4.BLOCK:
+        raise ValueError(
+            f"{model_dir}: layer {name!r} has {inputs} inputs, but NF4 needs a multiple of {nf4.BLOCK}: make the "
+            "model's sizes multiples of it, or load it with weights='fp32'."
+        )
+
+
+def read_nf4(checkpoint: Checkpoint, name: str, double: bool, mesh: Mesh | None) -> NF4:
+    """The NF4 base of one fused linear layer of all decoder layers, on the device or spread over the mesh.
+
+    Host memory: the packed codes of the layer, and the largest tensor while it is quantised.
+    """
+    parts, layers = FUSED[name], checkpoint.config.num_hidden_layers
+    rows = [checkpoint.shapes[layer_tensor(0, part)][0] for part in parts]
+    arrays: list[np.ndarray] = []
+    for layer in range(layers):
+        stored = [checkpoint.nf4(layer_tensor(layer, part), double) for part in parts]
+        if double:  # every block of absmax keeps the mean of the tensor that it is of
+            stored = [s._replace(offset=np.full(len(s.nested), s.offset, np.float32)) for s in stored]
+        fused = [np.concatenate(field) for field in zip(*stored, strict=True) if field[0] is not None]
+        arrays = arrays or [np.empty((layers, *array.shape), array.dtype) for array in fused]
+        for array, part in zip(arrays, fused, strict=True):
+            array[layer] = part
+    devices = mesh.shape["tensor"] if mesh is not None and name in COLUMN else 1
+    if devices > 1:  # each device's rows of all parts lie together, and its blocks of absmax
+        orders = [fused_order(rows, devices)] * 2
+        if double:
+            groups = arrays[0].shape[2]
+            if any(count * groups % (devices * nf4.NESTED_BLOCK) for count in rows):
+                raise ValueError(
+                    f"{name}: {' and '.join(map(str, rows))} rows of {groups} blocks cannot be double-quantised on "
+                    f"tensor={devices}: its blocks of {nf4.NESTED_BLOCK} absmax would be cut. Use weights='nf4'."
+                )
+            orders = orders[:1] + [fused_order([n * groups // nf4.NESTED_BLOCK for n in rows], devices)] * 3
+        arrays = [array[:, order] for array, order in zip(arrays, orders, strict=True)]
+    packed, *statistics = arrays
+    fields = ("absmax_codes", "nested", "offset") if double else ("absmax",)
+    codes = to_uint4(put(packed, mesh, spec_of(name, "codes"), f"{name}.codes"))
+    placed = zip(fields, statistics, strict=True)
+    placed = {field: put(array, mesh, spec_of(name, field), f"{name}.{field}") for field, array in placed}
+    return NF4(codes, placed.pop("absmax", None), **placed)
+
+
+@jax.jit
+def to_uint4(packed: jax.Array) -> jax.Array:
+    """uint4 codes [N, O, G, 64] of packed uint8 [N, O, G, 32]."""
+    halves = packed[..., None] >> jnp.array([4, 0], jnp.uint8) & 15
+    return halves.astype(jnp.uint4).reshape(*packed.shape[:-1], -1)
+
+
+def save_model(model: Mistral, model_dir: str | Path) -> None:
+    """Writes `config.json` and `model.safetensors` (float32) as `MistralForCausalLM.from_pretrained` reads them.
+
+    Dense weights without an adapter only: raises ValueError otherwise, because either would be lost.
+    """
+    for name in FUSED:
+        linear = getattr(model.layers, name)
+        if linear.quantized or linear.a:
+            raise ValueError(f"save_model got a quantised or adapted {name!r}, expected dense weights only.")
+    tensors = {"model.embed_tokens.weight": model.embed, "model.norm.weight": model.norm}
+    tensors |= {} if model.head is None else {"lm_head.weight": model.head}
+    stacks = {part: getattr(model.layers, name).weight[part] for name, parts in FUSED.items() for part in parts}
+    stacks |= {name: getattr(model.layers, name) for name in HF_NORMS}
+    tensors |= {layer_tensor(i, ours): x[i] for ours, x in stacks.items() for i in range(len(x))}
+    arrays = ((name, np.asarray(array[...], np.float32)) for name, array in tensors.items())
+    write_checkpoint(model_dir, arrays, model.config.to_json())
