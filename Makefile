@@ -26,14 +26,14 @@ bench: .venv/test.done
 	set -e; for script in bench/[a-z]*.py; do echo "== $$script"; python -m bench.$$(basename $$script .py); done
 
 base: .venv/run.done
-	python models/pretrain.py $(ARGS)
+	python -m models.pretrain $(ARGS)
 
 base-webshop: .venv/run.done
-	python models/pretrain.py --env webshop --out models/tiny-webshop --vocabulary 6144 \
+	python -m models.pretrain --env webshop --out models/tiny-webshop --vocabulary 6144 \
 	  --width 192 --heads 4 2 64 --rope-theta 1e8 --generated 3000 --generated-share 0.5 --world-weight 0.1 --careless 0.45 --tokens 20000000 $(ARGS)
 
 base-neutral: .venv/run.done
-	python models/pretrain.py --env neutral --out models/tiny-neutral --vocabulary 2048 \
+	python -m models.pretrain --env neutral --out models/tiny-neutral --vocabulary 2048 \
 	  --heads 4 2 64 --rope-theta 1e8 --actre-share 0 --world-weight 0.1 --tokens 4000000 $(ARGS)
 
 # A stamp is newer than what it was made from, so nothing is installed twice.
@@ -41,6 +41,6 @@ base-neutral: .venv/run.done
 	PYTHON=$(PYTHON) ./install.sh requirements.txt
 	touch $@
 
-.venv/test.done: requirements-test.txt .venv/run.done
-	PYTHON=$(PYTHON) ./install.sh requirements-test.txt
+.venv/test.done: requirements/test.txt .venv/run.done
+	PYTHON=$(PYTHON) ./install.sh requirements/test.txt
 	touch $@

@@ -11,8 +11,8 @@ Writes <run>/round_<k>/evaluate/{trajectories.jsonl,scores.json}, in the place o
 What is played is in the last folder's name: evaluate (ALFWorld as it is), evaluate_P1, evaluate_webshop,
 evaluate_best_of_10. Best-of-rounds counts a task that any round so far has won: an oracle over as many attempts,
 comparable with pass@k only.
-Writes <run>/report.html at the end: all scores of the run, with trajectories to look at (report.py).
-Left out: figures and tables (scores.py).
+Writes <run>/report.html at the end: all scores of the run, with trajectories to look at (artifacts/report.py).
+Left out: figures and tables (artifacts/scores.py).
 """
 
 from __future__ import annotations

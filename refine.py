@@ -4,12 +4,12 @@
     python refine.py --server.url URL --server.model NAME --count 40       # a language model as the teacher
     python refine.py --verify FILE                    # judge a JSONL of {"script", "turns"}, one verdict a line
 
-The procedural teacher (teacher.py) samples worlds and plays them by their rules. A language model is given a persona,
+The procedural teacher (agentrefine/) samples worlds and plays them by their rules. A language model is given a persona,
 writes a script, an environment with a goal and actions, and then plays it as both DM and Player. Whoever wrote it, only
-what the verifier accepts is kept (verify.py): at least two mistakes that are followed by another try, and the goal.
+what the verifier accepts is kept: at least two mistakes that are followed by another try, and the goal.
 What a model got right before its first fault is kept, and it goes on from there, within a number of calls per persona.
 Writes <run>/refine/trajectories.jsonl, in which `errors` of a turn says what it did wrong; train_pg.py --inputs trains
-on it, conversations.py exports it.
+on it, agentrefine/conversations.py exports it.
 Left out: worlds that are scored (envs/synthetic/world.py), the judgement of mistakes by a second model.
 """
 

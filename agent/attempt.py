@@ -1,9 +1,9 @@
 """One attempt at one task: a ReAct session, and beside it an ActRe session with the sampling rule of A3T.
 
 An attempt is a generator: it yields what it waits for, an ask of a policy or a world in a process of its own, and is
-sent what has come, so that it reads top to bottom while many others are played beside it (agent.py).
+sent what has come, so that it reads top to bottom while many others are played beside it (agent/loop.py).
 
-Left out: who answers (policy.py), what becomes of the trajectory (the stages), text and tokens (trajectory.py).
+Left out: who answers (policy.py), what becomes of the trajectory (the stages), text and tokens (artifacts/).
 """
 
 from __future__ import annotations

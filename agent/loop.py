@@ -1,4 +1,4 @@
-"""The play loop: runs many attempts (attempt.py) concurrently, for rollout.py, actre.py and evaluate.py.
+"""The play loop: runs many attempts (agent/attempt.py) concurrently, for rollout.py, actre.py and evaluate.py.
 
     loop = PlayLoop(jobs, settings, make_world, react)
     for trajectory in loop:
@@ -7,7 +7,7 @@
 
 Each pass collects finished replies and world steps, resumes the attempts waiting for them, and blocks only when nothing
 can progress. So the model sees full batches, and no attempt waits for another.
-Left out: the steps of one attempt (attempt.py), what becomes of a trajectory (the stages).
+Left out: the steps of one attempt (agent/attempt.py), what becomes of a trajectory (the stages).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ frees it. Text is only ever appended, so the ids of a session are never tokenise
 what is trained on.
 
     LocalPolicy     a JAX model (lora/engine.py), with or without an adapter
-    ServerPolicy    any OpenAI-compatible server (server.py)
+    ServerPolicy    any OpenAI-compatible server (agent/server.py)
     ScriptedPolicy  a demonstration or a replay
 
 A prompt (prompts/) is an example that stands before every session and is no part of it: what is trained on is the

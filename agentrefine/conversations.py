@@ -3,8 +3,8 @@
     {"id": "...", "conversations": [{"from": "human", "loss": false, "value": "<the world, the goal, the actions>"},
                                     {"from": "gpt", "loss": true, "value": "Thought: ...\\nAction: ..."}, ...]}
 
-    python conversations.py --export runs/a3t/refine --out refine.jsonl
-    python conversations.py --import refine-32k.jsonl --out runs/a3t/refine-32k   # then train_pg.py --inputs
+    python -m agentrefine.conversations --export runs/a3t/refine --out refine.jsonl
+    python -m agentrefine.conversations --import refine-32k.jsonl --out runs/refine-32k   # then train_pg.py --inputs
 
 Export takes successes only; turns with `errors` get "loss": false. A conversation ends with gpt, as chat trainers want
 it, so what the world said last is not in it; nor are the kind of a mistake, rewards, seeds.

@@ -1,7 +1,7 @@
 """How diverse are the thoughts in trajectories? Compares any trajectories.jsonl files: figures, clusters, a picture.
 
-    python diversity.py runs/a/refine/trajectories.jsonl runs/b/round_0/rollout/trajectories.jsonl
-    python diversity.py FILE FILE FILE --picture thoughts.svg
+    python -m agentrefine.diversity runs/a/refine/trajectories.jsonl runs/b/round_0/rollout/trajectories.jsonl
+    python -m agentrefine.diversity FILE FILE FILE --picture thoughts.svg
 
 Of each file as many thoughts are drawn as the smallest one has, because every figure here depends on that number.
 - distinct: different thoughts / all thoughts.
@@ -10,7 +10,7 @@ Of each file as many thoughts are drawn as the smallest one has, because every f
   to 50 dimensions): how many hold at least 1 % of the file's thoughts, and exp(entropy), their effective number.
 The picture has a panel for each file, t-SNE of the same 50 dimensions (AgentRefine shows such a projection of a text
 embedding, which it does not name). Prints a table and, as the last line, one JSON object.
-Needs scikit-learn and matplotlib: pip install -r requirements-analysis.txt.
+Needs scikit-learn and matplotlib: pip install -r requirements/analysis.txt.
 Left out: neural embeddings, so that nothing is downloaded; synonyms count as different words.
 
 Shapes: N thoughts of all files, K dimensions.
@@ -150,7 +150,7 @@ def main(args: Args) -> None:
         found, points_NK = compare(args)
         draw(points_NK, [entry["file"] for entry in found["files"]], args.picture, draw_seed(args.seed, "diversity"))
     except ImportError as error:
-        raise ValueError(f"{error}; run: pip install -r requirements-analysis.txt") from error
+        raise ValueError(f"{error}; run: pip install -r requirements/analysis.txt") from error
     columns = ("thoughts", "distinct", "distinct_1", "distinct_2", "distinct_3", "clusters", "effective_clusters")
     print(" ".join(f"{column:>11}" for column in columns) + "  file")
     for entry in found["files"]:

@@ -6,7 +6,7 @@ does what a hasty player would do instead: writes the command in another form or
 what is elsewhere (place), or skips a condition (logic). The world refuses, and the next thought says why and goes on.
 A mistake changes nothing, so the steps are those of the play without mistakes.
 
-Left out: records and files (refine.py), whether a trajectory is good enough (verify.py).
+Left out: records and files (refine.py), whether a trajectory is good enough (agentrefine/verify.py).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def told(task_id: str) -> str:
 
 
 def script_of(task_id: str) -> dict:
-    """The world as AgentRefine's scripts describe one (verify.py)."""
+    """The world as AgentRefine's scripts describe one (agentrefine/verify.py)."""
     spec = spec_of(task_id)
     places = {
         place: {"closed": place in spec.boxes, "holds": sorted(n for n, p in spec.lies.items() if p == place)}

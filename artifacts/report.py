@@ -1,6 +1,6 @@
 """A run's report: one HTML file with every score, its interval, and trajectories to look at. evaluate.py writes it.
 
-    python report.py --run runs/a3t          # again, from what is there
+    python -m artifacts.report --run runs/a3t          # again, from what is there
 
 Everything is in the file, so it can be sent by itself; only the links to trajectories.jsonl need the run beside it.
 Reads scores.json, trajectories.jsonl and evaluate_all*.json of evaluations that are finished; writes <run>/report.html.

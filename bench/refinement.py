@@ -64,7 +64,7 @@ def data_of(args: Args, arm: str, seed: int) -> list[Path]:
     found, count = [], args.count // 2 if arm == "both" else args.count
     folder = args.runs / f"data_{count}_{seed}"
     if arm in ("demo", "both"):
-        run("models/demonstrations.py", "--out", folder / "demo", "--count", count, "--seed", seed)
+        run("-m", "models.demonstrations", "--out", folder / "demo", "--count", count, "--seed", seed)
         found.append(folder / "demo")
     if arm != "demo":
         run("refine.py", "--run", folder, "--count", count, "--seed", seed)

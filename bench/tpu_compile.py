@@ -3,7 +3,7 @@
 Compiles, on Mistral-7B's shape and from descriptions of the arrays alone, the step of train_pg.py and a chunk of the
 sampler's decoding, 64 slots beside a shared prefix. Prints the memory that the compiler assigns, the floor that physics
 sets (the base, 16-bit embeddings and head, the adapter; Adam's moments, or the keys and values of the cache), every
-kind of all-gather, and whether a decoded weight ever lies in memory. Needs libtpu (requirements-test.txt), no TPU; one
+kind of all-gather, and whether a decoded weight ever lies in memory. Needs libtpu (requirements/test.txt), no TPU; one
 process at a time.
 
     python -m bench.tpu_compile

@@ -7,9 +7,9 @@ with their image, of which one command makes several. Jericho's games are those 
 TextWorld compiles.
 Left out: memory; worlds whose packages are not installed are named and passed over.
 
-Run: pip install -r requirements-worlds.txt pddlgym==0.0.7    (pddlgym brings matplotlib, scikit-image and an old gym)
+Run: pip install -r requirements/worlds.txt pddlgym==0.0.7    (pddlgym brings matplotlib, scikit-image and an old gym)
      python -m bench.worlds    (two minutes; --worlds scienceworld takes 45)
-     pip install -r requirements-test.txt    (brings TextWorld, for --worlds jericho: two minutes)
+     pip install -r requirements/test.txt    (brings TextWorld, for --worlds jericho: two minutes)
 """
 
 from __future__ import annotations

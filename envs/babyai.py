@@ -91,7 +91,7 @@ class BabyAI:
             import gymnasium
             import minigrid
         except ImportError as error:
-            why = f"env 'babyai' needs minigrid ({error}): pip install -r requirements-worlds.txt"
+            why = f"env 'babyai' needs minigrid ({error}): pip install -r requirements/worlds.txt"
             raise ImportError(why) from error
         self._make = gymnasium.make
         self.facts = {"minigrid": minigrid.__version__}

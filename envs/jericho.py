@@ -96,7 +96,7 @@ class Jericho:
         try:
             import jericho
         except ImportError as error:
-            why = f"env 'jericho' needs jericho ({error}): pip install -r requirements-worlds.txt"
+            why = f"env 'jericho' needs jericho ({error}): pip install -r requirements/worlds.txt"
             raise ImportError(why) from error
         given = data or os.environ.get("JERICHO_GAMES")
         files = sorted(Path(given).expanduser().glob("*.z[1-8]")) if given else []

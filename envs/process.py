@@ -10,7 +10,7 @@ when the program that wanted it is gone, however that ended.
     ready([world], timeout=60)
     good, opening = world.answer()
 
-Left out: playing again what failed (agent.py).
+Left out: playing again what failed (agent/loop.py).
 """
 
 import contextlib

@@ -119,7 +119,7 @@ class ScienceWorld:
         if missing:
             raise ImportError(
                 f"env 'scienceworld' needs {' and '.join(missing)}: pip install -r "
-                "requirements-worlds.txt, and a Java runtime of version 8 or later on the PATH (Debian: "
+                "requirements/worlds.txt, and a Java runtime of version 8 or later on the PATH (Debian: "
                 "apt install default-jre-headless)"
             )
         self.facts = {"scienceworld": importlib.metadata.version("scienceworld"), "simplifications": SIMPLE}

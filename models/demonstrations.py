@@ -1,6 +1,6 @@
 """Writes demonstrations of ALFWorld games, real ones where they are and generated ones, as a finished stage.
 
-    python models/demonstrations.py --out runs/refine/demo --count 600
+    python -m models.demonstrations --out runs/refine/demo --count 600
     python train_pg.py --run runs/refine --inputs runs/refine/demo
 
 By the scripted demonstrator; no panel's game is among them. Openings end with the list of commands, as with
@@ -11,7 +11,6 @@ Left out: ActRe, careless players (models/pretrain.py learns from those).
 from __future__ import annotations
 
 import itertools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +18,12 @@ import msgspec
 import tyro
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules lie beside models/
-
 from artifacts.stage import Stage, run_main
 from artifacts.trajectory import write_file
 from envs.alfworld.engine import COMMANDS
 from envs.wording import told_commands
-from models import alfworld_lessons, pretrain
+from models.corpus import alfworld
+from models.corpus.args import CorpusArgs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +40,8 @@ def main(args: Args) -> None:
     stage = Stage(args.out, args, {})
     if stage.finished:
         return
-    lessons = pretrain.Args(generated=args.count, displaced=(0.0,), careless=(0.0,), seed=args.seed)
-    games = itertools.islice(alfworld_lessons.demonstrations(lessons), args.count)
+    corpus = CorpusArgs(generated=args.count, displaced=(0.0,), careless=(0.0,), seed=args.seed)
+    games = itertools.islice(alfworld.demonstrations(corpus), args.count)
     trajectories = []
     for number, game in enumerate(tqdm(games, total=args.count, unit="game")):
         opening = told_commands(game.first_observation, COMMANDS["0.4"])

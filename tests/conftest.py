@@ -16,7 +16,7 @@ def base_dir(tmp_path_factory):
     """A random base in Hugging Face layout, saved by us."""
     from lora.load import save_model
     from lora.model import Mistral
-    from tests.helpers import TINY
+    from tests.support.helpers import TINY
 
     folder = tmp_path_factory.mktemp("base")
     save_model(Mistral(TINY, rngs=nnx.Rngs(0)), folder)

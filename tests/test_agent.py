@@ -19,7 +19,7 @@ from envs.webshop import demonstrator as webshop_demonstrator
 from envs.webshop.generate import ensure_catalogue
 from envs.webshop.world import WebShop
 from prompts.make import SHOWN, examples
-from tests.rooms import TASK, Room
+from tests.support.rooms import TASK, Room
 
 
 def settings(**changes):

@@ -18,7 +18,7 @@ from envs.alfworld import world as alfworld
 from envs.alfworld.engine import Game, names_of
 from envs.alfworld.index import load_index, task_type
 from envs.alfworld.world import AlfWorld
-from tests.hand_game import GOALS, PLACES, problem, write_game
+from tests.support.hand_game import GOALS, PLACES, problem, write_game
 
 ROOT = Path(__file__).parents[1]
 REAL = os.environ.get("ALFWORLD_DATA")

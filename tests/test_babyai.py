@@ -9,7 +9,7 @@ import pytest
 
 from envs.panel import read_panel
 
-pytest.importorskip("minigrid", reason="minigrid is not installed (requirements-worlds.txt)")
+pytest.importorskip("minigrid", reason="minigrid is not installed (requirements/worlds.txt)")
 
 from minigrid.core.world_object import Ball, Box, Door, Key  # noqa: E402
 
@@ -141,5 +141,5 @@ def test_nothing_but_json_is_printed():
 
 def test_without_minigrid_one_is_told_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "minigrid", None)
-    with pytest.raises(ImportError, match=r"needs minigrid .*: pip install -r requirements-worlds.txt"):
+    with pytest.raises(ImportError, match=r"needs minigrid .*: pip install -r requirements/worlds.txt"):
         BabyAI()

@@ -11,8 +11,8 @@ from agentrefine import verify
 from agentrefine.conversations import ANSWER_FORM, Args, Conversation, Message, main, to_conversation, to_trajectory
 from artifacts.stage import StageError
 from artifacts.trajectory import read_trajectories, write_file
-from tests.helpers import trajectory, turn
-from tests.planted_refine import kitchen, shell
+from tests.support.helpers import trajectory, turn
+from tests.support.planted_refine import kitchen, shell
 
 REFINE = {
     "id": "refine_17",

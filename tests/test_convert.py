@@ -20,7 +20,7 @@ from lora.convert import Args, main
 from lora.linear import FUSED, TARGETS, LoRAConfig, gathered
 from lora.load import load_adapter, load_model, save_model
 from lora.model import Mistral
-from tests.helpers import TINY, byte_tokenizer, logits_of, random_ids, with_random_adapter
+from tests.support.helpers import TINY, byte_tokenizer, logits_of, random_ids, with_random_adapter
 
 ALL = LoRAConfig(rank=4, alpha=12.0, targets=TARGETS)
 

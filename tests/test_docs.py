@@ -1,38 +1,29 @@
-"""What is written must hold: README commands parse, every flag is read, names in the README exist."""
+"""What is written must hold: commands of README and docs/ parse, every flag is read, files named there exist."""
+
+from __future__ import annotations
 
 import ast
-import importlib.util
+import importlib
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tyro
 
+from tests.support.imports import imports_of, python_files
+
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-SCRIPTS = sorted(
-    p
-    for p in ROOT.glob("**/*.py")
-    if not {".venv", "runs", "data", "tests"} & set(p.relative_to(ROOT).parts)
-    and re.search(r"class (Play)?Args\b", p.read_text())
-)
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
+SCRIPTS = [file for file in python_files(ROOT) if re.search(r"^class \w*Args\b", (ROOT / file).read_text(), re.M)]
 
 
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def readme_commands() -> list[list[str]]:
-    """Every `python ...` command of the README's code blocks, as words."""
+def shell_commands(page: Path) -> list[list[str]]:
+    """Every `python ...` command of a page's bash blocks, as words."""
     found = []
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S):
-        for line in block.split("\n"):
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S):
+        for line in block.replace("\\\n", " ").split("\n"):
             for command in line.split("#")[0].split("&&"):
                 words = shlex.split(command)
                 while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
@@ -43,37 +34,38 @@ def readme_commands() -> list[list[str]]:
 
 
 def test_the_readme_has_the_loop():
-    assert ["rollout.py"] in readme_commands() and ["train_pg.py"] in readme_commands()
-    assert "make run" in README and "make test" in README
+    commands = shell_commands(ROOT / "README.md")
+    assert ["rollout.py"] in commands and ["train_pg.py"] in commands
+    assert "make run" in (ROOT / "README.md").read_text() and "make test" in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
-def test_readme_commands_parse(words):
-    path = ROOT / (words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0])
-    tyro.cli(load(path).Args, args=words[2:] if words[0] == "-m" else words[1:])
+@pytest.mark.parametrize("words", [words for page in PAGES for words in shell_commands(page)], ids=" ".join)
+def test_commands_parse(words):
+    module, rest = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
+    tyro.cli(importlib.import_module(module).Args, args=rest)
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_every_flag_has_a_sentence_and_is_read(path):
-    text = path.read_text()
-    body = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name in ("Args", "PlayArgs")).body
-    # What stages share is read in them too, and some of a script's flags in modules of its own.
-    elsewhere = {
-        "agent.py": ("rollout.py", "actre.py", "evaluate.py"),
-        "train_pg.py": ("examples.py",),
-        "pretrain.py": ("models/alfworld_lessons.py",),
-    }
-    others = ("agent.py",) if "(PlayArgs)" in text else elsewhere.get(path.name, ())
-    text += "".join((ROOT / name).read_text() for name in others)
-    fields = [
-        (node.target.id, body[i + 1] if i + 1 < len(body) else None)
-        for i, node in enumerate(body)
-        if isinstance(node, ast.AnnAssign)
+@pytest.mark.parametrize("file", SCRIPTS)
+def test_every_flag_has_a_sentence_and_is_read(file):
+    """In its own file, or in one that it imports or that imports it."""
+    readers = [
+        file,
+        *imports_of(ROOT, file),
+        *(other for other in python_files(ROOT) if file in imports_of(ROOT, other)),
     ]
-    assert fields
-    for name, after in fields:
-        assert re.search(rf"\bargs\.{name}\b", text), f"{path.name}: --{name} is never read"
-        assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), f"{path.name}: --{name}: no help"
+    text = "\n".join((ROOT / reader).read_text() for reader in readers)
+    for cls in ast.parse((ROOT / file).read_text()).body:
+        if not (isinstance(cls, ast.ClassDef) and cls.name.endswith("Args")):
+            continue
+        fields = [
+            (node.target.id, cls.body[i + 1] if i + 1 < len(cls.body) else None)
+            for i, node in enumerate(cls.body)
+            if isinstance(node, ast.AnnAssign)
+        ]
+        assert fields
+        for name, after in fields:
+            assert re.search(rf"\bargs\.{name}\b", text), f"{file}: --{name} is never read"
+            assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), f"{file}: --{name}: no help"
 
 
 def test_run_sh_passes_only_flags_that_exist():
@@ -89,13 +81,16 @@ def test_run_sh_passes_only_flags_that_exist():
     for array, stages in given.items():
         flags = set(re.findall(r"--([a-z-]+)", " ".join(re.findall(rf"\b{array}\+?=\(([^)]*)\)", text))))
         for stage in stages.split():
-            fields = {f.replace("_", "-") for f in load(ROOT / f"{stage}.py").Args.__dataclass_fields__}
+            fields = {f.replace("_", "-") for f in importlib.import_module(stage).Args.__dataclass_fields__}
             assert flags <= fields, f"run.sh: {flags - fields} is no flag of {stage}.py"
 
 
-def test_files_named_in_the_readme_exist():
-    for name in re.findall(r"`([\w/.-]+\.(?:py|sh|md))`", README):
-        assert (ROOT / name).exists() or (ROOT / "models" / name).exists(), name
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_named_in_a_page_exist(page):
+    if page.name == "log.md":  # a diary: names of its day
+        return
+    for name in re.findall(r"`([\w/.-]+\.(?:py|sh|md|txt))`", page.read_text()):
+        assert (ROOT / name).exists() or (ROOT / "docs" / name).exists(), f"{page.name} names {name}"
 
 
 def test_shell_scripts_parse():

@@ -22,7 +22,7 @@ from lora.load import load_model, save_model
 from lora.logprobs import token_logprobs
 from lora.model import Mistral
 from lora.tokenizer import encode_piece, load_tokenizer
-from tests.helpers import trajectory, with_random_adapter
+from tests.support.helpers import trajectory, with_random_adapter
 
 TINY = Config(
     vocab_size=61,

@@ -152,7 +152,7 @@ def test_one_is_told_what_is_missing(games, tmp_path, monkeypatch):
     (Path(games) / "bad.z5").write_bytes(b"?")
     with pytest.raises(ValueError, match="does not know .*bad.z5"):
         Jericho(games).reset("jericho_all/bad")
-    with monkeypatch.context() as hidden, pytest.raises(ImportError, match="needs jericho .*requirements-worlds.txt"):
+    with monkeypatch.context() as hidden, pytest.raises(ImportError, match="needs jericho .*requirements/worlds.txt"):
         hidden.setitem(sys.modules, "jericho", None)
         Jericho(games)
 

@@ -8,8 +8,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora import attention, nf4
-from lora import model as mistral
+from lora import attention, logprobs, nf4
 from lora.checkpoint import HF_NAMES
 from lora.config import Config
 from lora.linear import FUSED, NF4, TARGETS, LoRAConfig, LoRAParam, adapter_matmul, drop, nf4_matmul
@@ -18,7 +17,7 @@ from lora.logprobs import token_logprobs
 from lora.model import Mistral
 from lora.sharding import make_mesh
 from lora.train_step import Batch, initial_state, make_update
-from tests.helpers import TINY, logits_of, random_ids, with_random_adapter
+from tests.support.helpers import TINY, logits_of, random_ids, with_random_adapter
 from train_pg import objective
 
 ALL = LoRAConfig(rank=4, alpha=12.0, targets=TARGETS)
@@ -266,7 +265,7 @@ def test_chunked_logits_and_remat_change_nothing(monkeypatch):
         return jax.jit(loss)(params)
 
     whole, gradient = value_and_grad()
-    monkeypatch.setattr(mistral, "LOGITS_PER_CHUNK", 7 * TINY.vocab_size)
+    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 7 * TINY.vocab_size)
     chunked, chunked_gradient = value_and_grad(remat="full")
     assert abs(whole - chunked) < 1e-3
     for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(chunked_gradient), strict=True):

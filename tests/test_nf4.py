@@ -9,7 +9,7 @@ import pytest
 
 from lora import nf4
 
-GOLDEN = Path(__file__).with_name("golden_nf4.json")
+GOLDEN = Path(__file__).with_name("support") / "golden_nf4.json"
 
 
 def nf4_cases() -> dict[str, np.ndarray]:

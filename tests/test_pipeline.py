@@ -22,7 +22,7 @@ from artifacts.scores import directory_name
 from artifacts.stage import StageError, read_json, round_directory
 from artifacts.trajectory import read_trajectories, to_line
 from lora.tokenizer import load_tokenizer
-from tests.helpers import write_tiny_model
+from tests.support.helpers import write_tiny_model
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"slots": 8, "context": 1024, "max_turns": 14}

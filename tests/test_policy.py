@@ -16,7 +16,7 @@ from artifacts.trajectory import read_trajectories
 from lora.engine import Engine
 from lora.load import load_model
 from lora.tokenizer import encode_piece, load_tokenizer
-from tests.helpers import byte_tokenizer, write_tiny_model
+from tests.support.helpers import byte_tokenizer, write_tiny_model
 
 EXAMPLE, OPENING, MORE = "Observation: an example.\n\n", "Observation: a room.\nAction:", "Observation: OK.\nAction:"
 

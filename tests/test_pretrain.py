@@ -22,20 +22,12 @@ from lora.config import Config
 from lora.logprobs import token_logprobs
 from lora.model import Mistral
 from models import demonstrations as demonstrations_stage
-from models import neutral_lessons, webshop_lessons
-from models.alfworld_lessons import SPLIT, demonstrations, sources
-from models.pretrain import (
-    Args,
-    batches,
-    copy_what_came_before,
-    embeddings,
-    match_like_with_like,
-    through_nf4,
-    train_tokenizer,
-    train_tokenizer_blanks_last,
-    weighted,
-)
-from tests.helpers import trajectory
+from models.corpus import neutral, webshop
+from models.corpus.alfworld import PRETOKENIZER, demonstrations, sources
+from models.initial_weights import copy_what_came_before, embeddings, match_like_with_like
+from models.pretrain import Args, batches, through_nf4, weighted
+from models.tokenizer import train_tokenizer, train_tokenizer_blanks_last
+from tests.support.helpers import trajectory
 
 
 @pytest.fixture
@@ -85,7 +77,7 @@ def test_random_actions_are_explained_but_not_imitated():
 
 def test_a_numbered_thing_is_one_token_and_starts_near_its_type():
     lines = ["You see a mug 1, a mug 2, and a soap bar.\n", "I need a mug, and the mug 2 is here.\n"]
-    tokenizer = train_tokenizer(50 * lines, 400, SPLIT)
+    tokenizer = train_tokenizer(50 * lines, 400, PRETOKENIZER)
     assert " mug 2" in [tokenizer.decode([i]) for i in tokenizer.encode(lines[1]).ids]
     assert tokenizer.decode(tokenizer.encode("größe\u2028").ids) == "größe\u2028"
     table, plain, numbered = embeddings(tokenizer, 256, np.random.default_rng(0))
@@ -201,7 +193,7 @@ def test_the_base_is_trained_through_the_nf4_that_it_is_used_in():
 def test_the_same_seed_makes_the_same_batches(generated_only):
     args = Args(generated=30)
     texts = [text_of(react_segments(t)) for t in itertools.islice(demonstrations(args), 20)]
-    tokenizer = train_tokenizer(texts, 400, SPLIT)
+    tokenizer = train_tokenizer(texts, 400, PRETOKENIZER)
     first, again = (list(itertools.islice(batches(args, tokenizer), 2)) for _ in range(2))
     for one, other in zip(first, again, strict=True):
         assert all((a == b).all() for a, b in zip(one, other, strict=True))
@@ -213,7 +205,7 @@ def test_the_same_seed_makes_the_same_batches(generated_only):
 
 @pytest.fixture(scope="module")
 def shopping() -> list:
-    return list(itertools.islice(webshop_lessons.demonstrations(Args(env="webshop", generated=1000)), 200))
+    return list(itertools.islice(webshop.demonstrations(Args(env="webshop", generated=1000)), 200))
 
 
 def test_no_goal_of_a_panel_is_bought_and_players_are_of_uneven_skill(shopping):
@@ -225,9 +217,9 @@ def test_no_goal_of_a_panel_is_bought_and_players_are_of_uneven_skill(shopping):
 def test_a_reworded_purchase_can_be_read_as_the_first_one_could(shopping):
     others = "alpha beta gamma delta epsilon zeta".split()
     made_up = {one[: -(-len(one) // 2)] + other[len(other) // 2 :] for one in others for other in others}
-    known, found = {*others, *made_up, *webshop_lessons.KEPT}, set()
+    known, found = {*others, *made_up, *webshop.KEPT}, set()
     for bought in [t for t in shopping if len(t.turns) > 3][:20]:
-        changed = webshop_lessons.reworded(bought, others, np.random.default_rng(0))
+        changed = webshop.reworded(bought, others, np.random.default_rng(0))
         page, numbers = changed.first_observation, set()
         for old, new in zip(bought.turns, changed.turns, strict=True):
             kind, _, argument = new.action.partition("[")
@@ -236,12 +228,12 @@ def test_a_reworded_purchase_can_be_read_as_the_first_one_could(shopping):
                 assert argument[:-1].lower() in page.lower()
             page = new.observation
             assert page.count(" [SEP] ") == old.observation.count(" [SEP] ")
-            ids = [set(re.findall(webshop_lessons.ASIN, text)) for text in (old.observation, page)]
+            ids = [set(re.findall(webshop.ASIN, text)) for text in (old.observation, page)]
             assert len(ids[0]) == len(ids[1]) and not ids[0] & ids[1]
             words = re.findall("(?<![A-Za-z])[A-Za-z][a-z]{2,}(?![A-Za-z])", page)
             assert {word.lower() for word in words} <= known
             found |= {word.lower() for word in words}
-            digits = [re.findall(r"\d", re.sub(webshop_lessons.ASIN, "", text)) for text in (old.observation, page)]
+            digits = [re.findall(r"\d", re.sub(webshop.ASIN, "", text)) for text in (old.observation, page)]
             numbers |= set(zip(*digits, strict=True))
         assert re.search(r"Back to Search \[SEP\] Page \d \(Total results: ", changed.turns[0].observation)
         assert len(numbers) == len({one for one, _ in numbers}) == len({other for _, other in numbers}) > 4
@@ -258,7 +250,7 @@ def test_a_careless_word_weighs_more_where_there_are_options_to_choose(shopping)
 
 
 def test_a_product_and_an_option_have_the_same_ids_on_a_page_and_in_an_action(shopping):
-    tokenizer = train_tokenizer([text_of(react_segments(t)) for t in shopping], 3000, webshop_lessons.SPLIT)
+    tokenizer = train_tokenizer([text_of(react_segments(t)) for t in shopping], 3000, webshop.PRETOKENIZER)
     said = {
         "G872A6BC19": (" [SEP] G872A6BC19 [SEP] A", " act[click[G872A6BC19]]\n"),
         " (2 pack)": (" [SEP] 12 inch (2 pack) [SEP] A", " think[I need 12 inch (2 pack), it is"),
@@ -272,10 +264,10 @@ def test_a_product_and_an_option_have_the_same_ids_on_a_page_and_in_an_action(sh
 
 def test_a_word_has_the_same_tokens_with_and_without_a_blank_before_it(shopping):
     texts = [text_of(react_segments(t)) for t in shopping]
-    tokenizer = train_tokenizer_blanks_last(texts, 2000, webshop_lessons.SPLIT)
+    tokenizer = train_tokenizer_blanks_last(texts, 2000, webshop.PRETOKENIZER)
     assert tokenizer.get_vocab_size() <= 2000
     clicked = {turn.action[len("click[") : -1] for t in shopping for turn in t.turns if turn.action.startswith("click")}
-    options, joined = [name for name in clicked if not re.fullmatch(webshop_lessons.ASIN, name)], 0
+    options, joined = [name for name in clicked if not re.fullmatch(webshop.ASIN, name)], 0
     for name in options:
         there, copied = (tokenizer.encode(before + name + after).tokens for before, after in ((" ", " ["), ("[", "]")))
         there, copied = there[: len(copied) - 2], copied[1:-1]
@@ -296,7 +288,7 @@ def test_what_a_thought_says_of_an_option_weighs_more(shopping):
 
 
 def test_the_neutral_base_sees_worlds_and_no_solutions():
-    walks = list(itertools.islice(neutral_lessons.demonstrations(Args(env="neutral", generated=40)), 80))
+    walks = list(itertools.islice(neutral.demonstrations(Args(env="neutral", generated=40)), 80))
     assert {walk.split for walk in walks} == {"gen_demo", "syn_train"}
     assert not excluded_ids() & {walk.task_id for walk in walks}
     assert not any(walk.success for walk in walks) and all("\n\nYou can: " in walk.first_observation for walk in walks)
@@ -305,7 +297,7 @@ def test_the_neutral_base_sees_worlds_and_no_solutions():
 
 
 def test_the_words_of_an_accepted_action_were_read_before_even_if_they_are_made_up():
-    walks = itertools.islice(neutral_lessons.demonstrations(Args(env="neutral", generated=40)), 150)
+    walks = itertools.islice(neutral.demonstrations(Args(env="neutral", generated=40)), 150)
     synthetic = [walk for walk in walks if walk.split == "syn_train"]
     for walk in synthetic:
         read = walk.first_observation

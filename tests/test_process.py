@@ -18,8 +18,8 @@ from envs import process
 from envs.alfworld.rooms import family
 from envs.alfworld.world import AlfWorld
 from envs.make import make_world
-from tests.hand_game import GOALS, write_game
-from tests.rooms import TASK, Apart, Room, Unruly, processes
+from tests.support.hand_game import GOALS, write_game
+from tests.support.rooms import TASK, Apart, Room, Unruly, processes
 
 ROOT = Path(__file__).parent.parent
 BAD = f"{TASK}bad"

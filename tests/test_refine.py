@@ -12,7 +12,7 @@ import refine
 from agent.server import Server
 from artifacts.stage import read_json
 from artifacts.trajectory import read_trajectories
-from tests.planted_refine import CLEAN
+from tests.support.planted_refine import CLEAN
 from tests.test_server import completion, server  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parent.parent

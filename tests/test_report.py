@@ -8,7 +8,7 @@ from artifacts import report
 from artifacts.scores import score
 from artifacts.stage import write_json
 from artifacts.trajectory import write_file
-from tests.helpers import trajectory, turn
+from tests.support.helpers import trajectory, turn
 
 
 class Tags(HTMLParser):

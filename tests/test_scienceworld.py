@@ -14,7 +14,7 @@ from envs.process import WorldProcess, ready
 from envs.scienceworld import CHECK, TASKS, UNKNOWN, ScienceWorld
 
 INSTALLED = importlib.util.find_spec("scienceworld") is not None and shutil.which("java") is not None
-played = pytest.mark.skipif(not INSTALLED, reason="scienceworld or Java is not installed (requirements-worlds.txt)")
+played = pytest.mark.skipif(not INSTALLED, reason="scienceworld or Java is not installed (requirements/worlds.txt)")
 TASK = "scienceworld_test/find-living-thing-0225"
 
 
@@ -36,7 +36,7 @@ def test_splits_are_the_simulators():
 def test_one_is_told_what_to_install(monkeypatch, missing):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if missing == "scienceworld" else name)
     monkeypatch.setattr(shutil, "which", lambda name: None if missing == "Java" else name)
-    with pytest.raises(ImportError, match=f"needs {missing}: pip install -r requirements-worlds.txt.*default-jre"):
+    with pytest.raises(ImportError, match=f"needs {missing}: pip install -r requirements/worlds.txt.*default-jre"):
         make_world("scienceworld")
 
 

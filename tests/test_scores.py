@@ -13,7 +13,7 @@ from artifacts.scores import (
     table,
 )
 from artifacts.stage import write_json
-from tests.helpers import trajectory
+from tests.support.helpers import trajectory
 
 TASKS = [f"gen_valid/pick_and_place_simple-Mug-None-Desk-{i}/trial" for i in range(3)]
 

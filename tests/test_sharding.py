@@ -17,7 +17,7 @@ from lora.config import Config
 from lora.load import save_model
 from lora.model import Mistral
 from lora.sharding import check_divisible, fused_order, join_processes, make_mesh
-from tests.helpers import TINY
+from tests.support.helpers import TINY
 
 ROOT = Path(__file__).parent.parent
 WIDE = {
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 
 def start(folder, weights, devices, *meshes, **environment) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "tests" / "sharded_losses.py"), str(folder), weights, str(devices), *meshes]
+    command = [sys.executable, "-m", "tests.support.sharded_losses", str(folder), weights, str(devices), *meshes]
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 

@@ -21,7 +21,7 @@ from lora.logprobs import token_logprobs
 from lora.sharding import make_mesh
 from lora.tokenizer import encode_piece
 from lora.train_step import Batch, initial_state, make_update, training_mesh
-from tests.helpers import byte_tokenizer, trajectory, write_tiny_model
+from tests.support.helpers import byte_tokenizer, trajectory, write_tiny_model
 from train_pg import (
     Args,
     batch_order,

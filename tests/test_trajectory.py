@@ -8,7 +8,7 @@ from artifacts.packing import pack, token_weights, tokens_of
 from artifacts.render import act_line, actre_segments, flat, parse_reply, react_segments, text_of
 from artifacts.trajectory import Writer, fault_note, read_trajectories, sort_file, to_line
 from lora.tokenizer import encode_piece
-from tests.helpers import byte_tokenizer, trajectory, turn
+from tests.support.helpers import byte_tokenizer, trajectory, turn
 
 REACT = """Observation: Your task is to: put a mug in desk. You are in the middle of a room. \
 Looking quickly around you, you see a desk 1, and a shelf 1.

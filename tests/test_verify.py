@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from agentrefine.verify import main_over, to_trajectory, verified_prefix, verify, verify_line
 from artifacts.trajectory import parse_line, to_line
-from tests.planted_refine import ACTIONS, CLEAN, CODE, dm, planted, player
+from tests.support.planted_refine import ACTIONS, CLEAN, CODE, dm, planted, player
 
 CORPUS = list(planted())
 JSON = st.recursive(

@@ -21,7 +21,7 @@ from envs.webshop.generate import ensure_catalogue, generate_listing
 from envs.webshop.goals import Goal, Product, price_limit
 from envs.webshop.reward import heuristic_nouns, normal_colour, score_purchase, similar
 from envs.webshop.world import MODES, WebShop, parse
-from tests.hand_shop import ATTRIBUTES, PRODUCTS, WRITTEN, options, product, write_shop
+from tests.support.hand_shop import ATTRIBUTES, PRODUCTS, WRITTEN, options, product, write_shop
 
 DATA = os.environ.get("WEBSHOP_DATA")
 GOLDEN = "golden_{}.jsonl.gz"

@@ -7,7 +7,7 @@ import pytest
 from envs.webshop.demonstrator import Demonstrator, play, read_nodes, split_options
 from envs.webshop.generate import ensure_catalogue
 from envs.webshop.world import MODES, WebShop
-from tests.hand_shop import write_shop
+from tests.support.hand_shop import write_shop
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from envs.alfworld.generate import generate_games
 from envs.alfworld.world import AlfWorld
 from envs.make import make_world
 from envs.wording import PERTURBATIONS, Perturbed, TellCommands, Wording
-from tests.hand_game import write_game
-from tests.hand_shop import write_shop
+from tests.support.hand_game import write_game
+from tests.support.hand_shop import write_shop
 
 REWORDED = {  # original: under P1, P2, P3, P4, P5
     "clean mug 1 with sinkbasin 12": (

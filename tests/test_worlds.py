@@ -18,8 +18,8 @@ import pytest
 from envs.base import Observation, Result, World
 from envs.make import WORLDS, make_world
 from envs.wording import PERTURBATIONS, form, numbered
-from tests.hand_game import GOALS, write_game
-from tests.hand_shop import write_shop
+from tests.support.hand_game import GOALS, write_game
+from tests.support.hand_shop import write_shop
 
 ROOT = Path(__file__).parents[1]
 BAD_TEXTS = ["", " ", "\n", "\x00", "think: I look", "\u2028\u2029", "\ud800", "é" * 3, "go " * 5000, "{0}%s", "[]"]

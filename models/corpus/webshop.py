@@ -5,7 +5,7 @@ split, where bases are compared, of the demo split of the generated one, and all
 seeds, each product as often as another as in the panels, bought by the scripted demonstrator, hasty or careless. Many
 results pages are short: what to look for is found more easily among less. In half of the demonstrations products have
 other ids and words stand for each other, so that a page's words have to be read off the page: the few hundred products
-of the real catalogue would be learnt by heart. Read by models/pretrain.py, whose Args say what can be chosen.
+of the real catalogue would be learnt by heart. See CorpusArgs for what can be chosen.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 from msgspec.structs import replace
@@ -28,9 +27,7 @@ from envs.panel import excluded_ids
 from envs.webshop.demonstrator import Demonstrator
 from envs.webshop.generate import FOLDER, PRODUCTS, SEED, ensure_catalogue
 from envs.webshop.world import PAGE, WebShop
-
-if TYPE_CHECKING:
-    from models.pretrain import Args
+from models.corpus.args import CorpusArgs
 
 LENGTHS = (384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 3072)  # one text a row, padded to the next of these
 SHORT = 768  # the longest text of the first third of the steps
@@ -39,7 +36,7 @@ SHORT = 768  # the longest text of the first third of the steps
 READING = r"((?<=I need) [^:.]+:|(?<=,) (?:here|missing)\b|\bThis(?= will do\b))"
 # Pieces: the separator, a product's id (alike whatever stands before it), words with their leading space, numbers,
 # signs.
-SPLIT = (
+PRETOKENIZER = (
     r" \[SEP\]|\s(?=[A-Z\d]{10}\b)|[A-Z\d]{10}\b| OK\.| ?[A-Za-z]+(?:'[a-z]+)?[:\[]?| ?\d+|\n|\]+"
     r"| ?[^\sA-Za-z\d\]]|\s"
 )
@@ -65,7 +62,7 @@ def spellings(trajectory: Trajectory) -> list[str]:
 
 
 @functools.lru_cache(maxsize=1)
-def sources(args: Args) -> list[tuple[WebShop, list[list[str]], list[str]]]:
+def sources(args: CorpusArgs) -> list[tuple[WebShop, list[list[str]], list[str]]]:
     """(world, task ids by product, words of their instructions) of the real catalogue, if there is one, and of
     generated ones."""
     excluded, found = excluded_ids(), []
@@ -86,12 +83,12 @@ def sources(args: Args) -> list[tuple[WebShop, list[list[str]], list[str]]]:
     return found
 
 
-def careless_share(args: Args, player: Demonstrator) -> float:
+def careless_share(args: CorpusArgs, player: Demonstrator) -> float:
     """How many players are careless at this kind of task: one of `args.careless`, drawn for the last word wanted."""
     return float(generator(args.seed, "careless", player.words[-1]).choice(args.careless))
 
 
-def demonstrate(world: WebShop, task_id: str, rng: np.random.Generator, args: Args) -> Trajectory | None:
+def demonstrate(world: WebShop, task_id: str, rng: np.random.Generator, args: CorpusArgs) -> Trajectory | None:
     """Buys for one goal, displaced with one of the probabilities. None if nothing is bought in time."""
     displaced = rng.choice(args.displaced)
     opening = world.reset(task_id)
@@ -169,7 +166,7 @@ def reworded(trajectory: Trajectory, others: list[str], rng: np.random.Generator
     )
 
 
-def demonstrations(args: Args) -> Iterator[Trajectory]:
+def demonstrations(args: CorpusArgs) -> Iterator[Trajectory]:
     """An endless stream of demonstrations, the same for the same seed; no panel's task among them."""
     worlds = sources(args)
     real = len(worlds) > -(-args.generated // PRODUCTS)

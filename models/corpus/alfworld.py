@@ -1,7 +1,7 @@
 """What the ALFWorld base learns from: demonstrations of games that no panel holds.
 
 Real train games outside train-600 and valid-60 (where there is data) and generated ones, played by the scripted
-demonstrator, careful or careless. Read by models/pretrain.py, whose Args say what can be chosen.
+demonstrator, careful or careless. See CorpusArgs for what can be chosen.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -26,16 +26,14 @@ from envs.alfworld.engine import NOTHING, Game
 from envs.alfworld.generate import generate_games
 from envs.alfworld.world import AlfWorld
 from envs.panel import excluded_ids
-
-if TYPE_CHECKING:
-    from models.pretrain import Args
+from models.corpus.args import CorpusArgs
 
 LENGTHS = (256, 320, 384, 480, 640, 1024)  # one text a row, padded to the next of these
 SHORT = 384  # the longest text of the first third of the steps
 READING = r"((?<=[a-z])(?:\.|, and the \w+ \d+)(?= I check| is ))"  # of "I need a mug. I check ..." and its like
 # Pieces: the separators of lists, words with their leading space, their number ("mug 2" can be copied in one glance)
 # and the harness's colon or bracket, and the newline, which ends a reply and must stay a token of its own.
-SPLIT = r", (?:and )?a(?![A-Za-z])| OK\.| ?[A-Za-z]+(?: \d+)?[:\[]?| ?\d+|\n|[^\sA-Za-z\d]+|\s"
+PRETOKENIZER = r", (?:and )?a(?![A-Za-z])| OK\.| ?[A-Za-z]+(?: \d+)?[:\[]?| ?\d+|\n|[^\sA-Za-z\d]+|\s"
 
 
 def spellings(trajectory: Trajectory) -> list[str]:
@@ -65,7 +63,7 @@ def count_places(games: Iterable[Game]) -> dict[str, dict[str, float]]:
 
 
 @functools.lru_cache(maxsize=1)
-def sources(args: Args) -> list[Source]:
+def sources(args: CorpusArgs) -> list[Source]:
     """Real train games that no panel holds (where there is data), and generated ones."""
     found = []
     folder = args.data or os.environ.get("ALFWORLD_DATA")
@@ -105,13 +103,15 @@ def displaced_action(rng: np.random.Generator, admissible: list[str], player: De
     return str(rng.choice(admissible))
 
 
-def careless_share(args: Args, player: Demonstrator) -> float:
+def careless_share(args: CorpusArgs, player: Demonstrator) -> float:
     """How many players are careless at this kind of task: one of `args.careless`, drawn for its type and object."""
     type_of = "look" if player.lamp else "two" if player.needed == 2 else (player.treatment or ("put",))[0]
     return float(generator(args.seed, "careless", type_of, player.target).choice(args.careless))
 
 
-def demonstrate(game: Game, task_id: str, places: dict, rng: np.random.Generator, args: Args) -> Trajectory | None:
+def demonstrate(
+    game: Game, task_id: str, places: dict, rng: np.random.Generator, args: CorpusArgs
+) -> Trajectory | None:
     """Plays one game with a demonstrator, displaced with one of the probabilities.
 
     None if a careful one fails; a careless one who fails looks around twice and ends.
@@ -154,7 +154,7 @@ def demonstrate(game: Game, task_id: str, places: dict, rng: np.random.Generator
     )
 
 
-def demonstrations(args: Args) -> Iterator[Trajectory]:
+def demonstrations(args: CorpusArgs) -> Iterator[Trajectory]:
     """An endless stream of demonstrations, the same for the same seed; no panel's task among them."""
     *real, generated = sources(args)
     for number in itertools.count():

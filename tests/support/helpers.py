@@ -14,7 +14,7 @@ from lora.config import Config
 from lora.linear import LoRAParam
 from lora.load import save_model
 from lora.model import Mistral
-from tests.rooms import OPENING, TASK
+from tests.support.rooms import OPENING, TASK
 
 TINY = Config(
     vocab_size=97,

@@ -14,7 +14,6 @@ import functools
 import itertools
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 from msgspec.structs import replace
@@ -30,15 +29,13 @@ from envs.synthetic.rules import parse
 from envs.synthetic.spec import spec_of
 from envs.synthetic.world import Synthetic
 from envs.wording import TellCommands
-
-if TYPE_CHECKING:
-    from models.pretrain import Args
+from models.corpus.args import CorpusArgs
 
 LENGTHS = (384, 512, 768, 1024, 1536)  # one text a row, padded to the next of these
 SHORT = 768  # the longest text of the first third of the steps
 READING = r"(?!)"  # no words weigh more
 # Pieces: words with their leading space, numbers, signs; a template's braces keep their word apart.
-SPLIT = r" OK\.| ?[A-Za-z]+[:\[]?| ?\d+|\n|\]+| ?[^\sA-Za-z\d\]]|\s"
+PRETOKENIZER = r" OK\.| ?[A-Za-z]+[:\[]?| ?\d+|\n|\]+| ?[^\sA-Za-z\d\]]|\s"
 TURNS = (4, 8, 12, 16)  # of a walk; a walk draws one of them
 REFUSED = 0.15  # share of actions that are another world's
 REMINDED = 0.3  # share of thoughts that say the task again, to no effect on what is done
@@ -168,7 +165,7 @@ def walk(world: TellCommands, task_id: str, strange: str, rng: np.random.Generat
     )
 
 
-def demonstrations(args: Args) -> Iterator[Trajectory]:
+def demonstrations(args: CorpusArgs) -> Iterator[Trajectory]:
     """An endless stream of walks, the same for the same seed; half of them in each source."""
     worlds, strange = sources(), "look"
     for number in itertools.count():

@@ -1,6 +1,6 @@
 """Ten training steps of a small model on some meshes; prints the losses as JSON. Run by tests/test_sharding.py.
 
-    python tests/sharded_losses.py FOLDER WEIGHTS DEVICES MESH...      # MESH: data,fsdp,tensor
+    python -m tests.support.sharded_losses FOLDER WEIGHTS DEVICES MESH...      # MESH: data,fsdp,tensor
 
 DEVICES are this process's; with COORDINATOR, PROCESSES and PROCESS in the environment there are several processes.
 """

@@ -1,0 +1,1 @@
+"""What tiny bases learn from: demonstrations in ALFWorld and WebShop, and random walks (neutral)."""
