@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 from agent.args import PlayArgs, make_policy, make_settings, prompt_facts, world_maker
 from agent.attempt import Compose, Job
 from agent.loop import PlayLoop
 from agent.server import Server
+from artifacts.cli import parse
 from artifacts.stage import (
     Stage,
     adapter_of_round,
@@ -40,6 +39,8 @@ from lora.checkpoint import base_sha
 
 @dataclass(frozen=True, kw_only=True)
 class Args(PlayArgs):
+    run: Path = Path("runs/a3t")
+    """Directory of the run."""
     round: int | None = None
     """Round to compose for (default: the first one that is not trained yet)."""
     actre_server: Server = Server()
@@ -157,4 +158,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, tyro.cli(Args, description=__doc__))
+    run_main(main, parse(Args, __doc__))

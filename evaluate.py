@@ -22,13 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from agent.args import PlayArgs, make_policy, make_settings, prompt_facts, world_maker
 from agent.attempt import Job
 from agent.loop import PlayLoop
+from artifacts.cli import parse
 from artifacts.report import write_report
-from artifacts.scores import WORDINGS, directory_name, perturbation_table, perturbations, places, score, table
+from artifacts.scores import WORDINGS, directory_name, perturbation_table, perturbations, score, subjects, table
 from artifacts.stage import Stage, StageError, adapter_of_round, adapter_sha, current_round, run_main, write_json
 from artifacts.trajectory import Writer, fault_note, sort_file
 from envs.panel import default_panels, pick_tasks, require_tasks
@@ -38,6 +37,8 @@ from lora.checkpoint import base_sha
 
 @dataclass(frozen=True, kw_only=True)
 class Args(PlayArgs):
+    run: Path = Path("runs/a3t")
+    """Directory of the run."""
     round: int | None = None
     """Evaluate the adapter trained in this round (default: every trained round that is not evaluated yet)."""
     base: bool = False
@@ -55,9 +56,9 @@ class Args(PlayArgs):
     """Attempts at each task; of several, the best one is scored beside their mean (paper: 10 at --temperature 1)."""
 
 
-def evaluate(args: Args, place: str, adapter: Path | None, number: int) -> None:
+def evaluate(args: Args, subject: str, adapter: Path | None, number: int) -> None:
     """Plays all panels with one policy in one wording and writes scores.json; resumes like every stage."""
-    directory = places(args.run)[place] / directory_name(args.env, args.perturb, args.best_of)
+    directory = subjects(args.run)[subject] / directory_name(args.env, args.perturb, args.best_of)
     panels = args.panels or default_panels("evaluate", args.env, args.data)
     tasks = {panel: pick_tasks(panel, args.limit) for panel in panels}
     world = world_maker(args, args.perturb)()
@@ -127,11 +128,11 @@ def main(args: Args) -> None:
     panel = (args.panels or default_panels("evaluate", args.env, args.data))[0]
     for wording in (name for name in wordings if name != "none"):  # before anything is played
         Perturbed(world_maker(args)(), wording).require_change(pick_tasks(panel, args.limit)[0])
-    for place, adapter, number in policies(args):
+    for subject, adapter, number in policies(args):
         for wording in wordings:
-            done = places(args.run)[place] / directory_name(args.env, wording, args.best_of) / "done.json"
-            if not done.exists() or args.round is not None or not place.isdecimal():  # asked for by name: say so
-                evaluate(dataclasses.replace(args, perturb=wording), place, adapter, number)
+            done = subjects(args.run)[subject] / directory_name(args.env, wording, args.best_of) / "done.json"
+            if not done.exists() or args.round is not None or not subject.isdecimal():  # asked for by name: say so
+                evaluate(dataclasses.replace(args, perturb=wording), subject, adapter, number)
     for wording in wordings if args.perturb != "all" else ("none",):
         print(table(args.run, directory_name(args.env, wording, args.best_of)))
     if args.perturb == "all":
@@ -142,4 +143,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, tyro.cli(Args, description=__doc__))
+    run_main(main, parse(Args, __doc__))

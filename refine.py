@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
 from tqdm import tqdm
 
 from agent.policy import Ask
 from agent.server import Server, ServerPolicy
-from agentrefine.teacher import script_of, teach, trajectory_of, turns_of
+from agentrefine.teacher import make_script, make_trajectory, make_turns, teach
 from agentrefine.verify import main_over, to_trajectory, verified_prefix, verify
+from artifacts.cli import parse
 from artifacts.seeds import draw_seed, generator
 from artifacts.stage import Stage, run_main, sha256
 from artifacts.trajectory import Trajectory, Writer, sort_file
@@ -69,8 +69,8 @@ def taught(args: Args) -> Iterator[tuple[str, Trajectory | None]]:
     for number in itertools.count(args.seed * SEEDS_APART):
         task_id = f"syn_train/{number:05d}"
         turns = teach(task_id, generator(args.seed, "refine", task_id))
-        verdict = verify(script_of(task_id), turns_of(task_id, turns))
-        yield verdict.rule or "accepted", trajectory_of(task_id, turns, args.seed) if verdict.ok else None
+        verdict = verify(make_script(task_id), make_turns(task_id, turns))
+        yield verdict.rule or "accepted", make_trajectory(task_id, turns, args.seed) if verdict.ok else None
 
 
 def keep_taught(args: Args, writer: Writer, bar: tqdm) -> Counter[str]:
@@ -203,4 +203,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, tyro.cli(Args, description=__doc__))
+    run_main(main, parse(Args, __doc__))

@@ -11,12 +11,12 @@ actions and ActRe (actre.py), training (train_pg.py), scores on held-out tasks (
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import tyro
+from pathlib import Path
 
 from agent.args import PlayArgs, make_policy, make_settings, prompt_facts, world_maker
 from agent.attempt import Job
 from agent.loop import PlayLoop
+from artifacts.cli import parse
 from artifacts.scores import success_by_type
 from artifacts.stage import Stage, adapter_of_round, adapter_sha, current_round, round_directory, run_main
 from artifacts.trajectory import Writer, fault_note, sort_file
@@ -26,6 +26,8 @@ from lora.checkpoint import base_sha
 
 @dataclass(frozen=True, kw_only=True)
 class Args(PlayArgs):
+    run: Path = Path("runs/a3t")
+    """Directory of the run."""
     round: int | None = None
     """Round to play (default: the first one that is not trained yet)."""
     panel: str | None = None
@@ -86,4 +88,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, tyro.cli(Args, description=__doc__))
+    run_main(main, parse(Args, __doc__))

@@ -29,12 +29,12 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from artifacts.cli import parse
 from artifacts.metrics import MetricsLog
 from artifacts.packing import Example, Packed, pack, preview, save_packed, token_weights, tokens_of
 from artifacts.seeds import draw_seed, generator
@@ -418,4 +418,4 @@ def launch(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(launch, tyro.cli(Args, description=__doc__))
+    run_main(launch, parse(Args, __doc__))

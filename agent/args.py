@@ -17,58 +17,62 @@ from envs.make import make_world
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlayArgs:
-    """What every stage that plays can be told."""
+class ModelArgs:
+    """The local model, of the agent and of ActRe."""
 
-    run: Path = Path("runs/a3t")
-    """The run's directory."""
+    model: Path = Path("models/tiny-alfworld")
+    """Base model: a Hugging Face folder."""
+    weights: Literal["nf4", "fp32"] = "nf4"
+    """Values of the base: rounded to NF4, as in training, or as in the folder."""
+    rollout_weights: Literal["fp32", "bf16", "nf4"] | None = None
+    """Base weights during sampling: fp32 with the adapter merged, bf16 with it separate, or NF4 (default: fp32 on a
+    CPU, bf16 on an accelerator)."""
+    slots: int = 64
+    """Attempts played concurrently."""
+    context: int = 1024
+    """Tokens of a session; an attempt that needs more ends as context_full."""
+    max_new_tokens: int = 64
+    """Token limit of one reply."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlayArgs(ModelArgs):
+    """Worlds, attempts, sampling; the same in every stage that plays."""
+
     env: str = "alfworld"
     """World: alfworld, webshop, synthetic, pddl, babyai, scienceworld, jericho."""
     data: str | None = None
-    """The world's data (default: $ALFWORLD_DATA, $WEBSHOP_DATA or $JERICHO_GAMES; what is generated where it is not
-    set)."""
+    """Folder with the world's data (default: $ALFWORLD_DATA, $WEBSHOP_DATA or $JERICHO_GAMES if set; else generated
+    data, where the world has a generator)."""
     engine: Literal["ours", "textworld"] = "ours"
-    """Engine of ALFWorld; textworld is the slow reference."""
+    """(ALFWorld) Game engine; textworld is the slow reference."""
     mode: Literal["text", "text_rich"] = "text"
-    """How WebShop's pages are written: parts joined by [SEP], or a line each with buttons marked."""
+    """(WebShop) Form of pages: parts joined by [SEP], or one part a line with buttons marked."""
     tell_commands: bool = False
-    """List the world's commands at the end of the opening, for agents that do not know the world (envs/wording.py)."""
-    model: Path = Path("models/tiny-alfworld")
-    """Base model, of the agent and of ActRe, a Hugging Face folder."""
-    weights: Literal["nf4", "fp32"] = "nf4"
-    """The base's values: rounded to NF4, as they are trained on, or as the folder has them."""
-    rollout_weights: Literal["fp32", "bf16", "nf4"] | None = None
-    """How the base lies while it samples: dense in float32 with the adapter added to it, dense in bfloat16 with the
-    adapter beside it, or in NF4 (default: fp32 on a CPU, bf16 on an accelerator)."""
-    max_new_tokens: int = 64
-    """Most tokens of a line of the local model."""
-    server: Server = Server()
-    """Where the agent asks instead of the local model."""
+    """Append the list of the world's commands to the opening, for agents that do not know the world."""
     prompt: Path | None = None
-    """File with an example that stands before every session of the agent (prompts/; paper: in round 0). Adapters are
-    trained on the sessions alone."""
+    """File with a few-shot example that precedes every session of the agent (prompts/; paper: in round 0). Training
+    does not see it."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy (not stated in the paper; ReAct's own harness is greedy)."""
     top_p: float = 1.0
-    """Sample from the likeliest tokens that have this share together; 1: from all."""
+    """Nucleus sampling: keep the likeliest tokens with this total probability; 1 keeps all."""
     max_turns: int = 20
-    """Turns after which an attempt ends; a thought and its action are one turn (not stated in the paper)."""
+    """Turn limit of an attempt; thoughts and the action after them are one turn (not stated in the paper)."""
     patience: int = 3
-    """An attempt ends as stuck when the same action has had the same answer so many times again; 0: never (not in the
-    paper)."""
+    """End an attempt as stuck when an action gets the same answer this many more times; 0: never (not in the paper)."""
     deadline: float | None = None
-    """Seconds after which an attempt ends as timeout, which is never a failure of the agent (default: none)."""
+    """Seconds after which an attempt ends as timeout, which never counts as a failure of the agent (default: no
+    limit)."""
     turn_deadline: float = 60.0
-    """Seconds that a world which is not ours may take for one answer; then its process is killed and the attempt played
-    once more in a new one, before it ends as env_error."""
+    """Seconds for one step of a third-party world. Then its process is killed and the attempt retried once in a new
+    one, before it ends as env_error."""
     processes: int | None = None
-    """Worlds that are not ours, each in a process of its own, at once (default: two a core)."""
-    slots: int = 64
-    """Attempts played at once."""
-    context: int = 1024
-    """Tokens that a session can hold; an attempt that needs more ends as context_full."""
+    """Subprocesses for third-party worlds (default: two per core)."""
     seed: int = 0
-    """Seeds every draw, together with round, task, trial and turn."""
+    """Seeds every draw, together with stage, round, task, trial and turn."""
+    server: Server = Server()
+    """An OpenAI-compatible server as the agent, in place of the local model."""
 
 
 def make_settings(args: PlayArgs, stage: str, round_index: int, compose: Compose | None = None) -> AttemptSettings:

@@ -91,7 +91,7 @@ class LocalPolicy:
     def poll(self, wait: bool = True) -> list[tuple[int, Line]]:
         """See Policy. A line that has no newline (cut off by its limit, or ended) gets one, so that the form holds."""
         lines: list[tuple[int, Line]] = []
-        for session, reply in self._engine.replies(wait).items():
+        for session, reply in self._engine.poll(wait).items():
             if reply is None:
                 lines.append((session, None))
                 continue

@@ -30,6 +30,7 @@ import tyro
 from tqdm import tqdm
 
 from artifacts.atomic import atomic_write
+from artifacts.cli import parse
 from artifacts.stage import Stage, StageError, require_done, run_main, sha256
 from artifacts.trajectory import Trajectory, Turn, read_trajectories, write_file
 
@@ -210,4 +211,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, tyro.cli(Args, description=__doc__))
+    run_main(main, parse(Args, __doc__))

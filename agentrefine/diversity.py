@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from artifacts.cli import parse
 from artifacts.seeds import draw_seed, generator
 from artifacts.stage import run_main
 from artifacts.trajectory import read_trajectories
@@ -50,7 +51,7 @@ class Args:
     """Of the draws, the clusters and the projection."""
 
 
-def thoughts_of(path: Path) -> list[str]:
+def load_thoughts(path: Path) -> list[str]:
     """Every thought of every turn, in order. Raises ValueError where there is none."""
     turns = (turn for trajectory in read_trajectories(path) for turn in trajectory.turns)
     found = [thought for turn in turns for thought in turn.thought.split("\n") if thought]
@@ -116,7 +117,7 @@ def draw(points_NK: np.ndarray, names: Sequence[str], path: Path, seed: int) -> 
 
 def compare(args: Args) -> tuple[dict[str, Any], np.ndarray]:
     """The figures of all files, and their points [N, K], file by file. Raises ValueError for one without thoughts."""
-    everything = {str(path): thoughts_of(path) for path in args.files}
+    everything = {str(path): load_thoughts(path) for path in args.files}
     number = min(args.thoughts, *map(len, everything.values()))
     if number < 2:
         raise ValueError("got one thought to compare; expected two of each file at least")
@@ -160,4 +161,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, tyro.cli(Args, description=__doc__))
+    run_main(main, parse(Args, __doc__))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from agentrefine.player import Player, Step
+from agentrefine.player import Step, SyntheticPlayer
 from envs.synthetic.spec import Spec, fill
 from envs.synthetic.words import HELD, TRAIN
 from envs.synthetic.world import Synthetic
@@ -42,7 +42,9 @@ LESSONS = {  # what a refusal teaches
 }
 
 
-def mistakes(spec: Spec, player: Player, world: Synthetic, step: Step, after: Step | None, rng) -> list[Mistake]:
+def mistakes(
+    spec: Spec, player: SyntheticPlayer, world: Synthetic, step: Step, after: Step | None, rng
+) -> list[Mistake]:
     """What could go wrong before `step`, which `after` follows: each is refused by the world as it stands."""
     candidates = [(kind, step.thought, text, right) for kind, text, right in misspelt(spec, step, rng)]
     candidates += [
@@ -87,7 +89,9 @@ def misspelt(spec: Spec, step: Step, rng: np.random.Generator) -> list[tuple[str
     return texts
 
 
-def misplaced(spec: Spec, player: Player, step: Step, after: Step | None) -> list[tuple[str, str, str, dict[str, str]]]:
+def misplaced(
+    spec: Spec, player: SyntheticPlayer, step: Step, after: Step | None
+) -> list[tuple[str, str, str, dict[str, str]]]:
     """Place and logic mistakes: (kind, thought, role, values). `mistakes` drops those that the world would accept."""
     found, here, values = [], player.at, step.values
     seen_here = sorted(name for name, where in player.found.items() if where == here)

@@ -20,7 +20,7 @@ class Step(NamedTuple):
     values: dict[str, str]
 
 
-class Player:
+class SyntheticPlayer:
     """Solves a world. decide() -> Step; observe(step, observation) after each."""
 
     def __init__(self, spec: Spec):
@@ -172,7 +172,7 @@ class Player:
 
 def play(spec: Spec, world: Synthetic, task_id: str) -> list[tuple[Step, Result]]:
     """The steps of the player alone, each with its result; the last one is a success. RuntimeError where it fails."""
-    player, played = Player(spec), []
+    player, played = SyntheticPlayer(spec), []
     world.reset(task_id)
     while len(played) < MAX_STEPS:
         step = player.decide()

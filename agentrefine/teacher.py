@@ -1,9 +1,9 @@
 """The procedural teacher of AgentRefine's trajectories: plays a sampled world, with mistakes and their corrections.
 
-`Player` solves a world of envs/synthetic/ from what it is told: it knows the commands, the rules of the opening and
-how this world words its answers, and finds out the rest by looking. `teach` lets it play, and before some of its steps
-does what a hasty player would do instead: writes the command in another form or with a wrong name (parameter), acts on
-what is elsewhere (place), or skips a condition (logic). The world refuses, and the next thought says why and goes on.
+`SyntheticPlayer` solves a world of envs/synthetic/ from what it is told: it knows the commands, the rules of the
+opening and how this world words its answers, and finds out the rest by looking. `teach` lets it play, and before some
+of its steps does what a hasty player would do: writes the command in another form or with a wrong name (parameter), acts
+on what is elsewhere (place), or skips a condition (logic). The world refuses, and the next thought says why and goes on.
 A mistake changes nothing, so the steps are those of the play without mistakes.
 
 Left out: records and files (refine.py), whether a trajectory is good enough (agentrefine/verify.py).
@@ -14,11 +14,11 @@ from __future__ import annotations
 import numpy as np
 
 from agentrefine.mistakes import mistakes, stage_mistakes
-from agentrefine.player import Player, play
+from agentrefine.player import SyntheticPlayer, play
 from agentrefine.verify import COMPLETED
 from artifacts.trajectory import Trajectory, Turn
 from envs.synthetic.rules import verification_code
-from envs.synthetic.spec import spec_of
+from envs.synthetic.spec import make_spec
 from envs.synthetic.world import Synthetic
 from envs.wording import told_commands
 
@@ -31,10 +31,10 @@ FLAGS = ("parameter_error", "place_error", "logic_error")
 def teach(task_id: str, rng: np.random.Generator) -> list[Turn]:
     """Plays a world with two or three mistakes (none where so many are not possible); its turns, the last of which
     reaches the goal. Raises RuntimeError for a world that the player does not solve."""
-    spec, world = spec_of(task_id), Synthetic()
+    spec, world = make_spec(task_id), Synthetic()
     steps = [step for step, _ in play(spec, world, task_id)]
     world.reset(task_id)
-    player, options = Player(spec), []
+    player, options = SyntheticPlayer(spec), []
     for number, step in enumerate(steps):
         after = steps[number + 1] if number + 1 < len(steps) else None
         options.append(mistakes(spec, player, world, step, after, rng))
@@ -69,13 +69,13 @@ def teach(task_id: str, rng: np.random.Generator) -> list[Turn]:
 
 def told(task_id: str) -> str:
     """The opening with the commands at its end, as the player is told them."""
-    spec = spec_of(task_id)
+    spec = make_spec(task_id)
     return told_commands(spec.opening, spec.commands.values())
 
 
-def script_of(task_id: str) -> dict:
+def make_script(task_id: str) -> dict:
     """The world as AgentRefine's scripts describe one (agentrefine/verify.py)."""
-    spec = spec_of(task_id)
+    spec = make_spec(task_id)
     places = {
         place: {"closed": place in spec.boxes, "holds": sorted(n for n, p in spec.lies.items() if p == place)}
         for place in spec.places
@@ -97,7 +97,7 @@ def script_of(task_id: str) -> dict:
     }
 
 
-def turns_of(task_id: str, turns: list[Turn]) -> list[dict]:
+def make_turns(task_id: str, turns: list[Turn]) -> list[dict]:
     """Turns as the master and the player would have written them; the last answer says that the task is completed."""
 
     def master(number: int, observation: str, kinds: list[str]) -> dict:
@@ -113,13 +113,13 @@ def turns_of(task_id: str, turns: list[Turn]) -> list[dict]:
     return written
 
 
-def trajectory_of(task_id: str, turns: list[Turn], seed: int) -> Trajectory:
+def make_trajectory(task_id: str, turns: list[Turn], seed: int) -> Trajectory:
     """The record of what `teach` played."""
     return Trajectory(
         env="synthetic",
         split=task_id.split("/")[0],
         task_id=task_id,
-        task=spec_of(task_id).task,
+        task=make_spec(task_id).task,
         trial=0,
         round=0,
         seed=seed,

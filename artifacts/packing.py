@@ -81,7 +81,7 @@ class Packed(NamedTuple):
     ids_NL: np.ndarray
     segments_NL: np.ndarray
     weights_NL: np.ndarray
-    places: list[tuple[int, int]]
+    positions: list[tuple[int, int]]
 
 
 def pack(sequences: Sequence[tuple[Sequence[int], Sequence[float]]], length: int) -> Packed:
@@ -108,7 +108,7 @@ def pack(sequences: Sequence[tuple[Sequence[int], Sequence[float]]], length: int
         room[row] -= size
     shape = (len(rows), length)
     packed = Packed(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32), [])
-    places: dict[int, tuple[int, int]] = {}
+    positions: dict[int, tuple[int, int]] = {}
     for row, members in enumerate(rows):
         start = 0
         for segment, index in enumerate(members, 1):
@@ -117,9 +117,9 @@ def pack(sequences: Sequence[tuple[Sequence[int], Sequence[float]]], length: int
             packed.ids_NL[row, start:stop] = ids
             packed.weights_NL[row, start:stop] = weights
             packed.segments_NL[row, start:stop] = segment
-            places[index] = (row, segment)
+            positions[index] = (row, segment)
             start = stop
-    return packed._replace(places=[places[i] for i in range(len(sequences))])
+    return packed._replace(positions=[positions[i] for i in range(len(sequences))])
 
 
 # ---- what was trained on ---------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def save_packed(directory: Path, packed: Packed, examples: list[Example]) -> Non
         np.savez(file, ids_NL=packed.ids_NL, segments_NL=packed.segments_NL, weights_NL=packed.weights_NL)
     lines = [
         {"row": row, "segment": segment, "weight": e.weight, "file": e.file, "line": e.line}
-        for (row, segment), e in zip(packed.places, examples, strict=True)
+        for (row, segment), e in zip(packed.positions, examples, strict=True)
     ]
     lines.sort(key=lambda line: (line["row"], line["segment"]))
     with atomic_write(directory / "packed.jsonl") as temporary:
@@ -149,7 +149,7 @@ def save_packed(directory: Path, packed: Packed, examples: list[Example]) -> Non
 
 def preview(packed: Packed, examples: list[Example], decode: Callable[[list[int]], str], count: int) -> None:
     """Prints packed trajectories: green +, red -, plain 0."""
-    for (row, segment), example in list(zip(packed.places, examples, strict=True))[:count]:
+    for (row, segment), example in list(zip(packed.positions, examples, strict=True))[:count]:
         print(f"--- row {row} segment {segment}: {example.file}:{example.line} weight {example.weight:+g}")
         where = packed.segments_NL[row] == segment
         ids, weights = packed.ids_NL[row][where], packed.weights_NL[row][where]

@@ -16,11 +16,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from artifacts.atomic import atomic_write
+from artifacts.cli import parse
 from artifacts.render import react_segments, text_of
-from artifacts.scores import PEOPLE, perturbation_table, places, read_scores
+from artifacts.scores import PEOPLE, perturbation_table, read_scores, subjects
 from artifacts.stage import read_json, run_main
 from artifacts.trajectory import Trajectory, read_trajectories
 
@@ -38,7 +37,9 @@ class Args:
 
 def evaluations(run: Path) -> list[str]:
     """Names of the finished evaluations of a run: evaluate, evaluate_P1, ..."""
-    return sorted({done.parent.name for folder in places(run).values() for done in folder.glob("evaluate*/done.json")})
+    return sorted(
+        {done.parent.name for folder in subjects(run).values() for done in folder.glob("evaluate*/done.json")}
+    )
 
 
 def cells(values: Iterable[Any], tag: str = "td") -> str:
@@ -72,14 +73,14 @@ def score_table(scores: dict[str, dict[str, Any]]) -> str:
     )
     rows = [cells(head, "th")]
     for panel in sorted({panel for by_panel in scores.values() for panel in by_panel}):
-        for place, s in ((place, by_panel[panel]) for place, by_panel in scores.items() if panel in by_panel):
+        for subject, s in ((subject, by_panel[panel]) for subject, by_panel in scores.items() if panel in by_panel):
             low, high = s["wilson95"]
             best = s.get("best_of")
             rows.append(
                 cells(
                     (
                         escape(panel),
-                        place,
+                        subject,
                         f"{100 * s['rate']:.1f}",
                         interval_bar(s["rate"], low, high),
                         f"{100 * low:.1f} to {100 * high:.1f}",
@@ -110,10 +111,10 @@ def sections(run: Path) -> Iterator[str]:
         yield f"<h2>{escape(name)}</h2>{score_table(scores)}"
         if name.startswith("evaluate_webshop"):
             yield f'<p class="note">{escape(PEOPLE)}</p>'
-        for place in scores:
-            path = places(run)[place] / name / "trajectories.jsonl"
+        for subject in scores:
+            path = subjects(run)[subject] / name / "trajectories.jsonl"
             link = escape(os.path.relpath(path, run))
-            yield f'<p>round {place}: <a href="{link}">{link}</a></p>'
+            yield f'<p>round {subject}: <a href="{link}">{link}</a></p>'
             for example in examples(path):
                 title = f"{example.task_id}, trial {example.trial}: {example.task} ({example.end})"
                 text = text_of(react_segments(example))
@@ -147,4 +148,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, tyro.cli(Args, description=__doc__))
+    run_main(main, parse(Args, __doc__))

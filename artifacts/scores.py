@@ -108,7 +108,7 @@ def directory_name(env: str, perturb: str, trials: int) -> str:
     return "_".join(["evaluate", *parts])
 
 
-def places(run: Path) -> dict[str, Path]:
+def subjects(run: Path) -> dict[str, Path]:
     """Whose scores a run may have: the base, an adapter that was given, and every trained round."""
     found = {"base": run / "base", "adapter": run / "adapter"}
     return found | {str(number): round_directory(run, number) for number in range(current_round(run))}
@@ -117,10 +117,10 @@ def places(run: Path) -> dict[str, Path]:
 def read_scores(run: Path, name: str) -> dict[str, dict[str, Any]]:
     """{place: {panel: score}} of the finished evaluations called `name`; progress is NaN where it was not scored."""
     found = {}
-    for place, folder in places(run).items():
+    for subject, folder in subjects(run).items():
         if (folder / name / "done.json").exists():
             scores = read_json(folder / name / "scores.json")
-            found[place] = {panel: {"progress": math.nan} | s for panel, s in scores.items()}
+            found[subject] = {panel: {"progress": math.nan} | s for panel, s in scores.items()}
     return found
 
 
@@ -140,19 +140,19 @@ def table(run: Path, name: str) -> str:
     for panel in sorted({panel for by_panel in scores.values() for panel in by_panel}):
         solved: set[str] = set()
         rounds = 0
-        for place, by_panel in scores.items():
+        for subject, by_panel in scores.items():
             if (s := by_panel.get(panel)) is None:
                 continue
             best = s.get("best_of", s)
             of_rounds = "-"
-            if place.isdecimal():
+            if subject.isdecimal():
                 solved |= set(s["won_tasks"])
                 rounds += 1
                 of_rounds = f"{100 * len(solved) / max(1, best['n']):.1f} (k={rounds})"
             low, high = s["wilson95"]
             shares = (s["types"].get(short, {"n": 0}) for short in types)
             lines.append(
-                f"{panel:<24}{place:>8}{100 * s['rate']:>7.1f} {s['success']:>4}/{s['n']:<4}"
+                f"{panel:<24}{subject:>8}{100 * s['rate']:>7.1f} {s['success']:>4}/{s['n']:<4}"
                 f"{100 * low:>8.1f}-{100 * high:<7.1f}{100 * s['reward']:>8.1f}"
                 f"{100 * s['progress']:>10.1f}"
                 + "".join(f"{100 * t['success'] / t['n'] if t['n'] else math.nan:>9.0f}" for t in shares)
@@ -171,15 +171,15 @@ def perturbations(run: Path, env: str, trials: int) -> dict[str, dict[str, dict[
     were played: mean and population standard deviation over them, as AgentRefine's table has."""
     by_wording = {name: read_scores(run, directory_name(env, name, trials)) for name in WORDINGS}
     found = {}
-    for place in places(run):
-        if all(place in scores for scores in by_wording.values()):
-            panels = set.intersection(*(set(scores[place]) for scores in by_wording.values()))
-            found[place] = {panel: {} for panel in sorted(panels)}
-            for panel, measure in itertools.product(found[place], ("success", "progress")):
+    for subject in subjects(run):
+        if all(subject in scores for scores in by_wording.values()):
+            panels = set.intersection(*(set(scores[subject]) for scores in by_wording.values()))
+            found[subject] = {panel: {} for panel in sorted(panels)}
+            for panel, measure in itertools.product(found[subject], ("success", "progress")):
                 key = "rate" if measure == "success" else measure
-                percents = {name: 100 * scores[place][panel][key] for name, scores in by_wording.items()}
+                percents = {name: 100 * scores[subject][panel][key] for name, scores in by_wording.items()}
                 spread = {"mean": statistics.mean(percents.values()), "std": statistics.pstdev(percents.values())}
-                found[place][panel][measure] = {name: round(x, 2) for name, x in (percents | spread).items()}
+                found[subject][panel][measure] = {name: round(x, 2) for name, x in (percents | spread).items()}
     return found
 
 
@@ -187,9 +187,9 @@ def perturbation_table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Of what `perturbations` found: a line for success and one for progress, for each panel and place."""
     columns = ("original", *PERTURBATIONS, "mean", "std")
     lines = [f"{'panel':<24}{'round':>8}{'in %':>10}" + "".join(f"{column:>9}" for column in columns)]
-    for place, panels in found.items():
+    for subject, panels in found.items():
         for panel, measures in panels.items():
             for measure, numbers in measures.items():
                 values = "".join(f"{number:>9.1f}" for number in list(numbers.values())[:-1])
-                lines.append(f"{panel:<24}{place:>8}{measure:>10}{values}{numbers['std']:>9.2f}")
+                lines.append(f"{panel:<24}{subject:>8}{measure:>10}{values}{numbers['std']:>9.2f}")
     return "\n".join([*lines, "mean and population standard deviation are over the six wordings (envs/wording.py)"])

@@ -9,6 +9,8 @@ Left out: memory, and several games at once.
 Run: python -m bench.alfworld_engine [--games 40 --steps 40 --seed 0 --split valid_seen]    (about 4 minutes)
 """
 
+from __future__ import annotations
+
 import json
 import os
 import random
@@ -16,9 +18,9 @@ import time
 import zlib
 from dataclasses import dataclass
 
-import tyro
 from tqdm import tqdm
 
+from artifacts.cli import parse
 from envs.alfworld.world import AlfWorld
 
 GARBAGE = (
@@ -157,4 +159,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse(Args, __doc__))

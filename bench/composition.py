@@ -7,16 +7,17 @@ resampling alone. The claim behind the defaults of actre.py.
     python -m bench.composition --panel valid-60 --run runs/a3t --round 1     # with round 0's adapter
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from agent.attempt import AttemptSettings, Compose, Job
 from agent.local import LocalPolicy
 from agent.loop import PlayLoop
+from artifacts.cli import parse
 from artifacts.scores import wilson
 from artifacts.stage import adapter_of_round, run_main
 from artifacts.trajectory import Trajectory
@@ -103,4 +104,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, tyro.cli(Args, description=__doc__))
+    run_main(main, parse(Args, __doc__))

@@ -7,6 +7,8 @@ the bytes of the result (on a CPU JAX keeps a 4-bit code in a byte). What 7B wil
     JAX_PLATFORMS=cpu python -m bench.load
 """
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
@@ -17,8 +19,8 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-import tyro
 
+from artifacts.cli import parse
 from bench.shapes import MISTRAL_7B, parameters
 from lora.checkpoint import tensor_shapes, weight_files, write_checkpoint
 from lora.config import Config
@@ -104,4 +106,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse(Args, __doc__))

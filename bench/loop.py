@@ -10,17 +10,18 @@ compiling is counted; starting the processes is.
 Left out: larger models, which take a larger share of the time, and ActRe.
 """
 
+from __future__ import annotations
+
 import functools
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from agent.attempt import AttemptSettings, Job
 from agent.local import LocalPolicy
 from agent.loop import PlayLoop
+from artifacts.cli import parse
 from artifacts.trajectory import Trajectory
 from envs.alfworld.world import AlfWorld
 from envs.base import World
@@ -93,4 +94,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse(Args, __doc__))

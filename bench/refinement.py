@@ -10,6 +10,8 @@ that it has seen and in others, on BabyAI and on PDDL; the commands are told, de
 commands, each of which goes on where it was killed; prints the table and a last line of JSON.
 """
 
+from __future__ import annotations
+
 import itertools
 import json
 import statistics
@@ -18,8 +20,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
+from artifacts.cli import parse
 from artifacts.scores import WORDINGS, directory_name, read_scores, wilson
 
 MAIN = ("demo", "refine", "both")
@@ -59,7 +60,7 @@ def run(*words: object) -> None:
     subprocess.run([sys.executable, *map(str, words)], check=True)
 
 
-def data_of(args: Args, arm: str, seed: int) -> list[Path]:
+def make_data(args: Args, arm: str, seed: int) -> list[Path]:
     """The directories that an arm is tuned on, made now."""
     found, count = [], args.count // 2 if arm == "both" else args.count
     folder = args.runs / f"data_{count}_{seed}"
@@ -109,7 +110,7 @@ def arm(args: Args, which: str, seed: int) -> Path:
         "--round",
         0,
         "--inputs",
-        *data_of(args, which, seed),
+        *make_data(args, which, seed),
         "--refinement",
         refinement,
         "--model",
@@ -174,4 +175,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse(Args, __doc__))

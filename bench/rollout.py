@@ -12,6 +12,8 @@ counted: compiling is in no figure.
 Left out: a whole loop with its worlds, adapters, GPUs.
 """
 
+from __future__ import annotations
+
 import gc
 import os
 import tempfile
@@ -21,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 from flax import nnx
 from tqdm import tqdm
 
 from agent.attempt import AttemptSettings, Job
 from agent.loop import PlayLoop
 from agent.scripted import DemonstratorScript, ScriptedPolicy
+from artifacts.cli import parse
 from artifacts.render import react_segments
 from bench.shapes import MISTRAL_100M
 from envs.alfworld.world import AlfWorld
@@ -185,4 +187,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse(Args, __doc__))

@@ -1,5 +1,7 @@
 """Model shapes that several benchmarks share, as arrays that are only described, or filled with random numbers."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from lora.adapter import adapter_shapes
 from lora.config import Config
 from lora.linear import FUSED, NF4, LoRAConfig
 from lora.model import Mistral
-from lora.sharding import check_divisible, spec_of
+from lora.sharding import check_divisible, partition_spec
 
 MISTRAL_7B = Config(
     vocab_size=32000,
@@ -65,10 +67,10 @@ def described(config: Config, lora: LoRAConfig, mesh: Mesh, *, double: bool = Fa
             }
         else:
             fields["absmax"] = ((N, sum(linear.rows), G), jnp.float32)
-        made = {field: array(*how, spec_of(name, field), f"{name}.{field}") for field, how in fields.items()}
+        made = {field: array(*how, partition_spec(name, field), f"{name}.{field}") for field, how in fields.items()}
         linear.quantize(NF4(made.pop("codes"), made.pop("absmax", None), **made))
         for part in (part for part in parts if part in lora.targets):
-            a, b = (array(shapes[part, side], jnp.float32, spec_of(name, side), part) for side in "ab")
+            a, b = (array(shapes[part, side], jnp.float32, partition_spec(name, side), part) for side in "ab")
             linear.add_adapter(part, a, b, lora)
     return model
 

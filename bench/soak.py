@@ -11,6 +11,8 @@ Memory is the process's resident set after every 200 games (Linux). Left out: wo
 are replaced in time (envs/process.py).
 """
 
+from __future__ import annotations
+
 import functools
 import json
 import re
@@ -19,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
 from tqdm import tqdm
 
 from agent.attempt import AttemptSettings, Compose, Job
 from agent.local import LocalPolicy
 from agent.loop import PlayLoop
 from agent.scripted import DemonstratorScript, ScriptedPolicy
+from artifacts.cli import parse
 from artifacts.trajectory import Writer
 from envs.alfworld.generate import SEED, write_split
 from envs.alfworld.rooms import family
@@ -95,4 +97,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse(Args, __doc__))

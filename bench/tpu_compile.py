@@ -10,6 +10,8 @@ process at a time.
     python -m bench.tpu_compile --only v5e/2048
 """
 
+from __future__ import annotations
+
 import functools
 import json
 import os
@@ -22,15 +24,15 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # no TPU is l
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from artifacts.cli import parse
 from bench.shapes import MISTRAL_7B, described
 from lora import nf4
-from lora.decoding import Asked, RolloutWeights, View, decode, decoding_layers, empty_cache
+from lora.decoding import DecoderWeights, RolloutWeights, SamplingParams, decode, decoding_layers, empty_cache
 from lora.engine import ACCELERATOR_TILE as TILE
 from lora.engine import cache_sizes
 from lora.linear import LoRAConfig, LoRAParam
@@ -137,10 +139,10 @@ def compile_decode(case: Decode) -> dict:
 
     V, D, R = config.vocab_size, config.hidden_size, case.slots
     prefix = [(array(K, C, case.prefix), array(K, case.prefix, C))] * N
-    view = View(array(V, D), array(D), array(D, V), array(V, dtype=bool), layers, prefix)
+    view = DecoderWeights(array(V, D), array(D), array(D, V), array(V, dtype=bool), layers, prefix)
     past = jax.eval_shape(lambda: empty_cache(config, R, cache_sizes(case.context, TILE), TILE, jnp.bfloat16))
     ints, floats = array(R, dtype=jnp.int32), array(R, dtype=jnp.float32)
-    asked = Asked(ints, ints, ints, floats, floats, array(R, dtype=jnp.uint32))
+    asked = SamplingParams(ints, ints, ints, floats, floats, array(R, dtype=jnp.uint32))
     here = NamedSharding(mesh, P())
     arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (view, past, ints, asked))
     start = time.time()
@@ -210,4 +212,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse(Args, __doc__))

@@ -16,6 +16,8 @@ then slows both. A turn begins with a step that is not counted, because machines
 Every peer meets ours anew, so ours is printed once for each.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -30,8 +32,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
 
+from artifacts.cli import parse
 from artifacts.packing import pack
 
 
@@ -72,13 +74,13 @@ TARGETS = {"qv": ("q", "v"), "all": ("q", "k", "v", "o", "gate", "up", "down")}
 LENGTHS = (215, 223, 271, 280, 291, 310, 322, 348, 368, 378, 380, 405, 424, 453, 488, 520, 546, 569, 653, 759)
 
 
-def trajectories_of(args: Args, vocabulary: int) -> list[np.ndarray]:
+def make_trajectories(args: Args, vocabulary: int) -> list[np.ndarray]:
     """Random ids of each trajectory."""
     random = np.random.default_rng(args.seed)
     return [random.integers(3, vocabulary, length) for length in random.choice(LENGTHS, args.trajectories)]
 
 
-def rows_of(args: Args, texts: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+def build_rows(args: Args, texts: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
     """The trajectories in packed rows: ids and segments [rows, tokens] of each step; empty rows fill the last one."""
     packed = pack([(ids, np.ones(len(ids))) for ids in texts], args.tokens)
     missing = -len(packed.ids_NL) % args.rows
@@ -124,7 +126,7 @@ def ours(args: Args) -> tuple[list[Callable[[], object]], Callable[[], int], str
         adapter, state, values = update(adapter, state, frozen, 1e-4, batch, np.float32(args.batch), None)
         jax.block_until_ready((adapter, values))
 
-    rows = rows_of(args, trajectories_of(args, config.vocab_size))
+    rows = build_rows(args, make_trajectories(args, config.vocab_size))
     return [partial(step, *row) for row in rows], peak_memory, jax.devices()[0].device_kind
 
 
@@ -163,11 +165,11 @@ def peer(args: Args, base: str, layout: str) -> tuple[list[Callable[[], object]]
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
-    texts = trajectories_of(args, config.vocab_size)
+    texts = make_trajectories(args, config.vocab_size)
     if layout == "padded":
         batches = [padded(texts[first : first + args.batch]) for first in range(0, len(texts), args.batch)]
     else:
-        batches = [restarting(*rows) for rows in rows_of(args, texts)]
+        batches = [restarting(*rows) for rows in build_rows(args, texts)]
 
     def step(batch: dict[str, np.ndarray]) -> None:
         loss = model(**{name: torch.from_numpy(x).to(device) for name, x in batch.items()}).loss
@@ -276,7 +278,7 @@ class Contender:
 
         config, said = shape_of(args), json.loads(self._read())
         self._process.communicate()
-        tokens, seconds = sum(map(len, trajectories_of(args, config.vocab_size))), sum(self.seconds)
+        tokens, seconds = sum(map(len, make_trajectories(args, config.vocab_size))), sum(self.seconds)
         return said | {
             "tokens_per_s": tokens / seconds,
             "flops_per_s": lora_step_flops(config, tokens) / seconds,
@@ -324,4 +326,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse(Args, __doc__))

@@ -10,6 +10,8 @@ The original needs Java and is not run here: 28 to 50 steps a second were measur
 Run: python -m bench.webshop [--sizes 1000 1200000]       (some 8 minutes and 5 GB of memory)
 """
 
+from __future__ import annotations
+
 import json
 import multiprocessing
 import random
@@ -21,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 from scipy.sparse import csc_array
 from tqdm import tqdm
 
+from artifacts.cli import parse
 from envs.webshop.catalogue import prepare
 from envs.webshop.generate import FILES, SEED, generate_listings
 from envs.webshop.search import IndexBuilder, analyze
@@ -125,7 +127,7 @@ def memory() -> dict:
     return {"rss_mb": sizes["Rss"], "private_mb": sizes["Private_Clean"] + sizes["Private_Dirty"]}
 
 
-def queries_of(world: WebShop, count: int) -> list[str]:
+def make_queries(world: WebShop, count: int) -> list[str]:
     """Instructions without their price, as agents search for them."""
     rng, task_ids = random.Random(SEED), world.tasks(SPLIT)
     return [world.reset(rng.choice(task_ids)).task.split(", and price")[0] for _ in range(count)]
@@ -177,7 +179,7 @@ def world_measured(data: str, args: Args) -> dict:
     start, world = timed(WebShop, data)
     start += timed(world.reset, world.tasks(SPLIT)[0])[0]
     started = memory()["rss_mb"] - before
-    found = milliseconds(world._shop.index.search, queries_of(world, args.queries)) | memory()
+    found = milliseconds(world._shop.index.search, make_queries(world, args.queries)) | memory()
     return found | {"start_s": start, "start_mb": started, "python_mb": before, "steps_per_s": walk(world, args.steps)}
 
 
@@ -195,7 +197,7 @@ def walk(world: WebShop, steps: int) -> float:
 def hold(data: str, ready: object, release: object) -> None:
     """Maps a catalogue, searches in it, and waits."""
     world = WebShop(data)
-    for query in queries_of(world, 100):
+    for query in make_queries(world, 100):
         world._shop.index.search(query)
     ready.set()
     release.wait()
@@ -223,7 +225,7 @@ def measure(size: int, args: Args) -> dict:
         found["index"] = apart(index_measured, folder)
         found["world"] = beside_another(data, args)
         if args.peer:
-            found["bm25s"] = apart(peer_measured, folder, queries_of(WebShop(data), args.queries))
+            found["bm25s"] = apart(peer_measured, folder, make_queries(WebShop(data), args.queries))
     return found
 
 
@@ -254,4 +256,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse(Args, __doc__))

@@ -29,9 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
 from tqdm import tqdm
 
+from artifacts.cli import parse
 from envs.base import Observation, Result, World
 from envs.jericho import Jericho
 from envs.make import make_world
@@ -91,13 +91,13 @@ class Compiled(Jericho):
 # ---- agents ----------------------------------------------------------------------------------------------------------
 
 
-def rng_of(seed: int, task_id: str) -> random.Random:
+def make_rng(seed: int, task_id: str) -> random.Random:
     return random.Random(zlib.crc32(f"{seed} {task_id}".encode()))
 
 
 def play_random(world: World, task_id: str, args: Args) -> tuple[bool, float, int]:
     """Success, progress and turns of an agent that takes any listed action."""
-    rng, turns, result = rng_of(args.seed, task_id), 0, None
+    rng, turns, result = make_rng(args.seed, task_id), 0, None
     while turns < args.turns and not (result and result.done):
         result = world.step(rng.choice(world.actions()))
         turns += 1
@@ -177,7 +177,7 @@ def beside_pddlgym(world: World, task_ids: list[str], args: Args) -> dict[str, f
     steps = different = 0
     for task_id in tqdm(task_ids, desc="beside pddlgym", unit="task"):
         task = load_task(task_id)
-        problem, state, rng = task.problem, task.problem.start, rng_of(args.seed, task_id)
+        problem, state, rng = task.problem, task.problem.start, make_rng(args.seed, task_id)
         world.reset(task_id)
         with tempfile.TemporaryDirectory() as folder:
             write_problem(Path(folder), task_id)
@@ -224,7 +224,7 @@ def beside_minigrid(world: World, task_ids: list[str], args: Args) -> dict[str, 
     ours = theirs = 0.0
     commands = moves = steps = 0
     for task_id in tqdm(task_ids, desc="beside minigrid", unit="task"):
-        rng = rng_of(args.seed, task_id)
+        rng = make_rng(args.seed, task_id)
         world.reset(task_id)
         start = time.perf_counter()
         commands += play_random(world, task_id, args)[2]
@@ -264,7 +264,7 @@ def beside_scienceworld(world: World, task_ids: list[str], args: Args) -> dict[s
     steps, different = 0, {True: 0, False: 0}
     world.close()  # a virtual machine remembers what was played in it
     for task_id in tqdm(task_ids, desc="beside scienceworld", unit="task"):
-        rng, played = rng_of(args.seed, task_id), []
+        rng, played = make_rng(args.seed, task_id), []
         world.reset(task_id)
         templates = [one for one in world.commands() if "{" not in one and one != CHECK]
         for _ in range(args.turns):
@@ -308,7 +308,7 @@ def beside_jericho(world: Jericho, task_ids: list[str], args: Args) -> dict[str,
     ours = theirs = 0.0
     steps = different = 0
     for task_id in tqdm(task_ids, desc="beside jericho", unit="task"):
-        rng, chosen, played, result = rng_of(args.seed, task_id), [], [], None
+        rng, chosen, played, result = make_rng(args.seed, task_id), [], [], None
         world.reset(task_id)
         while len(chosen) < args.turns and not (result and result.done):
             chosen.append(rng.choice(world.actions()))
@@ -382,4 +382,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse(Args, __doc__))

@@ -7,6 +7,8 @@ Left out: thoughts, prompts, and how an agent's line becomes an action.
 Try one: python -m envs.play --env alfworld --tasks --split valid_seen
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

@@ -2,6 +2,8 @@
 
 Each world is imported on demand, so that one does not need another's packages."""
 
+from __future__ import annotations
+
 from envs.base import World
 
 WORLDS = ("alfworld", "webshop", "synthetic", "pddl", "babyai", "scienceworld", "jericho")

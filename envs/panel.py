@@ -39,8 +39,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 
+from artifacts.cli import parse
 from envs.alfworld.generate import SEED, generate_games
 from envs.alfworld.index import TASK_TYPES, task_type
 from envs.alfworld.rooms import wheel_folder
@@ -277,4 +277,4 @@ def require_tasks(world: World, task_ids: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse(Args, __doc__))

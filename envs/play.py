@@ -11,6 +11,8 @@ Run:  python -m envs.play --env alfworld --tasks --split valid_seen
       printf 'look\\ninventory\\n' | python -m envs.play --env alfworld --task valid_seen/<task>/<trial>
 """
 
+from __future__ import annotations
+
 import json
 import os
 import sys
@@ -19,6 +21,7 @@ from typing import Annotated
 
 import tyro
 
+from artifacts.cli import parse
 from envs.base import World
 from envs.make import make_world
 
@@ -99,4 +102,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args, description=__doc__)))
+    sys.exit(main(parse(Args, __doc__)))

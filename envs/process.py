@@ -13,6 +13,8 @@ when the program that wanted it is gone, however that ended.
 Left out: playing again what failed (agent/loop.py).
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import pickle
@@ -149,7 +151,7 @@ class Worlds:
             self._processes.remove(world)
             world.kill()
 
-    def __enter__(self) -> "Worlds":
+    def __enter__(self) -> Worlds:
         return self
 
     def __exit__(self, *_) -> None:

@@ -1,5 +1,7 @@
 """LoRA adapters in PEFT's layout, in and out. An adapter names the sha256 of its base and is refused on any other."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Iterable
@@ -26,7 +28,7 @@ from lora.checkpoint import (
 from lora.config import Config
 from lora.linear import FUSED, TARGETS, LoRAConfig
 from lora.model import Mistral
-from lora.sharding import put, spec_of, to_host
+from lora.sharding import partition_spec, put, to_host
 
 Adapter = dict[tuple[str, str], np.ndarray]  # (target, "a" or "b") -> [N, R, I] or [N, O, R]
 
@@ -57,7 +59,7 @@ def add_adapters(model: Mistral, lora: LoRAConfig, adapter: Adapter, mesh: Mesh 
     """Puts an adapter beside the model's linear layers, each device of a mesh its part."""
     for name, parts in FUSED.items():
         for part in (part for part in parts if part in lora.targets):
-            a, b = (put(adapter[part, side], mesh, spec_of(name, side), f"{part}.{side}") for side in "ab")
+            a, b = (put(adapter[part, side], mesh, partition_spec(name, side), f"{part}.{side}") for side in "ab")
             getattr(model.layers, name).add_adapter(part, a, b, lora)
 
 

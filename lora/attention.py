@@ -11,6 +11,8 @@ itself, and no further back than the window if there is one. What is computed at
 Shapes: B rows, L tokens, M keys, N blocks of T tokens, H heads, K kv heads, Q queries of a kv head's block, C head dim.
 """
 
+from __future__ import annotations
+
 import functools
 from typing import Literal
 

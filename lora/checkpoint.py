@@ -10,6 +10,8 @@ becomes. Our quantised bases are bitsandbytes folders too: transformers loads th
 Shapes: O out-features, I in-features, G NF4 blocks of an in-row, M blocks of absmax.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os

@@ -1,5 +1,7 @@
 """The configuration of a base model: the fields of a Hugging Face `config.json` that change what is computed."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 from pathlib import Path
@@ -25,7 +27,7 @@ class Config:
     eos_token_id: int | None = None
 
     @classmethod
-    def read(cls, model_dir: str | Path) -> "Config":
+    def read(cls, model_dir: str | Path) -> Config:
         """Reads `model_dir/config.json` of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
 
         Raises ValueError for a model that this file does not compute: another architecture, activation or RoPE.

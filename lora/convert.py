@@ -14,6 +14,8 @@ then moved into it.
 Shapes: N layers, O out-features, I in-features, G NF4 blocks of an in-row, M blocks of absmax, V vocabulary, D model.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,9 +23,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
+from artifacts.cli import parse
 from lora.adapter import read_adapter
 from lora.checkpoint import (
     BASE_SHA,
@@ -121,6 +123,6 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(parse(Args, __doc__))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error

@@ -9,6 +9,8 @@ both products of attention then read it in the order it lies in, a few KiB at a 
 on a CPU than other orders.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from typing import Literal, NamedTuple
@@ -18,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora.linear import FUSED, multiply
-from lora.model import Layer, rms_norm, rotation
+from lora.linear import FUSED, tiled_matmul
+from lora.model import Layer, rms_norm, rope_angles
 
 # How the base lies while it samples: dense in float32 with the adapter added, dense in bfloat16 with the adapter beside
 # it (a sum in bfloat16 would round most of it away), or as the model has it, NF4, decoded at every step.
@@ -27,18 +29,18 @@ RolloutWeights = Literal["fp32", "bf16", "nf4"]
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 
 
-class View(NamedTuple):
+class DecoderWeights(NamedTuple):
     """A model as decoding wants it: one set of arrays per layer, so that no step slices stacked weights."""
 
     embed: jax.Array
     norm: jax.Array
-    head: jax.Array  # as `multiply` reads it
+    head: jax.Array  # as `tiled_matmul` reads it
     stops_V: jax.Array  # which ids end a reply
     layers: list
     prefix: list  # of each layer, keys [K, C, S] and values [K, S, C] of what all sessions begin with; S may be 0
 
 
-class Asked(NamedTuple):
+class SamplingParams(NamedTuple):
     """What decoding needs to know of each row, [R] each."""
 
     first_id: np.ndarray
@@ -119,13 +121,13 @@ def cache_scores(q_RKXC, k_RKNCW):
     return scores_RKNXW.swapaxes(2, 3).reshape(R, K, X, -1)
 
 
-def run_layer(layer, config, x_RTD, turn, prefix, past, lengths_R, buffer, at):
+def run_layer(layer, config, x_RTD, rope, prefix, past, lengths_R, buffer, at):
     """One layer over T tokens of each row. Returns its output and the buffer with their keys and values at `at`..."""
-    q, k, v = layer.queries_keys_values(x_RTD, turn)
+    q, k, v = layer.queries_keys_values(x_RTD, rope)
     k_RKCP = jax.lax.dynamic_update_slice_in_dim(buffer[0], k.transpose(0, 2, 3, 1), at, axis=3)
     v_RKPC = jax.lax.dynamic_update_slice_in_dim(buffer[1], v.transpose(0, 2, 1, 3), at, axis=2)
     attended = attend(q, prefix, past, lengths_R, k_RKCP, v_RKPC, at, config.sliding_window)
-    return layer.finish(x_RTD, attended), (k_RKCP, v_RKPC)
+    return layer.attention_output_and_mlp(x_RTD, attended), (k_RKCP, v_RKPC)
 
 
 @functools.partial(jax.jit, donate_argnames="block")
@@ -210,7 +212,7 @@ def empty_cache(config, rows: int, sizes: tuple[int, ...], tile: int, dtype):
     ]
 
 
-class Pieces(NamedTuple):
+class PrefillBatch(NamedTuple):
     """New ids of B rows of a group, those of a row one after the other: which row (0..B-1) each is of, and its place
     among the row's. What fills the F up has row B."""
 
@@ -222,7 +224,7 @@ class Pieces(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config", "width"), donate_argnames="x_FD")
-def prefill_layer(graph, config, weights, x_FD, pieces: Pieces, prefix, past, *, width: int):
+def prefill_layer(graph, config, weights, x_FD, pieces: PrefillBatch, prefix, past, *, width: int):
     """A layer over pieces [F, D], at most `width` ids a row, that follow the prefix and what the rows of `past` hold.
 
     Returns its output and the rows' buffer. Linear layers see the ids alone; attention sees rows filled up to `width`.
@@ -231,18 +233,18 @@ def prefill_layer(graph, config, weights, x_FD, pieces: Pieces, prefix, past, *,
     rows_B, lengths_B, _, *where = pieces
     layer, B = graph.merge(weights), len(rows_B)
     positions_F = prefix[0].shape[-1] + lengths_B[pieces.row_F] + pieces.place_F
-    q, k, v = layer.queries_keys_values(x_FD[None], rotation(positions_F[None], config))
+    q, k, v = layer.queries_keys_values(x_FD[None], rope_angles(positions_F[None], config))
     q_BTHC, k_BTKC, v_BTKC = (
         jnp.zeros((B, width, *x.shape[2:]), x.dtype).at[*where].set(x[0], mode="drop") for x in (q, k, v)
     )
     buffer = k_BTKC.transpose(0, 2, 3, 1), v_BTKC.transpose(0, 2, 1, 3)
     past = jax.tree.map(lambda x: x[rows_B], past)
     attended_BTA = attend(q_BTHC, prefix, past, lengths_B, *buffer, 0, config.sliding_window)
-    return layer.finish(x_FD[None], attended_BTA[*where][None])[0], buffer
+    return layer.attention_output_and_mlp(x_FD[None], attended_BTA[*where][None])[0], buffer
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config", "places"))
-def decode(graph, config, view: View, past, lengths_R, asked: Asked, *, places: int):
+def decode(graph, config, view: DecoderWeights, past, lengths_R, asked: SamplingParams, *, places: int):
     """Samples up to `asked.limit` ids a row. Returns ids [R, P], log-probabilities [R, P], counts [R] and the buffer.
 
     `past` holds, for each layer, the blocks that the rows reach into; it is read and not changed. Draw t of an ask is
@@ -252,15 +254,15 @@ def decode(graph, config, view: View, past, lengths_R, asked: Asked, *, places: 
 
     def step(state):
         t, last_R, counts_R, active_R, ids_RP, logprobs_RP, buffer = state
-        turn = rotation((view.prefix[0][0].shape[-1] + lengths_R + t)[:, None], config)
+        rope = rope_angles((view.prefix[0][0].shape[-1] + lengths_R + t)[:, None], config)
         x_RTD, filled = view.embed[last_R[:, None]], []
         for weights, prefix, blocks, fresh in zip(view.layers, view.prefix, past, buffer, strict=True):
             # Weights that wait for the layer's input cannot be decoded from NF4 before the loop and all be held there.
             weights, x_RTD = jax.lax.optimization_barrier((weights, x_RTD))
-            x_RTD, fresh = run_layer(graph.merge(weights), config, x_RTD, turn, prefix, blocks, lengths_R, fresh, t)
+            x_RTD, fresh = run_layer(graph.merge(weights), config, x_RTD, rope, prefix, blocks, lengths_R, fresh, t)
             filled.append(fresh)
         hidden_RD = rms_norm(x_RTD[:, 0], view.norm, config.rms_norm_eps)
-        logits_RV = multiply(hidden_RD, view.head, jnp.float32)
+        logits_RV = tiled_matmul(hidden_RD, view.head, jnp.float32)
         ids_R = sample(logits_RV, asked.temperature, asked.top_p, asked.seed, asked.drawn + t)
         chosen_R = jnp.take_along_axis(logits_RV, ids_R[:, None], axis=1)[:, 0]
         logprobs_R = chosen_R - jax.nn.logsumexp(logits_RV, axis=1)

@@ -1,8 +1,8 @@
 """Samples from a Mistral in many sessions at once; a session's KV cache lives in a slot over all of its turns.
 
-`extend` only queues ids and `ask` only says that a session may sample. A group of slots then prefills all queued ids
+`extend` only queues ids and `submit` only says that a session may sample. A group of slots then prefills all queued ids
 but the last of its asked sessions, those of several together, and decodes in one jitted `while_loop` until every asked
-row has sampled a stop id, reached its limit, filled its context or made a chunk of ids; `replies` gives what ended, the
+row has sampled a stop id, reached its limit, filled its context or made a chunk of ids; `poll` gives what ended, the
 other rows go on in their group's next chunk beside newly asked ones, and no group waits for another. Keys and values
 made inside a call stay in a small buffer beside the cache, which is only read, and are written into it once at the end.
 A `prefix` that all sessions begin with is computed and held once: attention reads it for all rows together. There may
@@ -25,6 +25,8 @@ Shapes: R rows of a group, F tokens of several rows, P places of the buffer, D m
 of the prefix.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import itertools
 import os
@@ -40,10 +42,10 @@ import numpy as np
 
 from lora.decoding import (
     DTYPES,
-    Asked,
-    Pieces,
+    DecoderWeights,
+    PrefillBatch,
     RolloutWeights,
-    View,
+    SamplingParams,
     append,
     decode,
     decoding_layers,
@@ -51,7 +53,7 @@ from lora.decoding import (
     look_up,
     prefill_layer,
 )
-from lora.linear import lay_out
+from lora.linear import tile_for_cpu
 from lora.model import Mistral
 
 # Places of the first block of the cache; later ones end at 1.5, 2, 3, 4, 6, ... times as many, so that attention reads
@@ -74,7 +76,7 @@ class Reply(NamedTuple):
 
 
 @dataclasses.dataclass
-class Row:
+class Request:
     """An ask under way: what was asked, and what has been sampled for it."""
 
     session: int
@@ -141,7 +143,7 @@ class Engine:
         stops_V = np.isin(np.arange(config.vocab_size), list(self._stops))
         dtype = DTYPES.get(weights, model.embed.dtype)
         embed, norm, head = (x.astype(dtype) for x in (model.embed[...], model.norm[...], model.unembed()))
-        self._view = View(embed, norm, lay_out(head), stops_V, layers, [])
+        self._view = DecoderWeights(embed, norm, tile_for_cpu(head), stops_V, layers, [])
         self._view = self._view._replace(prefix=self._prefix(prefix))
 
         self._tile = TILE if on_cpu else ACCELERATOR_TILE
@@ -157,8 +159,8 @@ class Engine:
         self._ids: dict[int, list[int]] = {}  # of each open session
         self._lengths: dict[int, int] = {}  # how many of them are in the cache
         self._slot: dict[int, int] = {}  # of the sessions that have one; the one asked longest ago comes first
-        self._asked: dict[int, dict[int, Row]] = {}  # by group and session, ready for their (next) chunk
-        self._unseated: list[Row] = []  # asked while all slots were busy
+        self._asked: dict[int, dict[int, Request]] = {}  # by group and session, ready for their (next) chunk
+        self._unseated: list[Request] = []  # asked while all slots were busy
         self._running: dict[Future, int] = {}  # the groups that are decoding
         self._busy: set[int] = set()  # sessions whose reply is still to come
 
@@ -170,7 +172,7 @@ class Engine:
         if not len(ids):
             return [nothing for _ in self._view.layers]
         x_FD, found, zero = look_up(self._view.embed, np.array(ids, np.int32)), [], np.zeros(1, np.int32)
-        pieces = Pieces(zero, zero, zero, np.zeros(len(ids), np.int32), np.arange(len(ids), dtype=np.int32))
+        pieces = PrefillBatch(zero, zero, zero, np.zeros(len(ids), np.int32), np.arange(len(ids), dtype=np.int32))
         for weights in self._view.layers:
             x_FD, fresh = prefill_layer(self._graph, self._config, weights, x_FD, pieces, nothing, [], width=len(ids))
             found.append((fresh[0][0], fresh[1][0]))
@@ -191,7 +193,7 @@ class Engine:
     def close(self, session: int) -> None:
         """Ends the session. Raises ValueError while its reply is still to come."""
         if session in self._busy:
-            raise ValueError(f"session {session} cannot be closed: its reply is still to come; take `replies` first.")
+            raise ValueError(f"session {session} cannot be closed: its reply is still to come; take `poll` first.")
         del self._ids[session], self._lengths[session]
         self._slot.pop(session, None)
 
@@ -214,17 +216,17 @@ class Engine:
         if session in self._busy or len(self._ids.get(session, ())) == self._lengths.get(session, 0):
             raise ValueError(f"session {session} was asked: it must be open, extended and not be asked already.")
         self._busy.add(session)
-        row = Row(session, temperature, seed, top_p)
+        request = Request(session, temperature, seed, top_p)
         if session in self._slot:
-            self._start(row, self._slot.pop(session))
+            self._start(request, self._slot.pop(session))
         else:
-            self._unseated.append(row)
+            self._unseated.append(request)
             self._seat()
 
-    def _start(self, row: Row, slot: int) -> None:
+    def _start(self, request: Request, slot: int) -> None:
         """Lets a session sample in that slot, as the one asked last."""
-        self._slot[row.session] = slot
-        self._asked.setdefault(slot // self._rows, {})[row.session] = row
+        self._slot[request.session] = slot
+        self._asked.setdefault(slot // self._rows, {})[request.session] = request
 
     def _free_slot(self) -> int | None:
         return min(set(range(self.slots)).difference(self._slot.values()), default=None)
@@ -240,7 +242,7 @@ class Engine:
                 slot, self._lengths[loser] = self._slot.pop(loser), 0
             self._start(self._unseated.pop(0), slot)
 
-    def replies(self, wait: bool = True) -> dict[int, Reply | None]:
+    def poll(self, wait: bool = True) -> dict[int, Reply | None]:
         """What asked sessions have sampled since, as soon as one group of slots has made a chunk.
 
         A group starts when all of its sessions are asked or not done yet; one where some are not starts if `wait` is
@@ -259,7 +261,7 @@ class Engine:
             group, (ended, others, computed) = self._running.pop(future), future.result()
             replies |= ended
             self.prefilled += computed
-            self._asked.setdefault(group, {}).update((row.session, row) for row in others)
+            self._asked.setdefault(group, {}).update((request.session, request) for request in others)
         self._busy -= replies.keys()
         self._seat()
         return replies
@@ -270,32 +272,34 @@ class Engine:
         for ask in asks:
             self.submit(*ask)
         while len(replies) < len(asks):
-            replies |= self.replies()
+            replies |= self.poll()
         return [replies[ask[0]] for ask in asks]
 
-    def _sample_group(self, group: int, members: list[Row]) -> tuple[dict[int, Reply | None], list[Row], int]:
+    def _sample_group(self, group: int, members: list[Request]) -> tuple[dict[int, Reply | None], list[Request], int]:
         """One chunk for the asks of one group, whose cache and asked sessions no other thread touches.
 
         Returns the replies that ended, the rows that did not, and how many ids were prefilled.
         """
-        replies: dict[int, Reply | None] = {row.session: None for row in members if self.room(row.session) <= 0}
-        members, others = [row for row in members if row.session not in replies], []
+        replies: dict[int, Reply | None] = {
+            request.session: None for request in members if self.room(request.session) <= 0
+        }
+        members, others = [request for request in members if request.session not in replies], []
         if not members:
             return replies, others, 0
-        computed = self._prefill(group, [row.session for row in members])
+        computed = self._prefill(group, [request.session for request in members])
         ids_RP, logprobs_RP, counts_R = (np.asarray(x) for x in self._decode(group, members))
-        for row in members:
-            index, session = self._slot[row.session] % self._rows, row.session
+        for request in members:
+            index, session = self._slot[request.session] % self._rows, request.session
             count = int(counts_R[index])
             fresh = ids_RP[index, :count].tolist()
-            row.ids += fresh
-            row.logprobs += logprobs_RP[index, :count].tolist()
+            request.ids += fresh
+            request.logprobs += logprobs_RP[index, :count].tolist()
             self._ids[session] += fresh
             self._lengths[session] += count  # all but the last, and the one before the first
-            if row.ids[-1] in self._stops or len(row.ids) == self.max_new_tokens or self.room(session) == 0:
-                replies[session] = Reply(row.ids, row.logprobs)
+            if request.ids[-1] in self._stops or len(request.ids) == self.max_new_tokens or self.room(session) == 0:
+                replies[session] = Reply(request.ids, request.logprobs)
             else:
-                others.append(row)
+                others.append(request)
         return replies, others, computed
 
     def _prefill(self, group: int, sessions: list[int]) -> int:
@@ -320,7 +324,7 @@ class Engine:
 
     def _prefill_together(self, group: int, counts: dict[int, int], rows: int, width: int, size: int) -> None:
         """Computes the next so many ids of at most `rows` sessions, at most `width` each and `size` together."""
-        pieces = Pieces(*np.zeros((3, rows), np.int32), np.full(size, rows, np.int32), np.zeros(size, np.int32))
+        pieces = PrefillBatch(*np.zeros((3, rows), np.int32), np.full(size, rows, np.int32), np.zeros(size, np.int32))
         ids_F, filled = np.zeros(size, np.int32), 0
         for index, (session, count) in enumerate(counts.items()):
             start, part = self._lengths[session], slice(filled, filled + count)
@@ -348,10 +352,10 @@ class Engine:
         for session, count in counts.items():
             self._lengths[session] += count
 
-    def _decode(self, group: int, members: list[Row]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _decode(self, group: int, members: list[Request]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Decodes a chunk of a group's asks; returns ids [R, P], log-probabilities [R, P] and counts [R]."""
         i, f, u = np.int32, np.float32, np.uint32
-        asked = Asked(*(np.zeros(self._rows, dtype) for dtype in (i, i, i, f, f, u)))
+        asked = SamplingParams(*(np.zeros(self._rows, dtype) for dtype in (i, i, i, f, f, u)))
         asked.top_p[:] = 1
         lengths_R = np.zeros(self._rows, np.int32)
         for member in members:
@@ -359,7 +363,11 @@ class Engine:
             lengths_R[row] = self._lengths[member.session]
             asked.first_id[row], asked.drawn[row] = self._ids[member.session][-1], drawn
             asked.limit[row] = min(self._chunk, self.max_new_tokens - drawn, self.room(member.session))
-            asked.temperature[row], asked.top_p[row], asked.seed[row] = member.temperature, member.top_p, member.seed
+            asked.temperature[row], asked.top_p[row], asked.seed[row] = (
+                member.temperature,
+                member.top_p,
+                member.seed,
+            )
         reached = self._reach([member.session for member in members])
         past = [blocks[:reached] for blocks in self._cache[group]]
         ids_RP, logprobs_RP, counts_R, buffer = decode(

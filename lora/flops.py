@@ -4,6 +4,8 @@ Peaks are the makers' figures for dense bfloat16 (float32 accumulation), without
 every CPU among them, has none, and no MFU (model FLOPs utilisation) is said of it.
 """
 
+from __future__ import annotations
+
 import resource
 
 import jax

@@ -10,6 +10,8 @@ Shapes: N layers, O out-features, I in-features, R LoRA rank, G NF4 blocks of an
 rows of tokens.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
@@ -23,7 +25,7 @@ import numpy as np
 from flax import nnx
 
 from lora import nf4
-from lora.sharding import gather, my_part
+from lora.sharding import gather, local_shard
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 # The linear layers of a decoder layer, and what they are made of.
@@ -92,7 +94,7 @@ def _dense_backward(residuals, dy):
 dense_matmul.defvjp(_dense_forward, _dense_backward)
 
 
-def gathered(base: NF4, rows: tuple[int, ...], groups: int) -> tuple[jax.Array, jax.Array]:
+def all_gather_base(base: NF4, rows: tuple[int, ...], groups: int) -> tuple[jax.Array, jax.Array]:
     """Codes [O, G, 64] and absmax [O, G] of an NF4 base of parts with `rows` out-features and `groups` blocks in a row.
 
     On a mesh base and result are this device's share of them; along `fsdp` the codes are gathered, not the weight.
@@ -103,7 +105,7 @@ def gathered(base: NF4, rows: tuple[int, ...], groups: int) -> tuple[jax.Array, 
         share = sum(rows) // len(base.codes)  # devices along `tensor`, where they split out-features
         local = [count // share for count in rows]
         absmax = nf4.decode_absmax(base.absmax_codes, base.nested, base.offset, local, groups)
-        absmax = my_part(absmax, base.codes.shape[1], axis=1)
+        absmax = local_shard(absmax, base.codes.shape[1], axis=1)
     return base.codes, absmax
 
 
@@ -114,7 +116,7 @@ def decode_whole(codes: jax.Array, absmax: jax.Array, dtype: jnp.dtype) -> jax.A
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def nf4_matmul(x, base, rows, groups):
-    """x W^T for x [..., I] and a frozen W in NF4 (see `gathered`).
+    """x W^T for x [..., I] and a frozen W in NF4 (see `all_gather_base`).
 
     W is decoded again in the backward pass: decoded weights as residuals would keep the whole base in full precision.
     On a TPU it never lies in memory: the product decodes its blocks, and keeps them, as XLA decodes inside no other.
@@ -127,7 +129,7 @@ def nf4_matmul(x, base, rows, groups):
     def plain(x, codes, absmax):
         return x @ decode_whole(codes, absmax, x.dtype).T
 
-    return jax.lax.platform_dependent(x, *gathered(base, rows, groups), tpu=in_blocks, default=plain)
+    return jax.lax.platform_dependent(x, *all_gather_base(base, rows, groups), tpu=in_blocks, default=plain)
 
 
 def _nf4_forward(x, base, rows, groups):
@@ -146,7 +148,7 @@ def _nf4_backward(rows, groups, base, dy):
     def plain(dy, codes, absmax):
         return dy @ decode_whole(codes, absmax, dy.dtype)
 
-    return jax.lax.platform_dependent(dy, *gathered(base, rows, groups), tpu=in_blocks, default=plain), None
+    return jax.lax.platform_dependent(dy, *all_gather_base(base, rows, groups), tpu=in_blocks, default=plain), None
 
 
 nf4_matmul.defvjp(_nf4_forward, _nf4_backward)
@@ -197,14 +199,14 @@ class Linear(nnx.Module):
         self.a[part], self.b[part] = LoRAParam(a), LoRAParam(b)
         self.scale, self.dropout = lora.alpha / lora.rank, lora.dropout
 
-    def dense(self, dtype: jnp.dtype, *, merge: bool) -> "Dense":
+    def dense(self, dtype: jnp.dtype, *, merge: bool) -> Dense:
         """One layer, whose arrays have no N, with a dense base in `dtype` for sampling; this one stays as it is.
 
         With `merge` the adapters are added to the base, else they stay beside it.
         """
         weight, a, b = ({part: x[...] for part, x in holder.items()} for holder in (self.weight, self.a, self.b))
         base = self.base() if self.quantized else weight
-        made = Dense(whole(base, a if merge else {}, b, self.scale, self.parts, self.rows, dtype), self)
+        made = Dense(merged_weight(base, a if merge else {}, b, self.scale, self.parts, self.rows, dtype), self)
         if not merge:
             made.a, made.b = self.a, self.b
         return made
@@ -220,7 +222,7 @@ class Linear(nnx.Module):
         return adapted(out, x, self, key)
 
 
-def adapted(out: list[jax.Array], x: jax.Array, layer: "Linear | Dense", key: jax.Array | None = None):
+def adapted(out: list[jax.Array], x: jax.Array, layer: Linear | Dense, key: jax.Array | None = None):
     """What each part makes of x, with that of its adapter, if it has one, added."""
     for index, part in enumerate(layer.parts):
         if part in layer.a:
@@ -240,15 +242,15 @@ def drop(x: jax.Array, share: float, key: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("parts", "rows", "dtype"))
-def whole(base, a, b, scale, parts, rows, dtype: jnp.dtype) -> jax.Array:
-    """All parts, laid out for `multiply`, from an NF4 base or dense weights by part [O, I], and the adapters given."""
+def merged_weight(base, a, b, scale, parts, rows, dtype: jnp.dtype) -> jax.Array:
+    """All parts for `tiled_matmul`, from an NF4 base or dense weights by part [O, I], the given adapters merged."""
     if isinstance(base, NF4):
-        weight_OGK = nf4.dequantize(*gathered(base, rows, base.codes.shape[1]))
+        weight_OGK = nf4.dequantize(*all_gather_base(base, rows, base.codes.shape[1]))
         pieces = split(weight_OGK.reshape(len(weight_OGK), -1), rows, axis=0)
     else:
         pieces = [base[part] for part in parts]
     pieces = [w + scale * (b[part] @ a[part]) if part in a else w for part, w in zip(parts, pieces, strict=True)]
-    return lay_out(jnp.concatenate(pieces).astype(dtype))
+    return tile_for_cpu(jnp.concatenate(pieces).astype(dtype))
 
 
 LARGE = 2**18  # numbers of a weight
@@ -262,8 +264,8 @@ def tile_width() -> int:
     return 32 if cpu.exists() and "avx512f" in cpu.read_text() else 16
 
 
-def lay_out(weight_OI: jax.Array) -> jax.Array:
-    """A dense weight as `multiply` reads it: W^T [I, O], or, large and for a CPU in float32, tiles [T, I, O / T].
+def tile_for_cpu(weight_OI: jax.Array) -> jax.Array:
+    """A dense weight as `tiled_matmul` reads it: W^T [I, O], or, large and for a CPU in float32, tiles [T, I, O / T].
 
     XLA:CPU lays W or W^T out anew whenever it multiplies few rows by it, which takes longer than the product. It reads
     tiles as they lie, in one thread, and a row's bits do not depend on how many rows there are (up to 128, the least
@@ -276,8 +278,8 @@ def lay_out(weight_OI: jax.Array) -> jax.Array:
     return weight_OI.reshape(-1, tile_width(), inputs).swapaxes(1, 2)
 
 
-def multiply(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-    """x W^T [..., O] for x [..., I] and a weight that `lay_out` laid out; accumulated, and given, in `dtype`."""
+def tiled_matmul(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """x W^T [..., O] for x [..., I] and a weight that `tile_for_cpu` laid out; accumulated, and given, in `dtype`."""
     if weight.ndim == 2:
         return jnp.dot(x, weight, preferred_element_type=dtype)
     rows_RI = x.reshape(-1, x.shape[-1])
@@ -296,4 +298,4 @@ class Dense(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> list[jax.Array]:
         """What each part makes of x; nothing is trained here, so nothing is dropped."""
-        return adapted(split(multiply(x, self.weight[...]), self.rows), x, self)
+        return adapted(split(tiled_matmul(x, self.weight[...]), self.rows), x, self)

@@ -1,5 +1,7 @@
 """Base models into JAX: tensor by tensor, quantised on the way, each device its shard; and dense ones out again."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +23,7 @@ from lora.checkpoint import (
 )
 from lora.linear import FUSED, NF4, LoRAConfig
 from lora.model import Mistral
-from lora.sharding import COLUMN, fused_order, put, spec_of
+from lora.sharding import COLUMN, fused_order, partition_spec, put
 
 Weights = Literal["nf4", "nf4-dq", "bf16", "fp32"]
 
@@ -74,7 +76,7 @@ def load_model(
             linear.quantize(read_nf4(checkpoint, name, weights == "nf4-dq", mesh))
         else:
             for part in parts:
-                array = put(stacked(part), mesh, spec_of(name, "weight"), part)
+                array = put(stacked(part), mesh, partition_spec(name, "weight"), part)
                 linear.weight[part] = nnx.Param(array)
     if lora is not None:
         add_adapters(model, lora, fresh_adapter(config, lora, seed), mesh)
@@ -130,9 +132,9 @@ def read_nf4(checkpoint: Checkpoint, name: str, double: bool, mesh: Mesh | None)
         arrays = [array[:, order] for array, order in zip(arrays, orders, strict=True)]
     packed, *statistics = arrays
     fields = ("absmax_codes", "nested", "offset") if double else ("absmax",)
-    codes = to_uint4(put(packed, mesh, spec_of(name, "codes"), f"{name}.codes"))
+    codes = to_uint4(put(packed, mesh, partition_spec(name, "codes"), f"{name}.codes"))
     placed = zip(fields, statistics, strict=True)
-    placed = {field: put(array, mesh, spec_of(name, field), f"{name}.{field}") for field, array in placed}
+    placed = {field: put(array, mesh, partition_spec(name, field), f"{name}.{field}") for field, array in placed}
     return NF4(codes, placed.pop("absmax", None), **placed)
 
 

@@ -2,6 +2,8 @@
 
 Shapes: B rows, L tokens, T tokens of both, C tokens of a chunk, D model, V vocabulary."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 

@@ -12,6 +12,8 @@ Shapes: N layers, B rows, L tokens, T tokens of a chunk, D model, F feed-forward
 V vocabulary.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -19,7 +21,7 @@ from flax import nnx
 from lora.attention import Implementation, attention, best_implementation, positions_in
 from lora.config import Config
 from lora.linear import Linear
-from lora.sharding import enter, leave
+from lora.sharding import copy_to_tensor_parallel, reduce_from_tensor_parallel
 
 # Up to so many layers the scan is unrolled: 15 % faster on a CPU, and small models compile quickly all the same.
 UNROLLED_LAYERS = 16
@@ -32,16 +34,16 @@ def rms_norm(x: jax.Array, weight_D: jax.Array, epsilon: float) -> jax.Array:
     return weight_D * (x32 * scale).astype(x.dtype)
 
 
-def rotation(positions_BL: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
+def rope_angles(positions_BL: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine [B, L, 1, C/2] of the rotary angles at those positions."""
     frequencies = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
     angles = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x_BLHC: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
+def apply_rope(x_BLHC: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates the pairs (i, i + C/2) of every head, which is the order of Hugging Face checkpoints."""
-    cos, sin = turn
+    cos, sin = rope
     first, second = jnp.split(x_BLHC, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLHC.dtype)
 
@@ -62,26 +64,26 @@ class Layer(nnx.Module):
         self.gate_up = Linear(N, {"gate": F, "up": F}, D, std=D**-0.5, rngs=rngs)
         self.down = Linear(N, {"down": D}, F, std=quiet * F**-0.5, rngs=rngs)
 
-    def queries_keys_values(self, x_BLD: jax.Array, turn: tuple[jax.Array, jax.Array], key=None) -> tuple:
+    def queries_keys_values(self, x_BLD: jax.Array, rope: tuple[jax.Array, jax.Array], key=None) -> tuple:
         """Rotated queries [B, L, H, C], rotated keys [B, L, K, C] and values [B, L, K, C] of a layer's input.
 
         Under tensor parallelism H and K are this device's heads. `key` is that of LoRA dropout, here and below.
         """
-        y = enter(rms_norm(x_BLD, self.attention_norm[...], self.config.rms_norm_eps))
-        q, k, v = (part.reshape(*y.shape[:2], -1, self.config.head_dim) for part in self.qkv(y, key_of(key, 0)))
-        return rotate(q, turn), rotate(k, turn), v
+        y = copy_to_tensor_parallel(rms_norm(x_BLD, self.attention_norm[...], self.config.rms_norm_eps))
+        q, k, v = (part.reshape(*y.shape[:2], -1, self.config.head_dim) for part in self.qkv(y, subkey(key, 0)))
+        return apply_rope(q, rope), apply_rope(k, rope), v
 
-    def finish(self, x_BLD: jax.Array, attended: jax.Array, key=None) -> jax.Array:
+    def attention_output_and_mlp(self, x_BLD: jax.Array, attended: jax.Array, key=None) -> jax.Array:
         """The rest of a layer, given what attention read [B, L, H * C]."""
-        [read] = self.o(attended, key_of(key, 1))
-        x_BLD = x_BLD + leave(read)
-        y = enter(rms_norm(x_BLD, self.mlp_norm[...], self.config.rms_norm_eps))
-        gate, up = self.gate_up(y, key_of(key, 2))
-        [made] = self.down(jax.nn.silu(gate) * up, key_of(key, 3))
-        return x_BLD + leave(made)
+        [read] = self.o(attended, subkey(key, 1))
+        x_BLD = x_BLD + reduce_from_tensor_parallel(read)
+        y = copy_to_tensor_parallel(rms_norm(x_BLD, self.mlp_norm[...], self.config.rms_norm_eps))
+        gate, up = self.gate_up(y, subkey(key, 2))
+        [made] = self.down(jax.nn.silu(gate) * up, subkey(key, 3))
+        return x_BLD + reduce_from_tensor_parallel(made)
 
 
-def key_of(key: jax.Array | None, place: int) -> jax.Array | None:
+def subkey(key: jax.Array | None, place: int) -> jax.Array | None:
     """The key of a place in a layer; none if there is none."""
     return None if key is None else jax.random.fold_in(key, place)
 
@@ -115,7 +117,7 @@ class Mistral(nnx.Module):
         `implementation` of attention: see `lora/attention.py`; None is the best of JAX's default device. `remat`: a key
         of `REMAT`. `key` draws LoRA dropout; without one nothing is dropped.
         """
-        turn = rotation(positions_in(segments_BL), self.config)
+        rope = rope_angles(positions_in(segments_BL), self.config)
         graph, weights = nnx.split(self.layers)
         x_BLD = self.embed[...][ids_BL]
         implementation = implementation or best_implementation(jax.default_backend(), x_BLD.dtype)
@@ -123,10 +125,10 @@ class Mistral(nnx.Module):
 
         def step(x_BLD, layer_weights, number):
             layer = nnx.merge(graph, layer_weights)
-            layer_key = key_of(key, number)
-            q, k, v = layer.queries_keys_values(x_BLD, turn, layer_key)
+            layer_key = subkey(key, number)
+            q, k, v = layer.queries_keys_values(x_BLD, rope, layer_key)
             attended = attention(q, k, v, segments_BL, self.config.sliding_window, implementation)
-            return layer.finish(x_BLD, attended, layer_key)
+            return layer.attention_output_and_mlp(x_BLD, attended, layer_key)
 
         if remat != "none":
             step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=unroll)  # a loop prevents it by itself

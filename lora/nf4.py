@@ -13,6 +13,8 @@ XLA flushes the denormals that bitsandbytes keeps; decoding runs in JAX, inside 
 Shapes: O rows of a weight, G blocks of 64 of a row, M blocks of 256 of absmax.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

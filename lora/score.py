@@ -6,6 +6,8 @@ Prints one JSON object: `ids` of the text (with what the tokenizer puts before i
 after the first, natural logarithms, and their `sum`.
 """
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +16,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 
+from artifacts.cli import parse
 from lora.load import Weights, load_adapter, load_model
 from lora.logprobs import token_logprobs
 from lora.tokenizer import load_tokenizer
@@ -58,6 +60,6 @@ def score(args: Args) -> dict:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(score(tyro.cli(Args, description=__doc__))))
+        print(json.dumps(score(parse(Args, __doc__))))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error

@@ -12,6 +12,8 @@ Left out: embeddings and head are held whole by every device; expert, sequence a
 Shapes: N layers, O out-features, I in-features, G NF4 blocks of an in-row, M blocks of absmax, R LoRA rank.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping, Sequence
 
@@ -85,7 +87,7 @@ def gather(x: jax.Array) -> jax.Array:
     return x if axis_size("fsdp") == 1 else jax.lax.all_gather(x, "fsdp", axis=0, tiled=True)
 
 
-def my_part(x: jax.Array, size: int, axis: int) -> jax.Array:
+def local_shard(x: jax.Array, size: int, axis: int) -> jax.Array:
     """This device's `size` places of an axis that is spread over `tensor`; all of it if it has no more."""
     if x.shape[axis] == size:
         return x
@@ -93,13 +95,13 @@ def my_part(x: jax.Array, size: int, axis: int) -> jax.Array:
 
 
 @jax.custom_vjp
-def enter(x: jax.Array) -> jax.Array:
+def copy_to_tensor_parallel(x: jax.Array) -> jax.Array:
     """x, which every device along `tensor` has, before each computes something else of it: gradients are summed."""
     return x
 
 
 @jax.custom_vjp
-def leave(x: jax.Array) -> jax.Array:
+def reduce_from_tensor_parallel(x: jax.Array) -> jax.Array:
     """The sum over `tensor` of what each device has computed; the gradient of each is that of the sum."""
     return _sum(x)
 
@@ -108,8 +110,8 @@ def _sum(x: jax.Array) -> jax.Array:
     return x if axis_size("tensor") == 1 else jax.lax.psum(x, "tensor")
 
 
-enter.defvjp(lambda x: (x, None), lambda _, dy: (_sum(dy),))
-leave.defvjp(lambda x: (_sum(x), None), lambda _, dy: (dy,))
+copy_to_tensor_parallel.defvjp(lambda x: (x, None), lambda _, dy: (_sum(dy),))
+reduce_from_tensor_parallel.defvjp(lambda x: (_sum(x), None), lambda _, dy: (dy,))
 
 
 # ---- where arrays lie ------------------------------------------------------------------------------------------------
@@ -129,7 +131,7 @@ FIELDS = {
 }
 
 
-def spec_of(layer: str, field: str) -> P:
+def partition_spec(layer: str, field: str) -> P:
     """How a field [N, ...] of a linear layer ("qkv", "o", "gate_up", "down") lies on the mesh.
 
     Adapters are whole along `fsdp`, as their gradients and optimizer state are small. The statistics of double
@@ -171,7 +173,7 @@ def put(array: np.ndarray, mesh: Mesh | None, spec: P, name: str) -> jax.Array:
     return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
 
 
-def specs_of(tree):
+def partition_specs(tree):
     """The PartitionSpec of every array of a tree that lies on a mesh."""
     return jax.tree.map(lambda x: x.sharding.spec, tree)
 

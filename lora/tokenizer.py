@@ -6,6 +6,8 @@ Left out: other models' chat templates, tools, images.
     ids = chat_ids(tokenizer, [{"role": "user", "content": "Hello"}])       # <s> [INST] Hello [/INST]
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

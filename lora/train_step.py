@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora.sharding import AXES, ROWS, make_mesh, specs_of
+from lora.sharding import AXES, ROWS, make_mesh, partition_specs
 
 
 class Batch(NamedTuple):
@@ -68,7 +68,7 @@ def make_update(
     argument, not part of the optimizer: the schedule differs from round to round and would recompile the step. `key`
     is that of LoRA dropout, or None.
     """
-    adapter_specs = specs_of(adapter)
+    adapter_specs = partition_specs(adapter)
 
     def device_step(adapter, frozen, batch, trajectories, key):
         def loss(adapter, rows, index):
@@ -96,7 +96,7 @@ def make_update(
     batch_step = jax.shard_map(
         device_step,
         mesh=mesh,
-        in_specs=(adapter_specs, specs_of(frozen), P(None, *ROWS), P(), P()),
+        in_specs=(adapter_specs, partition_specs(frozen), P(None, *ROWS), P(), P()),
         out_specs=(P(), adapter_specs),
         check_vma=False,
     )

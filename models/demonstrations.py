@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import tyro
 from tqdm import tqdm
 
+from artifacts.cli import parse
 from artifacts.stage import Stage, run_main
 from artifacts.trajectory import write_file
 from envs.alfworld.engine import COMMANDS
@@ -52,4 +52,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, tyro.cli(Args, description=__doc__))
+    run_main(main, parse(Args, __doc__))

@@ -53,7 +53,7 @@ def match_like_with_like(model: Mistral, plain_D: np.ndarray, numbered_D: np.nda
     o[...] = o[...].at[:2, :, :half].set(quiet * v[...][:2, :half].swapaxes(1, 2))
 
 
-def copy_what_came_before(model: Mistral, table_VE: np.ndarray) -> None:
+def induction_heads(model: Mistral, table_VE: np.ndarray) -> None:
     """The model starts as one that goes on with what followed the last times that its token was there.
 
     The stream has two or three parts, each as wide as a head. Embeddings fill the first (the last place of it is the

@@ -31,13 +31,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from artifacts.cli import parse
 from artifacts.render import actre_segments, react_segments
 from artifacts.seeds import generator
 from artifacts.trajectory import Trajectory
@@ -48,7 +48,7 @@ from lora.logprobs import token_logprobs
 from lora.model import Mistral
 from models.corpus import alfworld, neutral, webshop
 from models.corpus.args import CorpusArgs
-from models.initial_weights import copy_what_came_before, embeddings, match_like_with_like
+from models.initial_weights import embeddings, induction_heads, match_like_with_like
 from models.tokenizer import train_tokenizer, train_tokenizer_blanks_last
 
 
@@ -201,7 +201,7 @@ def main(args: Args) -> None:
         model.embed[...] = model.head[...] = jnp.asarray(table_VD)
         match_like_with_like(model, plain_D, numbered_D)
     else:
-        copy_what_came_before(model, embeddings(tokenizer, args.heads[2] - 1, generator(args.seed, "embeddings"))[0])
+        induction_heads(model, embeddings(tokenizer, args.heads[2] - 1, generator(args.seed, "embeddings"))[0])
     graph, params = nnx.split(model)
     steps = args.tokens // STEP_TOKENS
     optimizer = make_optimizer(args.learning_rate, steps)
@@ -255,4 +255,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    main(tyro.cli(Args, description=__doc__))
+    main(parse(Args, __doc__))

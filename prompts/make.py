@@ -8,6 +8,8 @@ turns. In ActRe's example the thought stands after the action that it was for.
     python -m prompts.make     # prompts/<world>_react.txt, prompts/<world>_actre.txt
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Tests see two CPU devices, so that what is spread over devices is tested without an accelerator."""
 
+from __future__ import annotations
+
 import signal
 
 import jax

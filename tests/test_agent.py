@@ -1,5 +1,7 @@
 """The play loop with scripted policies on generated games: the sampling rule, faults, and independence of order."""
 
+from __future__ import annotations
+
 import functools
 import itertools
 import time

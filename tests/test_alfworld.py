@@ -1,5 +1,7 @@
 """The ALFWorld engine against TextWorld, its quirks by hand on both engines, and the index of games."""
 
+from __future__ import annotations
+
 import importlib.util
 import json
 import os

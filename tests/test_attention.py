@@ -1,5 +1,7 @@
 """Attention over packed rows: every implementation that runs on a CPU against all scores at once."""
 
+from __future__ import annotations
+
 import functools
 
 import jax

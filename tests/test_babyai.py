@@ -1,5 +1,7 @@
 """BabyAI in text: what is told is what is there, macro-actions go where they say, missions and milestones."""
 
+from __future__ import annotations
+
 import json
 import random
 import subprocess

@@ -1,5 +1,7 @@
 """Conversations out and in: a round trip, samples as AgentRefine's and AgentGym's sets have them, and bad files."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

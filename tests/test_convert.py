@@ -1,5 +1,7 @@
 """Files in and out: against transformers, bitsandbytes and PEFT; broken, foreign and wrong ones."""
 
+from __future__ import annotations
+
 import json
 import shutil
 import subprocess
@@ -17,7 +19,7 @@ from lora.adapter import adapter_name, save_adapter
 from lora.checkpoint import base_sha, layer_tensor
 from lora.config import Config
 from lora.convert import Args, main
-from lora.linear import FUSED, TARGETS, LoRAConfig, gathered
+from lora.linear import FUSED, TARGETS, LoRAConfig, all_gather_base
 from lora.load import load_adapter, load_model, save_model
 from lora.model import Mistral
 from tests.support.helpers import TINY, byte_tokenizer, logits_of, random_ids, with_random_adapter
@@ -190,7 +192,7 @@ def test_a_quantised_folder_is_what_transformers_and_bitsandbytes_write(base_dir
             linear = getattr(model.layers, name)
             for layer in range(TINY.num_hidden_layers):
                 base = jax.tree.map(lambda x, layer=layer: x[layer], linear.base())
-                codes, absmax = gathered(base, linear.rows, linear.inputs // 64)
+                codes, absmax = all_gather_base(base, linear.rows, linear.inputs // 64)
                 ours = np.asarray(nf4.dequantize(codes, absmax)).reshape(-1, linear.inputs)
                 wanted = []
                 for part in parts:

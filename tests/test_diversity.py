@@ -1,5 +1,7 @@
 """Thought diversity: figures by hand, and that they tell the diverse from the monotonous."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
@@ -39,7 +41,7 @@ def test_spread_counts_clusters_and_their_effective_number():
 
 def test_every_line_of_a_thought_counts(tmp_path):
     path = write(tmp_path / "t.jsonl", ["I look.\nI think again.", "", "I go."])
-    assert diversity.thoughts_of(path) == ["I look.", "I think again.", "I go."]
+    assert diversity.load_thoughts(path) == ["I look.", "I think again.", "I go."]
 
 
 def test_the_diverse_file_wins_every_figure_and_draws_repeat(tmp_path):

@@ -10,8 +10,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import tyro
 
+from artifacts.cli import parse
 from tests.support.imports import imports_of, python_files
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,7 @@ def test_the_readme_has_the_loop():
 @pytest.mark.parametrize("words", [words for page in PAGES for words in shell_commands(page)], ids=" ".join)
 def test_commands_parse(words):
     module, rest = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
-    tyro.cli(importlib.import_module(module).Args, args=rest)
+    parse(importlib.import_module(module).Args, "", rest)
 
 
 @pytest.mark.parametrize("file", SCRIPTS)

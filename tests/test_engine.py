@@ -1,5 +1,7 @@
 """The sampler: its cache against the full forward pass, its draws, its limits, and the memory that it takes."""
 
+from __future__ import annotations
+
 import functools
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from lora import engine as engine_module
 from lora import linear
 from lora.adapter import save_adapter
 from lora.config import Config
-from lora.decoding import Asked, Graph, View, append, decode, empty_buffer, sample
+from lora.decoding import DecoderWeights, Graph, SamplingParams, append, decode, empty_buffer, sample
 from lora.engine import Engine
 from lora.linear import LoRAConfig, LoRAParam
 from lora.load import load_model, save_model
@@ -293,7 +295,7 @@ def test_rows_that_go_on_in_later_chunks_draw_what_they_would_have_drawn():
         ask(name)
     arrived_alone = 0
     while len(found) < 2 * turns:
-        came = one.replies()
+        came = one.poll()
         arrived_alone += len(came) == 1
         for name, reply in came.items():
             found[name, next_turn[name]] = reply
@@ -401,13 +403,13 @@ def test_a_group_waits_for_its_own_sessions_and_for_no_other():
     for session in (first, second, third):
         one.extend(session, prompt(10))
     one.submit(first, 1.0, 1)
-    assert one.replies(wait=False) == {}
+    assert one.poll(wait=False) == {}
     one.submit(third, 1.0, 3)
-    found = one.replies()  # the second group, of which `third` is all that is open
+    found = one.poll()  # the second group, of which `third` is all that is open
     assert found.keys() == {third}
-    found |= one.replies()  # nothing else runs: the first group starts without `second`
+    found |= one.poll()  # nothing else runs: the first group starts without `second`
     one.submit(second, 1.0, 2)
-    found |= one.replies()
+    found |= one.poll()
     sessions = [together.open() for _ in range(3)]
     for session in sessions:
         together.extend(session, prompt(10))
@@ -443,7 +445,7 @@ def test_a_session_without_a_slot_is_not_starved_by_one_that_is_asked_again_and_
         one.submit(session, 1.0, session)
     answered = []
     while patient not in answered and len(answered) < 3:
-        for session in one.replies():
+        for session in one.poll():
             answered.append(session)
             one.extend(session, [1])
             one.submit(session, 1.0, 7)
@@ -475,14 +477,14 @@ def test_nothing_of_the_size_of_the_cache_is_copied(monkeypatch):
     graph, stacked = nnx.split(model().layers)
     layers = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(2)]
     nothing = jnp.zeros((2, C, 0)), jnp.zeros((2, 0, C))
-    view = View(
+    view = DecoderWeights(
         model().embed[...], model().norm[...], model().unembed().T, np.arange(61) == STOP, layers, [nothing] * 2
     )
     block = (jnp.zeros((rows, 2, 16, C, 64)), jnp.zeros((rows, 2, 16, 64, C)))  # 1,024 places
     size = sum(x.nbytes for x in block)
     ints = np.zeros(rows, np.int32)
     floats = ints.astype(np.float32)
-    asked = Asked(ints, ints, ints, floats, floats, ints.astype(np.uint32))
+    asked = SamplingParams(ints, ints, ints, floats, floats, ints.astype(np.uint32))
     decoding = decode.lower(Graph(graph), TINY, view, [[block]] * 2, ints, asked, places=T).compile()
     scores = rows * H * 1024 * 4
     assert decoding.memory_analysis().temp_size_in_bytes < 4 * scores < size

@@ -1,5 +1,7 @@
 """Generated games: winnable, shaped as real ones, always the same, playable by the stock engine, never half written."""
 
+from __future__ import annotations
+
 import ast
 import json
 import os

@@ -1,6 +1,8 @@
 """Jericho on a stand-in for the package, a game of one room, and on a Z-machine game that TextWorld compiles; the
 classics may not be in the project."""
 
+from __future__ import annotations
+
 import ctypes.util  # noqa: F401  (hides the package's own util from `jericho.util`)
 import sys
 from functools import partial

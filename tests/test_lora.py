@@ -1,5 +1,7 @@
 """The Mistral, its NF4 base and its adapters: against plain numpy, dense layers, and a step of PEFT's."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import numpy as np

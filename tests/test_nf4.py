@@ -1,5 +1,7 @@
 """NF4 against bitsandbytes: codes, absmax, nested statistics and decoded weights, bit by bit."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Panels: the paper's counts, disjoint, guarded by their sha256, and out of reach of demonstrations."""
 
+from __future__ import annotations
+
 import os
 import shutil
 from collections import Counter

@@ -1,5 +1,7 @@
 """Planning problems: exact rules against a second, naive reading of the same PDDL; panel, plans and words."""
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 import random

@@ -1,5 +1,7 @@
 """The whole pipeline in a temporary folder, killed and resumed, with the tiny base on a few games."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil

@@ -1,5 +1,7 @@
 """LocalPolicy: a prompt that stands before sessions, in the plain and in the instructed form, and top-p."""
 
+from __future__ import annotations
+
 import json
 
 import pytest

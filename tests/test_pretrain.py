@@ -1,5 +1,7 @@
 """What the tiny base is trained on: whose games, whose skill."""
 
+from __future__ import annotations
+
 import itertools
 import os
 import re
@@ -24,7 +26,7 @@ from lora.model import Mistral
 from models import demonstrations as demonstrations_stage
 from models.corpus import neutral, webshop
 from models.corpus.alfworld import PRETOKENIZER, demonstrations, sources
-from models.initial_weights import copy_what_came_before, embeddings, match_like_with_like
+from models.initial_weights import embeddings, induction_heads, match_like_with_like
 from models.pretrain import Args, batches, through_nf4, weighted
 from models.tokenizer import train_tokenizer, train_tokenizer_blanks_last
 from tests.support.helpers import trajectory
@@ -132,7 +134,7 @@ def copier(width: int, layers: int = 4) -> Mistral:
         rope_theta=1e8,
     )
     model = Mistral(config, rngs=nnx.Rngs(0))
-    copy_what_came_before(model, TABLE)
+    induction_heads(model, TABLE)
     return model
 
 
@@ -166,7 +168,7 @@ def test_a_wider_copier_knows_what_else_came_after_the_token_before():
 
 def test_a_copier_of_another_width_is_refused():
     with pytest.raises(ValueError, match="table of 64, width 128, 2 key-value heads of 64: expected a width of two"):
-        copy_what_came_before(copier(128), np.zeros((2000, 64)))
+        induction_heads(copier(128), np.zeros((2000, 64)))
 
 
 def test_the_words_that_read_a_list_weigh_more():

@@ -1,5 +1,7 @@
 """Worlds in processes of their own: slow, hanging, raising and dying ones, deadlines, and that no process is left."""
 
+from __future__ import annotations
+
 import functools
 import importlib.util
 import os

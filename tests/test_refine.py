@@ -1,6 +1,8 @@
 """Synthesis: only what the verifier accepts is kept, nothing is lost, and what a language model gets wrong is asked
 again, from where it was right, a few times at most."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys

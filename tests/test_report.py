@@ -1,5 +1,7 @@
 """The report holds every score and escapes what models and worlds have written."""
 
+from __future__ import annotations
+
 from html.parser import HTMLParser
 
 import pytest

@@ -1,5 +1,7 @@
 """ScienceWorld: what can be said without its package, and, where package and Java are installed, the contract."""
 
+from __future__ import annotations
+
 import importlib.util
 import random
 import shutil

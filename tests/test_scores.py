@@ -1,5 +1,7 @@
 """Figures checked by hand: single attempts, the best of several, perturbed wordings; where scores lie."""
 
+from __future__ import annotations
+
 import pytest
 
 from artifacts.scores import (
@@ -60,8 +62,8 @@ def test_directories_tell_world_wording_and_trials():
     assert directory_name("babyai", "P2", 10) == "evaluate_babyai_P2_best_of_10"
 
 
-def write_scores(run, place: str, name: str, scores: dict) -> None:
-    folder = run / place / name
+def write_scores(run, subject: str, name: str, scores: dict) -> None:
+    folder = run / subject / name
     folder.mkdir(parents=True)
     write_json(folder / "scores.json", {"gen_valid-100": scores})
     write_json(folder / "done.json", {})

@@ -2,6 +2,8 @@
 
 And against `transformers serve` (slow)."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil

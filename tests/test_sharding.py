@@ -1,5 +1,7 @@
 """A training step on one device and on meshes of eight; in one process and in two."""
 
+from __future__ import annotations
+
 import json
 import os
 import socket

@@ -1,5 +1,7 @@
 """The stage directory: resumed, finished or refused; addressed draws."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 

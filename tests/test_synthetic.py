@@ -1,6 +1,8 @@
 """Sampled worlds: two vocabularies apart, the same world for the same name, rules and their mistakes; and properties of
 what the teacher plays in them, whatever the world."""
 
+from __future__ import annotations
+
 import hashlib
 import re
 
@@ -10,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentrefine.player import play
-from agentrefine.teacher import script_of, teach, trajectory_of, turns_of
+from agentrefine.teacher import make_script, make_trajectory, make_turns, teach
 from agentrefine.verify import fits, read_script, verify
 from artifacts.trajectory import parse_line, to_line
 from envs.panel import SYNTHETIC, default_panels, read_panel
 from envs.synthetic.rules import State
-from envs.synthetic.spec import listed, spec_of
+from envs.synthetic.spec import listed, make_spec
 from envs.synthetic.words import FUNCTION_WORDS, HELD, TRAIN
 from envs.synthetic.world import SPLITS, Synthetic
 
@@ -65,7 +67,7 @@ def test_played_worlds_of_the_two_have_no_content_word_in_common():
 
 def test_a_name_is_always_the_same_world():
     """Where this fails, scores on the panels do not compare any more: raise WORLDS in envs/synthetic/world.py."""
-    specs = [spec_of(task) for name in SYNTHETIC for task in read_panel(name)]
+    specs = [make_spec(task) for name in SYNTHETIC for task in read_panel(name)]
     text = repr([(s.opening, s.lies, s.goals, s.hands, s.commands, s.says) for s in specs])
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "75dedc90bda45774"
 
@@ -88,7 +90,7 @@ def test_articles_and_lists():
 
 
 # A world with a lock, so with every kind of rule but work: found by name, its parts by role.
-LOCKED = next(t for t in Synthetic().tasks("syn_train") if spec_of(t).lock and spec_of(t).repair_tool)
+LOCKED = next(t for t in Synthetic().tasks("syn_train") if make_spec(t).lock and make_spec(t).repair_tool)
 
 
 def at(world: Synthetic, **state) -> Synthetic:
@@ -104,7 +106,7 @@ def world():
 
 
 def test_each_kind_of_mistake_is_told_apart(world):
-    spec = spec_of(LOCKED)
+    spec = make_spec(LOCKED)
     box, key = spec.lock
     tool, fixture, repair_at = spec.repair_tool, spec.goals[0].kind, spec.lies[spec.goals[0].kind]
     elsewhere = next(place for place in spec.places if place != box)
@@ -138,9 +140,9 @@ def test_each_kind_of_mistake_is_told_apart(world):
 @pytest.mark.parametrize(("rule", "event"), [("raw", "not_done"), ("order", "too_early")])
 def test_a_goal_place_refuses_what_comes_before_its_time(rule, event):
     world = Synthetic()
-    task = next(t for t in world.tasks("syn_train") if getattr(spec_of(t), rule))
+    task = next(t for t in world.tasks("syn_train") if getattr(make_spec(t), rule))
     world.reset(task)
-    spec = spec_of(task)
+    spec = make_spec(task)
     place = spec.goals[0].place
     thing = spec.order[2] if spec.order else next(n for n, kind in spec.kinds.items() if kind == spec.goals[0].kind)
     at(world, at=place, hands=(thing,), opened=spec.boxes)
@@ -156,13 +158,13 @@ def test_a_goal_place_refuses_what_comes_before_its_time(rule, event):
 def test_worlds_are_about_as_long_as_asked():
     world = Synthetic()
     for split in ("syn_valid", "syn_held"):
-        lengths = [len(play(spec_of(task), world, task)) for task in world.tasks(split)[:200]]
+        lengths = [len(play(make_spec(task), world, task)) for task in world.tasks(split)[:200]]
         assert 9 <= np.mean(lengths) <= 12 and max(lengths) <= 20, (split, np.mean(lengths), max(lengths))
         assert np.mean([6 <= length <= 14 for length in lengths]) > 0.8
 
 
 def test_worlds_differ_in_their_words_rules_and_goals():
-    specs = [spec_of(task) for task in Synthetic().tasks("syn_train")[:500]]
+    specs = [make_spec(task) for task in Synthetic().tasks("syn_train")[:500]]
     assert len({tuple(sorted(s.commands.values())) for s in specs}) > 450
     assert len({tuple(sorted(s.says.values())) for s in specs}) == 500
     for rule in ("lock", "station", "work_tool", "repair_tool", "raw", "order"):
@@ -176,7 +178,7 @@ def test_worlds_differ_in_their_words_rules_and_goals():
 @settings(max_examples=300, deadline=None)
 @given(TASKS)
 def test_every_world_can_be_solved(task):
-    played = play(spec_of(task), Synthetic(), task)
+    played = play(make_spec(task), Synthetic(), task)
     assert played[-1][1].success and played[-1][1].reward == 1.0
     assert [result.success for _, result in played[:-1]] == [False] * (len(played) - 1)
 
@@ -204,11 +206,11 @@ def test_what_the_teacher_plays_is_what_the_world_says(task, seed):
 @given(TASKS, st.integers(0, 2**32 - 1))
 def test_the_verifier_takes_what_the_teacher_made(task, seed):
     turns = teach(task, np.random.default_rng(seed))
-    script, written = script_of(task), turns_of(task, turns)
+    script, written = make_script(task), make_turns(task, turns)
     assert verify(script, written).ok
     for turn in turns:  # the script's codes and lists say what the world says
         assert fits(turn.action, read_script(script)) == ("parameter" not in turn.errors)
-    trajectory = trajectory_of(task, turns, 0)
+    trajectory = make_trajectory(task, turns, 0)
     assert parse_line(to_line(trajectory), "here") == trajectory
 
 

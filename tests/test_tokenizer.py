@@ -1,5 +1,7 @@
 """Mistral's tokenizer and chat form: pinned ids, and mistral-common and SentencePiece where they are installed."""
 
+from __future__ import annotations
+
 import random
 from pathlib import Path
 

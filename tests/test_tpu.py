@@ -1,5 +1,7 @@
 """The 7B model's training step and decoding, compiled for a TPU without one: they fit, and what they keep in memory."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys

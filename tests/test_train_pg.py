@@ -1,5 +1,7 @@
 """Pairing and filtering, the objective against ten lines of numpy, and what a weight of zero or minus one does."""
 
+from __future__ import annotations
+
 import functools
 
 import jax

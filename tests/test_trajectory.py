@@ -1,5 +1,7 @@
 """The record and its renderings, each against a hand-written example."""
 
+from __future__ import annotations
+
 import msgspec
 import numpy as np
 import pytest
@@ -192,7 +194,7 @@ def test_packing_keeps_every_token_once_and_is_deterministic():
     sequences = [(rng.integers(1, 99, n).tolist(), [float(n)] * n) for n in (3, 10, 7, 5, 2, 8)]
     packed = pack(sequences, 12)
     assert len(packed.ids_NL) == 3
-    for (ids, weights), (row, segment) in zip(sequences, packed.places, strict=True):
+    for (ids, weights), (row, segment) in zip(sequences, packed.positions, strict=True):
         where = packed.segments_NL[row] == segment
         assert packed.ids_NL[row][where].tolist() == ids and packed.weights_NL[row][where].tolist() == weights
     assert (packed.segments_NL > 0).sum() == sum(len(ids) for ids, _ in sequences)

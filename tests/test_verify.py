@@ -1,5 +1,7 @@
 """The verifier: planted faults are found for what they are, clean pairs pass, and no JSON whatever raises."""
 
+from __future__ import annotations
+
 import json
 
 import pytest

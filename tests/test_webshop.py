@@ -1,5 +1,7 @@
 """WebShop: recordings of the original, step by step; its quirks; goals that stay; data that is wrong."""
 
+from __future__ import annotations
+
 import gzip
 import importlib.util
 import json

@@ -1,5 +1,7 @@
 """The scripted customer: it buys what is wanted, reads only what is shown, and goes on wherever it is put."""
 
+from __future__ import annotations
+
 import random
 
 import pytest

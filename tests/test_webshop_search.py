@@ -1,5 +1,7 @@
 """The search engine: Lucene's own tokens, ids, order and scores; a plain sum over all documents beside ours."""
 
+from __future__ import annotations
+
 import gzip
 import json
 import os

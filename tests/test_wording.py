@@ -1,5 +1,7 @@
 """Perturbed wordings undo exactly what they do, and a perturbed game is the same game."""
 
+from __future__ import annotations
+
 import json
 import os
 import pickle

@@ -4,6 +4,8 @@ A new world adds one line to CASES: how to make it from a temporary folder, and 
 each perturbation of its wording too (`envs/wording.py`).
 """
 
+from __future__ import annotations
+
 import inspect
 import json
 import os

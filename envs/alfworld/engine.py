@@ -7,6 +7,8 @@ Left out: other PDDL domains. Of a game file only the problem and the task line 
 Compare both engines: python -m bench.alfworld_engine
 """
 
+from __future__ import annotations
+
 import json
 import re
 from bisect import insort

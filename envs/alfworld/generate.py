@@ -15,6 +15,8 @@ objects, sliced goals, and images. A game is a function of (seed, split, number)
 hash of its problem text, so an id names one game only.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -26,9 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
+from artifacts.cli import parse
 from envs.alfworld.rooms import (
     ABILITIES,
     CHANGES,
@@ -276,7 +278,7 @@ def generate_games(seed: int, split: str, count: int, start: int = 0) -> Iterato
 # -------------------------------------------------------------------------------------------- games in files
 
 
-def stamp_of(split: str, seed: int, count: int) -> dict:
+def make_stamp(split: str, seed: int, count: int) -> dict:
     """What a split's folder must have been made from. The first game's id tells generators apart."""
     return {"seed": seed, "count": count, "first": generate_game(seed, split, 0)[0]}
 
@@ -294,7 +296,7 @@ def write_split(folder: Path, split: str, seed: int, count: int) -> None:
             trial.mkdir(parents=True)
             (trial / "game.tw-pddl").write_text(json.dumps(game))
             (trial / "traj_data.json").write_text(json.dumps(record))
-        (building / STAMP).write_text(json.dumps(stamp_of(split, seed, count)))
+        (building / STAMP).write_text(json.dumps(make_stamp(split, seed, count)))
         os.replace(building, final)
     except OSError:
         if not (final / STAMP).is_file():  # else another process has just written the same games
@@ -318,7 +320,7 @@ def ensure_generated(
         if name not in SPLIT_SIZES:
             raise ValueError(f"split {split!r} is unknown: expected gen_ or mini_ and one of {', '.join(SPLIT_SIZES)}")
         count = demo_games if name == "demo" else SPLIT_SIZES[name]
-        wanted = stamp_of(split, seed, count)
+        wanted = make_stamp(split, seed, count)
         final = folder / "json_2.1.1" / split
         if not final.exists():
             write_split(folder, split, seed, count)
@@ -345,4 +347,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse(Args, __doc__))

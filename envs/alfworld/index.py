@@ -3,6 +3,8 @@
 Games are listed as the stock loader lists them: paths with `movable` or `Sliced`, and games marked unsolvable, are left
 out. The index file spares a start from reading thousands of files."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os

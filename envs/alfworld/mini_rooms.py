@@ -6,6 +6,8 @@ They use ALFWorld's names, so that the same words do, but not its rooms: few rec
 """
 
 # Room: (number, receptacles and how many of each, types of objects). The numbers are outside ALFWorld's.
+from __future__ import annotations
+
 ROOMS = {
     "Kitchen": (
         90,

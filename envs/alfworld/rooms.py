@@ -8,6 +8,8 @@ Left out: the rooms of the real unseen splits, and sizes (any number of objects 
     python -c "from envs import rooms; print(rooms.wheel_folder(), len(rooms.catalogue(rooms.family()).holds))"
 """
 
+from __future__ import annotations
+
 import ast
 import importlib.util
 import json

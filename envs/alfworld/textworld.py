@@ -1,5 +1,7 @@
 """The reference engine: TextWorld with alfworld's names, behind the same methods as `engine.Game`."""
 
+from __future__ import annotations
+
 import os
 import re
 from pathlib import Path

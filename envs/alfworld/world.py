@@ -8,6 +8,8 @@ Left out: the turn limit (the runner's), AI2-THOR, alfworld's experts.
 Play one: python -m envs.play --env alfworld --task valid_seen/<task>/<trial>
 """
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Sequence

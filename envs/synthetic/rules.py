@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from envs.synthetic.spec import PLAIN, Spec, spec_of
+from envs.synthetic.spec import PLAIN, Spec, make_spec
 
 Error = Literal["parameter", "place", "logic"]
 
@@ -121,7 +121,7 @@ class Rules:
 @lru_cache(maxsize=512)
 def forms_of(task_id: str) -> list[tuple[str, re.Pattern, dict[str, list[str]]]]:
     """Each role with what its command looks like, and what its placeholders take."""
-    spec = spec_of(task_id)
+    spec = make_spec(task_id)
     return [(role, re.compile(verification_code(spec.commands[role])), spec.values(role)) for role in spec.commands]
 
 

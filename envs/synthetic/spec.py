@@ -86,7 +86,7 @@ def seed_of(task_id: str) -> list[int]:
 
 
 @lru_cache(maxsize=512)
-def spec_of(task_id: str) -> Spec:
+def make_spec(task_id: str) -> Spec:
     """The world that a name stands for."""
     split = task_id.partition("/")[0]
     words, easy = (HELD if "held" in split else TRAIN), split.endswith("easy")

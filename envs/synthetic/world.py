@@ -27,7 +27,7 @@ from collections.abc import Sequence
 
 from envs.base import Observation, Result, check_split
 from envs.synthetic.rules import Refusal, Rules, State, parse
-from envs.synthetic.spec import PLAIN, WORLDS, Spec, fill, listed, spec_of
+from envs.synthetic.spec import PLAIN, WORLDS, Spec, fill, listed, make_spec
 
 SPLITS = {"syn_train": 10_000, "syn_valid": 500, "syn_held": 500, "syn_easy": 5, "syn_held_easy": 5}
 
@@ -68,7 +68,7 @@ class Synthetic:
                 f"unknown task {task_id!r}: expected one of {', '.join(SPLITS)}, a slash and a number "
                 "of the split with five digits"
             )
-        spec = spec_of(task_id)
+        spec = make_spec(task_id)
         self._task_id, self._state = task_id, State("", spec.lies)
         self._progress, self._done = 0.0, False
         return Observation(text=spec.opening, task=spec.task)
@@ -128,7 +128,7 @@ class Synthetic:
     def _playing(self) -> tuple[Spec, Rules]:
         if not self._task_id:
             raise RuntimeError("no task yet: call reset(task_id)")
-        spec = spec_of(self._task_id)
+        spec = make_spec(self._task_id)
         return spec, Rules(spec)
 
     def _view(self, rules: Rules) -> str:

@@ -33,9 +33,9 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import tyro
 from tqdm import tqdm
 
+from artifacts.cli import parse
 from envs.webshop.generate import STAMP, ensure_catalogue
 from envs.webshop.goals import (
     Goal,
@@ -377,4 +377,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse(Args, __doc__))

@@ -22,9 +22,9 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
+from artifacts.cli import parse
 from envs.webshop.world import OPEN, WebShop
 
 PRICE = re.compile(r",? and price lower than (\d+\.\d\d) dollars$")
@@ -347,4 +347,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse(Args, __doc__))

@@ -10,6 +10,8 @@ of one kind share words, so a search finds many that nearly fit. A product is a 
 Left out: images, and the spelling mistakes and keyword heaps of real listings.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -22,8 +24,8 @@ from string import capwords
 from typing import NamedTuple
 
 import numpy as np
-import tyro
 
+from artifacts.cli import parse
 from envs.base import check_stamp
 
 SEED = 20220704  # of the panels in envs/panels
@@ -295,7 +297,7 @@ def generate_listings(seed: int, count: int, start: int = 0) -> Iterator[Listing
 # ---- the catalogue in files ------------------------------------------------------------------------------------------
 
 
-def stamp_of(seed: int, products: int) -> dict:
+def make_stamp(seed: int, products: int) -> dict:
     """What a folder must have been made from. The hash of the first products tells generators apart."""
     first = json.dumps(list(generate_listings(seed, 50))).encode()
     return {"seed": seed, "products": products, "first": hashlib.sha256(first).hexdigest()[:16]}
@@ -313,7 +315,7 @@ def write_catalogue(folder: Path, seed: int, products: int) -> None:
         written = {one.record["asin"]: one.written for one in listings if one.written}
         for name, content in zip(FILES, ([one.record for one in listings], table, written), strict=True):
             (building / name).write_text(json.dumps(content))
-        (building / STAMP).write_text(json.dumps(stamp_of(seed, products)))
+        (building / STAMP).write_text(json.dumps(make_stamp(seed, products)))
         os.replace(building, folder)
     except OSError:
         if not (folder / STAMP).is_file():  # else another process has just written the same
@@ -324,7 +326,7 @@ def write_catalogue(folder: Path, seed: int, products: int) -> None:
 
 def ensure_catalogue(folder: Path = FOLDER, seed: int = SEED, products: int = PRODUCTS) -> Path:
     """The folder with the catalogue in it, made now where there is none. ValueError where it holds another one."""
-    folder, wanted = Path(folder), stamp_of(seed, products)
+    folder, wanted = Path(folder), make_stamp(seed, products)
     if not folder.exists():
         write_catalogue(folder, seed, products)
     check_stamp(folder, STAMP, wanted)
@@ -347,4 +349,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse(Args, __doc__))

@@ -26,7 +26,7 @@ from envs.alfworld.rooms import family
 from envs.alfworld.world import AlfWorld
 from envs.panel import excluded_ids
 from envs.synthetic.rules import parse
-from envs.synthetic.spec import spec_of
+from envs.synthetic.spec import make_spec
 from envs.synthetic.world import Synthetic
 from envs.wording import TellCommands
 from models.corpus.args import CorpusArgs
@@ -87,7 +87,7 @@ def meant(task_id: str, action: str) -> tuple[str, dict[str, str]]:
     """The role of an action that the world accepts, and its values by the names of `SAID`."""
     if not task_id.startswith("syn_"):
         return next((role, found.groupdict()) for role, form in ALFWORLD if (found := re.fullmatch(form, action)))
-    spec, (role, values) = spec_of(task_id), parse(task_id, action)
+    spec, (role, values) = make_spec(task_id), parse(task_id, action)
     verb = spec.repair[0] if role == "repair" else spec.work[0]
     return role, {"verb": verb, "tool": spec.repair_tool or "", **values}
 
@@ -95,7 +95,7 @@ def meant(task_id: str, action: str) -> tuple[str, dict[str, str]]:
 def made_up(trajectory: Trajectory, rng: np.random.Generator) -> Trajectory:
     """The walk with a word of its own for every word of a name, and for those of commands where they are told or
     given."""
-    spec = spec_of(trajectory.task_id)
+    spec = make_spec(trajectory.task_id)
     names = " ".join([*spec.places, *spec.lies, *spec.kinds.values()])
     forms = re.sub(r"\{\w+\}", "", " ".join(spec.commands.values()))
     words = {

@@ -4,6 +4,8 @@
 TextWorld can play. Names follow alfworld's numbering, so `Apple_bar_1` is "apple 2" and `Apple_bar_2` is "apple 1".
 """
 
+from __future__ import annotations
+
 import importlib.util
 import json
 from pathlib import Path

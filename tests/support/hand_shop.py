@@ -1,5 +1,7 @@
 """A web shop of four products in the original file formats, small enough that its pages can be read here."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """What several tests need: hand-made trajectories and tiny random models, with a tokenizer or without."""
 
+from __future__ import annotations
+
 import functools
 from pathlib import Path
 

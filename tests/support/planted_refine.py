@@ -3,6 +3,8 @@
 A fault is (name, which clean pair, what is changed in it, rule, turn); `planted()` applies them.
 """
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple

@@ -1,5 +1,7 @@
 """Small worlds for the play loop, well-behaved and not, that a process of their own can import quickly."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys

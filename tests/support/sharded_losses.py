@@ -5,6 +5,8 @@
 DEVICES are this process's; with COORDINATOR, PROCESSES and PROCESS in the environment there are several processes.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 
