@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import graphlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,10 @@ def test_a_planted_fault_is_found(tmp_path, fault):
     (tmp_path / "lora" / "second.py").write_text(PLANTED[fault])
     [found] = faults(tmp_path, floors())
     assert found.startswith(fault.split(" while")[0])
+
+
+def test_who_asks_a_server_imports_no_engine():
+    """Nor does a stage that is only imported: the engine is loaded with the first local policy."""
+    code = "import sys, rollout, actre, evaluate; print([m for m in sys.modules if m in ('lora.engine', 'lora.model')])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -95,7 +95,7 @@ def test_generated_panels_are_what_the_generator_makes(name):
     if split.startswith("gen") and wheel_folder() is None:
         pytest.skip("the data of the alfworld wheel is not installed")
     made = sorted(task_id for task_id, _, _ in generate_games(SEED, split, int(count)))
-    assert made == read_panel(name), "run `python -m envs.panel --make`, and say in LOG.md that scores start anew"
+    assert made == read_panel(name), "run `python -m envs.panel --make`, and say in docs/log.md that scores start anew"
 
 
 def test_a_changed_panel_is_refused_and_says_so(tmp_path):

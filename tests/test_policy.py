@@ -8,7 +8,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 import rollout
-from agent.args import make_policy
+from agent.args import PlayArgs, make_policy
 from agent.local import LocalPolicy
 from agent.policy import Ask
 from agent.server import Server
@@ -106,4 +106,4 @@ def test_top_p(model_dir):
     greedy, narrow, wide = (game(LocalPolicy(model_dir, **how, top_p=p), t) for p, t in ((1, 0), (1e-6, 9), (1, 9)))
     assert greedy == narrow != wide
     with pytest.raises(ValueError, match="--top-p is 0; expected more than 0"):
-        make_policy(Server(), model_dir / "replies", model_dir, None, top_p=0)
+        make_policy(PlayArgs(model=model_dir, top_p=0), Server(), model_dir / "replies", None, None)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentrefine.player import play
+from agentrefine.player import solve
 from agentrefine.teacher import make_script, make_trajectory, make_turns, teach
 from agentrefine.verify import fits, read_script, verify
 from artifacts.trajectory import parse_line, to_line
@@ -66,7 +66,7 @@ def test_played_worlds_of_the_two_have_no_content_word_in_common():
 
 
 def test_a_name_is_always_the_same_world():
-    """Where this fails, scores on the panels do not compare any more: raise WORLDS in envs/synthetic/world.py."""
+    """Where this fails, scores on the panels do not compare any more: raise WORLDS in envs/synthetic/spec.py."""
     specs = [make_spec(task) for name in SYNTHETIC for task in read_panel(name)]
     text = repr([(s.opening, s.lies, s.goals, s.hands, s.commands, s.says) for s in specs])
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "75dedc90bda45774"
@@ -158,7 +158,7 @@ def test_a_goal_place_refuses_what_comes_before_its_time(rule, event):
 def test_worlds_are_about_as_long_as_asked():
     world = Synthetic()
     for split in ("syn_valid", "syn_held"):
-        lengths = [len(play(make_spec(task), world, task)) for task in world.tasks(split)[:200]]
+        lengths = [len(solve(make_spec(task), world, task)) for task in world.tasks(split)[:200]]
         assert 9 <= np.mean(lengths) <= 12 and max(lengths) <= 20, (split, np.mean(lengths), max(lengths))
         assert np.mean([6 <= length <= 14 for length in lengths]) > 0.8
 
@@ -178,7 +178,7 @@ def test_worlds_differ_in_their_words_rules_and_goals():
 @settings(max_examples=300, deadline=None)
 @given(TASKS)
 def test_every_world_can_be_solved(task):
-    played = play(make_spec(task), Synthetic(), task)
+    played = solve(make_spec(task), Synthetic(), task)
     assert played[-1][1].success and played[-1][1].reward == 1.0
     assert [result.success for _, result in played[:-1]] == [False] * (len(played) - 1)
 

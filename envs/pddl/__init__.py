@@ -1,1 +1,1 @@
-"""Planning problems in words: blocksworld, gripper, barman, tyreworld."""
+"""PDDL planning problems in words: blocksworld, gripper, barman, tyreworld."""

@@ -1,10 +1,10 @@
-"""The four planning domains of `envs/pddl/world.py`: rules in PDDL, words for the agent, and problems without end.
+"""The four planning domains: rules in PDDL, words for the agent, and functions that draw any number of problems.
 
-The rules are the well-known ones of Blocksworld, Gripper, Barman (of the planning competition of 2011, without action
-costs and dispensers) and Tyreworld; texts and problems are ours. A problem can be solved by construction: each function
-below `problems` says how, and tests/test_pddl.py plans it.
+The rules are the standard ones of Blocksworld, Gripper, Barman (2011 planning competition, without action costs and
+dispensers) and Tyreworld; texts and problems are ours. Every problem is solvable by construction: each drawing function
+says how, and tests/test_pddl.py plans it.
 
-To add one: a Domain in DOMAINS and a function that draws its problems.
+To add a domain: a Domain in DOMAINS and a function that draws its problems.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ import numpy as np
 
 from envs.pddl.strips import Fact, Operator, read_domain
 
-Drawn = tuple[dict[str, str], list[Fact], list[Fact]]  # objects with their types, facts at the start, goal
+Drawn = tuple[dict[str, str], list[Fact], list[Fact]]  # {object: type}, initial facts, goal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Domain:
-    """`about`: what the agent is told of the rules. `actions`: a command for each operator, with its parameters in
-    braces; operators may share one if at most one of them applies at a time. `says`: what a fact is called when it
-    becomes true, and when it stops being so (empty: not worth a sentence; not there: never spoken of).
-    `draw(rng, easy)`: a problem."""
+    """A domain in PDDL and in words.
+
+    `about`: the rules as the agent reads them. `actions`: {operator: command with its parameters in braces}; operators
+    may share a command if at most one of them applies at a time. `says`: {predicate: (wording of a fact that is true,
+    of one that no longer is)}; empty wordings and absent predicates are not mentioned. `draw(rng, easy)`: a problem.
+    """
 
     pddl: str
     about: str
@@ -45,7 +47,7 @@ class Domain:
 
 
 def draw_stacks(rng: np.random.Generator, blocks: list[str]) -> dict[str, str]:
-    """{block: what it stands on}, stacks of a random arrangement."""
+    """{block: what it is on}, randomly stacked."""
     order, under = list(rng.permutation(blocks)), {}
     for below, block in zip([None, *order], order, strict=False):
         under[str(block)] = str(below) if below is not None and rng.random() < 0.6 else "table"
@@ -53,9 +55,11 @@ def draw_stacks(rng: np.random.Generator, blocks: list[str]) -> dict[str, str]:
 
 
 def draw_blocks(rng: np.random.Generator, easy: bool) -> Drawn:
-    """Stacks to be arranged anew, none of the goal's parts true at the start. All down to the table, then all up again:
-    4 (n - 1) actions at most for n blocks."""
-    blocks = [f"b{number + 1}" for number in range(2 if easy else rng.integers(4, 8))]
+    """Stacks to rearrange; no part of the goal is true at the start.
+
+    Putting all blocks on the table and stacking them again takes at most 4 (n - 1) actions for n blocks.
+    """
+    blocks = [f"b{index + 1}" for index in range(2 if easy else rng.integers(4, 8))]
     while True:
         now, then = draw_stacks(rng, blocks), draw_stacks(rng, blocks)
         goal = [("on", block, below) for block, below in then.items() if below != "table"]
@@ -68,14 +72,14 @@ def draw_blocks(rng: np.random.Generator, easy: bool) -> Drawn:
 
 
 def draw_gripper(rng: np.random.Generator, easy: bool) -> Drawn:
-    """Balls to be brought to other rooms: one at a time takes 4 actions a ball at most."""
-    rooms = [f"room{number + 1}" for number in range(2 if easy else rng.integers(2, 5))]
-    balls = [f"ball{number + 1}" for number in range(1 if easy else rng.integers(3, 7))]
-    places = {ball: rng.permutation(rooms)[:2].tolist() for ball in balls}
-    start = [("at", ball, here) for ball, (here, _) in places.items()]
+    """Balls to bring to other rooms: one at a time takes at most 4 actions per ball."""
+    rooms = [f"room{index + 1}" for index in range(2 if easy else rng.integers(2, 5))]
+    balls = [f"ball{index + 1}" for index in range(1 if easy else rng.integers(3, 7))]
+    routes = {ball: rng.permutation(rooms)[:2].tolist() for ball in balls}
+    start = [("at", ball, here) for ball, (here, _) in routes.items()]
     start += [("robot-in", str(rng.choice(rooms))), ("free", "left"), ("free", "right")]
     objects = dict.fromkeys(rooms, "room") | dict.fromkeys(balls, "ball") | {"left": "gripper", "right": "gripper"}
-    return objects, start, [("at", ball, there) for ball, (_, there) in places.items()]
+    return objects, start, [("at", ball, there) for ball, (_, there) in routes.items()]
 
 
 INGREDIENTS = ("rum", "gin", "vodka", "lime", "mint", "tonic")
@@ -83,9 +87,11 @@ COCKTAILS = ("sunrise", "breeze", "comet", "glacier")
 
 
 def draw_barman(rng: np.random.Generator, easy: bool) -> Drawn:
-    """One or two drinks, a shot glass each. A spare glass carries the ingredients; only an unshaken mixture of the
-    wrong ones cannot be got rid of."""
-    shots = [f"shot{number + 1}" for number in range(2 if easy else rng.integers(3, 5))]
+    """One or two drinks, each in its own shot glass.
+
+    A spare glass carries the ingredients. The only dead end is an unshaken mixture of the wrong ingredients.
+    """
+    shots = [f"shot{index + 1}" for index in range(2 if easy else rng.integers(3, 5))]
     ingredients = rng.permutation(INGREDIENTS)[: 1 if easy else rng.integers(3, 6)].tolist()
     cocktails = [] if easy else rng.permutation(COCKTAILS)[: rng.integers(1, 4)].tolist()
     start = [("ontable", cup) for cup in (*shots, "shaker")] + [("handempty", hand) for hand in ("left", "right")]
@@ -102,16 +108,18 @@ def draw_barman(rng: np.random.Generator, easy: bool) -> Drawn:
 
 
 def draw_tyreworld(rng: np.random.Generator, easy: bool) -> Drawn:
-    """Up to three hubs, each with a job to do, two wheels to be replaced at most; some tools at hand, some tidying up.
-    Replacing takes 8 actions, a spare wheel 2 more, what is in the boot or goes there 1 each."""
+    """Up to three hubs with a job each, at most two of them wheel replacements; some tools in hand, some tidying up.
+
+    A replacement takes 8 actions and its spare wheel 2 more; each thing taken from or put into the boot takes 1.
+    """
     jobs = ["replace", str(rng.choice(["replace", "inflate", "tighten"])), str(rng.choice(["inflate", "tighten"]))]
     jobs = ["inflate"] if easy else jobs[: rng.integers(2, 4)]
     tidy = [("in", tool, "boot") for tool in ("wrench", "jack", "pump")]
-    start: list[Fact] = [place if easy or rng.random() < 0.7 else ("have", place[1]) for place in tidy]
+    start: list[Fact] = [fact if easy or rng.random() < 0.7 else ("have", fact[1]) for fact in tidy]
     start.append(("closed", "boot") if rng.random() < 0.8 else ("opened", "boot"))
     objects, goal = {"wrench": "wrench", "jack": "jack", "pump": "pump", "boot": "container"}, []
-    for n, job in enumerate(jobs, 1):
-        hub, nut, wheel, spare = f"hub{n}", f"nut{n}", f"wheel{n}", f"spare{n}"
+    for number, job in enumerate(jobs, 1):
+        hub, nut, wheel, spare = (f"{part}{number}" for part in ("hub", "nut", "wheel", "spare"))
         objects |= {hub: "hub", nut: "nut", wheel: "wheel"}
         start += [("on", wheel, hub), ("fastened", hub), ("on-ground", hub), ("flat", wheel)]
         start.append(("loose" if job == "tighten" else "tight", nut, hub))
@@ -126,8 +134,8 @@ def draw_tyreworld(rng: np.random.Generator, easy: bool) -> Drawn:
         else:
             goal.append(("tight", nut, hub))
     spare_time = 0 if easy else 5 - 2 * jobs.count("replace")
-    places = sorted(rng.permutation(len(tidy))[: rng.integers(0, spare_time + 1)])
-    return objects, start, goal + [tidy[place] for place in places]
+    chosen = sorted(rng.permutation(len(tidy))[: rng.integers(0, spare_time + 1)])
+    return objects, start, goal + [tidy[index] for index in chosen]
 
 
 # ---- rules and words -------------------------------------------------------------------------------------------------

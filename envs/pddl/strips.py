@@ -1,8 +1,8 @@
-"""Planning problems in PDDL, exactly: typed STRIPS with negative preconditions, states as bit sets, and a planner.
+"""Exact PDDL semantics: typed STRIPS with negative preconditions, states as bit sets, and a planner.
 
-A fact is a tuple of words, ("on", "b1", "b2"); a problem numbers its facts, and a state is an int with a bit for each
-that is true. Only facts and actions that some course of actions could bring about are numbered.
-Left out: numbers, conditional effects, quantifiers, equality, constants; words for the agent (envs/pddl/world.py).
+A fact is a tuple of words, ("on", "b1", "b2"). A problem numbers its facts, and a state is an int with one bit per true
+fact. Only facts and actions that could be reached if no action undid anything are numbered.
+Left out: numbers, conditional effects, quantifiers, equality, constants; words for the agent (`world.py`).
 
 Source: the PDDL 1.2 manual (McDermott et al., 1998); `relaxed_plan` is the heuristic of FF (Hoffmann and Nebel, 2001).
 """
@@ -21,7 +21,7 @@ Fact = tuple[str, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
-    """An action with parameters: {"?x": type}; its facts may have parameters among their words."""
+    """An action schema. `parameters`: {"?x": type}; its facts may contain parameters."""
 
     name: str
     parameters: dict[str, str]
@@ -32,7 +32,7 @@ class Operator:
 
 
 class Action(NamedTuple):
-    """An operator with objects for its parameters; the rest are bit sets."""
+    """An operator with objects for its parameters; its facts are bit sets."""
 
     name: str
     objects: tuple[str, ...]
@@ -52,7 +52,7 @@ class Action(NamedTuple):
 
 
 def read_expression(text: str) -> list:
-    """The nested lists of an expression in brackets. Raises ValueError where the brackets do not match."""
+    """The nested lists of a bracketed expression. Raises ValueError if the brackets do not match."""
     stack: list[list] = [[]]
     for token in re.findall(r"[()]|[^\s()]+", re.sub(";.*", "", text.lower())):
         if token == "(":
@@ -63,9 +63,9 @@ def read_expression(text: str) -> list:
             done = stack.pop()
             stack[-1].append(done)
         else:
-            raise ValueError("PDDL with more closing brackets than opening ones")
+            raise ValueError("PDDL with an unmatched closing bracket: expected one expression in matching brackets")
     if len(stack) != 1 or len(stack[0]) != 1:
-        raise ValueError("expected PDDL: one expression in brackets that match")
+        raise ValueError("PDDL with an unclosed bracket or more than one expression: expected one in matching brackets")
     return stack[0][0]
 
 
@@ -83,14 +83,14 @@ def read_typed(words: list[str]) -> dict[str, str]:
 
 
 def read_condition(expression: list) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
-    """The facts of a conjunction that are stated, and those that are negated."""
+    """(positive facts, negated facts) of a conjunction."""
     parts = expression[1:] if expression[:1] == ["and"] else [expression] if expression else []
-    stated = tuple(tuple(part) for part in parts if part[0] != "not")
-    return stated, tuple(tuple(part[1]) for part in parts if part[0] == "not")
+    positive = tuple(tuple(part) for part in parts if part[0] != "not")
+    return positive, tuple(tuple(part[1]) for part in parts if part[0] == "not")
 
 
 def read_domain(text: str) -> tuple[dict[str, str], list[Operator]]:
-    """The types, {type: the one above}, and the operators of a domain."""
+    """The types, {type: supertype}, and the operators of a domain."""
     types, operators = {}, []
     for part in read_expression(text)[1:]:
         if part[0] == ":types":
@@ -116,10 +116,11 @@ def read_domain(text: str) -> tuple[dict[str, str], list[Operator]]:
 
 
 class Problem:
-    """Objects, a first state and a goal in a domain: `facts` by number, those that are `fixed` apart, `actions`, and
-    the bit sets `start` and `goal`.
+    """A planning problem: objects, an initial state and a goal in a domain.
 
-    `objects`: {object: type}. Raises ValueError for a goal that no actions can bring about even if none undid anything.
+    `facts`: those that can change, each with the bit of its index. `fixed`: true facts that never change. `actions`:
+    all that can be reached. `start`, `goal`: bit sets. `objects`: {object: type}. Raises ValueError for a goal that is
+    out of reach even if no action undid anything.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class Problem:
     ):
         operators, start, goal = list(operators), set(start), list(goal)
         changing = {fact[0] for operator in operators for fact in (*operator.add, *operator.delete)}
-        left = [each for one in operators for each in ground(one, types, objects, start, changing)]
+        left = [each for operator in operators for each in ground(operator, types, objects, start, changing)]
         reached, usable = set(start), []
         while new := [each for each in left if reached.issuperset(each[2])]:
             left = [each for each in left if not reached.issuperset(each[2])]
@@ -141,27 +142,37 @@ class Problem:
         if not reached.issuperset(goal):
             raise ValueError(f"the goal {sorted(set(goal) - reached)} can never hold")
         self.facts = sorted(fact for fact in reached if fact[0] in changing)
-        self.bits = {fact: 1 << number for number, fact in enumerate(self.facts)}
-        self.actions = [Action(name, chosen, *map(self.bit_set, parts)) for name, chosen, *parts in sorted(usable)]
+        self.bits = {fact: 1 << index for index, fact in enumerate(self.facts)}
+        self.actions = [
+            Action(
+                name=name,
+                objects=chosen,
+                need=self.bit_set(need),
+                forbid=self.bit_set(forbid),
+                add=self.bit_set(add),
+                delete=self.bit_set(delete),
+            )
+            for name, chosen, need, forbid, add, delete in sorted(usable)
+        ]
         self.fixed = sorted(fact for fact in start if fact[0] not in changing)
         self.start, self.goal = self.bit_set(start), self.bit_set(goal)
 
     def bit_set(self, facts: Iterable[Fact]) -> int:
-        """Facts that never change, and those that never hold, have no bit."""
+        """The state in which these facts are true. Facts that never change or never hold have no bit."""
         state = 0
         for fact in facts:
             state |= self.bits.get(fact, 0)
         return state
 
     def facts_of(self, state: int) -> list[Fact]:
-        """The facts that are true, sorted."""
-        return [fact for number, fact in enumerate(self.facts) if state >> number & 1]
+        """The facts that are true in a state, sorted."""
+        return [fact for index, fact in enumerate(self.facts) if state >> index & 1]
 
 
 def ground(
     operator: Operator, types: dict[str, str], objects: dict[str, str], start: set[Fact], changing: set[str]
 ) -> Iterator[tuple]:
-    """(name, objects, need, forbid, add, delete) for every choice of objects that the facts that never change allow."""
+    """(name, objects, need, forbid, add, delete) for every choice of objects that the unchanging facts allow."""
 
     def is_a(kind: str | None, wanted: str) -> bool:
         return kind == wanted or (kind is not None and is_a(types.get(kind), wanted))
@@ -182,7 +193,7 @@ def ground(
 
 
 def relaxed_plan(actions: list[Action], state: int, goal: int) -> list[Action] | None:
-    """Actions that reach the goal if nothing is ever undone, not the fewest; None where even those cannot."""
+    """Actions, not always the fewest, that reach the goal if nothing is ever undone; None if none do."""
     reached, left, first = state, actions, {}
     while goal & ~reached:
         usable = [action for action in left if reached & action.need == action.need]
@@ -191,7 +202,7 @@ def relaxed_plan(actions: list[Action], state: int, goal: int) -> list[Action] |
             new = action.add & ~reached
             reached |= new
             while new:
-                first[new & -new] = action  # the bit, and who brings it about
+                first[new & -new] = action  # a bit, and the action that sets it first
                 new &= new - 1
         if reached == before:
             return None
@@ -205,14 +216,14 @@ def relaxed_plan(actions: list[Action], state: int, goal: int) -> list[Action] |
     return list(plan.values())
 
 
-def find_plan(problem: Problem, state: int, most: int = 100_000) -> list[Action] | None:
-    """Actions that lead from a state to the goal, few but not the fewest; None where none is found.
+def find_plan(problem: Problem, state: int, max_states: int = 100_000) -> list[Action] | None:
+    """Actions that lead from a state to the goal, few but not the fewest; None if none are found.
 
-    Best first by three times the length of the relaxed plan and the actions so far (weighted A*; actions that are not
-    in the relaxed plan cost one more); `most` states are looked at.
+    Weighted A*: best first by the actions so far plus three times the length of the relaxed plan, which counts one more
+    after an action outside it. Expands at most `max_states` states.
     """
     heap, order, seen = [(0, 0, 0, state, None)], itertools.count(1), {state}
-    for _ in range(most):
+    for _ in range(max_states):
         if not heap:
             return None
         _, _, depth, state, path = heapq.heappop(heap)

@@ -1,7 +1,7 @@
-"""PDDL: planning problems in words, after AgentBoard's: blocksworld, gripper, barman, tyreworld.
+"""PDDL planning problems in words, after AgentBoard: blocksworld, gripper, barman, tyreworld.
 
-A task is `<split>/<domain>-<number>`; its problem is drawn from that name (`envs/pddl/domains.py`) and played by the
-rules (`envs/pddl/strips.py`). The answer to an action says what has changed, to one that is impossible what is missing.
+A task is `<split>/<domain>-<number>`; its problem is drawn from that id (`domains.py`) and played by the rules
+(`strips.py`). The reply to an action says what changed; the reply to an impossible one, which condition is missing.
 `check valid actions` and `look` (the whole state) are always accepted.
 Left out: the turn limit (the runner's; AgentBoard's is 30), AgentBoard's own problems and wordings.
 
@@ -21,10 +21,10 @@ from envs.base import Observation, Result, check_split, check_task
 from envs.pddl.domains import DOMAINS, Domain, Drawn
 from envs.pddl.strips import Action, Fact, Operator, Problem, find_plan
 
-PROBLEMS = 1  # goes up when the same name comes to stand for another problem
+PROBLEMS = 1  # version of the problems: raise it whenever an id stands for a different one
 SEED = 0
-SPLITS = {  # problems of each domain
-    "pddl_easy": dict.fromkeys(DOMAINS, 5),  # a few actions each, to begin with
+SPLITS = {  # split -> problems per domain
+    "pddl_easy": dict.fromkeys(DOMAINS, 5),  # a few actions each
     "pddl_test": {"barman": 20, "blocksworld": 10, "gripper": 20, "tyreworld": 10},
 }
 CHECK, LOOK = "check valid actions", "look"
@@ -32,7 +32,7 @@ CHECK, LOOK = "check valid actions", "look"
 
 @lru_cache
 def ids_of(split: str) -> tuple[str, ...]:
-    return tuple(f"{split}/{name}-{number:03d}" for name, count in SPLITS[split].items() for number in range(count))
+    return tuple(f"{split}/{name}-{index:03d}" for name, count in SPLITS[split].items() for index in range(count))
 
 
 def listed(parts: Iterable[str]) -> str:
@@ -42,17 +42,17 @@ def listed(parts: Iterable[str]) -> str:
 
 
 class Task:
-    """A problem and its commands in words; shared by all worlds that play it."""
+    """A problem and its commands in words, shared by all worlds that play it."""
 
     def __init__(self, domain: Domain, problem: Problem):
         self.domain, self.problem = domain, problem
-        self.commands: dict[str, list[Action]] = {}  # the actions that a command stands for: one applies at most
+        self.commands: dict[str, list[Action]] = {}  # command -> its actions; at most one applies
         for action in problem.actions:
             self.commands.setdefault(self.command(action), []).append(action)
         self.goal = listed(self.says(problem.facts_of(problem.goal)))
 
     def operator(self, action: Action) -> tuple[Operator, dict[str, str]]:
-        """An action's operator and the objects that stand for its parameters."""
+        """An action's operator, and {parameter: object}."""
         operator = next(each for each in self.domain.operators if each.name == action.name)
         return operator, dict(zip(operator.parameters, action.objects, strict=True))
 
@@ -61,7 +61,7 @@ class Task:
         return self.domain.actions[action.name].format_map({name[1:]: chosen for name, chosen in named.items()})
 
     def says(self, facts: Iterable[Fact], ended: bool = False) -> list[str]:
-        """What facts, or their end, are called."""
+        """The facts in words; with `ended`, as facts that are no longer true."""
         texts = (self.domain.says.get(name, ("", ""))[ended].format(*objects) for name, *objects in facts)
         return [text for text in texts if text]
 
@@ -74,18 +74,18 @@ class Task:
         return f"Now {listed(new + gone)}." if new + gone else "Nothing changes."
 
     def refusal(self, command: str, state: int) -> str:
-        """Why a command cannot be done: the first thing that its nearest action lacks."""
+        """Why a command is impossible: the first condition missing from its nearest action."""
         action = min(self.commands[command], key=lambda a: (a.need & ~state | a.forbid & state).bit_count())
         operator, named = self.operator(action)
         facts = [tuple(named.get(word, word) for word in fact) for fact in (*operator.need, *operator.forbid)]
         lacking = self.says(fact for fact in facts if action.need & ~state & self.problem.bits.get(fact, 0))
-        hindering = self.says(fact for fact in facts if action.forbid & state & self.problem.bits.get(fact, 0))
-        why = [f"it is not so that {text}" for text in lacking] + hindering
+        blocking = self.says(fact for fact in facts if action.forbid & state & self.problem.bits.get(fact, 0))
+        why = [f"it is not so that {text}" for text in lacking] + blocking
         return f"You cannot {command} now{': ' + why[0] if why else ''}."
 
 
 def draw_task(task_id: str) -> tuple[Domain, Drawn]:
-    """The domain and the problem that a name stands for."""
+    """The domain and the problem that a task id stands for."""
     split, _, name = task_id.partition("/")
     domain = DOMAINS[name.partition("-")[0]]
     return domain, domain.draw(np.random.default_rng([SEED, zlib.crc32(task_id.encode())]), split == "pddl_easy")
@@ -100,8 +100,8 @@ def load_task(task_id: str) -> Task:
 class Pddl:
     """The four domains as a `World`.
 
-    Reward is 1.0 when all of the goal holds, else 0.0. Progress is the largest share of the goal's facts that held at
-    once so far. Case, surplus blanks and a final period of an action do not matter.
+    Reward is 1.0 when the whole goal holds, else 0.0. Progress is the largest share of the goal's facts that held at
+    once so far. Case, extra blanks and a final period of an action are ignored.
     """
 
     isolated = False
@@ -111,26 +111,26 @@ class Pddl:
         self._task_id, self._state, self._progress, self._done = "", 0, 0.0, False
 
     def tasks(self, split: str) -> Sequence[str]:
-        """Sorted ids: pddl_test is what AgentBoard has (10/20/20/10 problems), pddl_easy is small."""
+        """Ids of a split: pddl_test has as many problems as AgentBoard (60), pddl_easy is small. Raises ValueError."""
         check_split(split, SPLITS)
         return ids_of(split)
 
     def reset(self, task_id: str) -> Observation:
-        """Start a task. ValueError for an unknown id."""
+        """Start a task. Raises ValueError for an unknown id."""
         check_task(task_id, "pddl", "<domain>-<number>", SPLITS, ids_of)
         self._task_id, task = task_id, load_task(task_id)
         self._state, self._progress, self._done = task.problem.start, 0.0, False
-        self._look()
+        self._update_progress()
         text = f"{task.domain.about}\n{task.describe(self._state)}\nYour task is to bring about that {task.goal}."
         return Observation(text=text, task=task.goal)
 
     def step(self, action: str) -> Result:
-        """Do one action."""
+        """Take one action."""
         if not self._task_id or self._done:
             raise RuntimeError(f"{'the task is over' if self._done else 'no task yet'}: call reset(task_id)")
         task, before = load_task(self._task_id), self._state
         command = " ".join(action.lower().split()).removesuffix(".")
-        valid, possible = True, [one for one in task.commands.get(command, ()) if one.applies(before)]
+        valid, possible = True, [each for each in task.commands.get(command, ()) if each.applies(before)]
         if possible:
             self._state = possible[0].apply(before)
             text = task.change(before, self._state)
@@ -142,7 +142,7 @@ class Pddl:
             valid, text = False, task.refusal(command, before)
         else:
             valid, text = False, f'That is no action here. "{CHECK}" lists what you can do.'
-        self._look()
+        self._update_progress()
         return Result(
             observation=text,
             reward=float(self._done),
@@ -153,16 +153,17 @@ class Pddl:
         )
 
     def actions(self) -> list[str]:
-        """Every command that can be done now, sorted."""
+        """All commands that are possible now, sorted."""
         commands = load_task(self._need_task()).commands.items()
-        possible = [command for command, actions in commands if any(one.applies(self._state) for one in actions)]
+        possible = [command for command, actions in commands if any(each.applies(self._state) for each in actions)]
         return sorted([*possible, CHECK, LOOK])
 
     def commands(self) -> list[str]:
-        """Templates of all commands of the task's domain, parameters by their type."""
+        """Templates of all commands of the task's domain; placeholders are parameter types."""
         domain = load_task(self._need_task()).domain
         types = {
-            one.name: {name[1:]: f"{{{kind}}}" for name, kind in one.parameters.items()} for one in domain.operators
+            operator.name: {name[1:]: f"{{{kind}}}" for name, kind in operator.parameters.items()}
+            for operator in domain.operators
         }
         templates = [template.format_map(types[name]) for name, template in domain.actions.items()]
         return [*dict.fromkeys(templates), CHECK, LOOK]
@@ -170,7 +171,7 @@ class Pddl:
     def solution(self) -> list[str]:
         """Commands that lead from here to the goal, few but not the fewest; for scripted players and tests.
 
-        Raises ValueError where none are found: some states have no way out.
+        Raises ValueError if none are found: some states are dead ends.
         """
         task = load_task(self._need_task())
         plan = find_plan(task.problem, self._state)
@@ -183,8 +184,8 @@ class Pddl:
             raise RuntimeError("no task yet: call reset(task_id)")
         return self._task_id
 
-    def _look(self) -> None:
-        """Takes note of how much of the goal holds."""
+    def _update_progress(self) -> None:
+        """Records how much of the goal holds now."""
         goal = load_task(self._task_id).problem.goal
         self._progress = max(self._progress, (self._state & goal).bit_count() / goal.bit_count())
         self._done = self._progress == 1.0

@@ -1,1 +1,1 @@
-"""Synthetic worlds, each sampled with places, objects, verbs, wordings and rules of its own."""
+"""Synthetic worlds, each sampled with its own places, objects, verbs, wordings and rules."""

@@ -1,4 +1,10 @@
-"""The rules of a synthetic world: how a command is parsed, what it changes, and why it is refused."""
+"""The rules of a synthetic world: how a command is parsed, what it changes, and why it is refused.
+
+`parse` turns a command into a role and its values; `Rules` has a method for each role, which returns the next state.
+A refused command is a mistake of one of three kinds: parameter (no command, or a value that it does not take), place
+(what it acts on is elsewhere), logic (a condition is not met).
+Left out: how events are worded (`Spec.says`), reward and progress (`world.py`).
+"""
 
 from __future__ import annotations
 
@@ -7,14 +13,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from envs.synthetic.spec import PLAIN, Spec, make_spec
+from envs.synthetic.spec import Spec, make_spec
+from envs.synthetic.words import PLAIN
 
-Error = Literal["parameter", "place", "logic"]
+MistakeKind = Literal["parameter", "place", "logic"]
 
 
 @dataclass(frozen=True)
 class State:
-    """Where everything is. `lies` has what is not in hand."""
+    """Where everything is. `lies`: the place of everything that is not in hand."""
 
     at: str
     lies: dict[str, str]
@@ -24,20 +31,20 @@ class State:
 
 
 class Refusal(Exception):
-    """Why an action is not accepted: the kind of mistake, and the event that says so with its values."""
+    """Why an action is refused: the kind of mistake, and the event that reports it, with its values."""
 
-    def __init__(self, kind: Error, event: str, **values: str):
+    def __init__(self, kind: MistakeKind, event: str, **values: str):
         super().__init__(kind, event)
         self.kind, self.event, self.values = kind, event, values
 
 
-def refuse(when: bool, kind: Error, event: str, **values: str) -> None:
+def refuse(when: bool, kind: MistakeKind, event: str, **values: str) -> None:
     if when:
         raise Refusal(kind, event, **values)
 
 
 class Rules:
-    """What each role's command does to a state: (state, event, values). Raises Refusal where it does nothing."""
+    """What each role's command does to a state: returns (state, event, values), or raises Refusal."""
 
     def __init__(self, spec: Spec):
         self.spec = spec
@@ -79,8 +86,8 @@ class Rules:
         refuse(raw, "logic", "not_done", object=object, done=spec.work[1])
         if spec.order and (here, object) == (spec.order[0], spec.order[2]):
             refuse(state.lies.get(spec.order[1]) != here, "logic", "too_early", object=object, other=spec.order[1])
-        left = tuple(name for name in state.hands if name != object)
-        return replace(state, lies={**state.lies, object: here}, hands=left), "put", {"object": object, "place": here}
+        kept = tuple(name for name in state.hands if name != object)
+        return replace(state, lies={**state.lies, object: here}, hands=kept), "put", {"object": object, "place": here}
 
     def work(self, state: State, object: str, place: str | None = None):
         spec = self.spec
@@ -106,7 +113,7 @@ class Rules:
         return state, "carry" if state.hands else "carry_none", {}
 
     def met(self, state: State) -> tuple[int, int]:
-        """How many of the goal's conditions hold, and how many there are."""
+        """(number of the goal's conditions that hold, number of all)"""
         met = total = 0
         for goal in self.spec.goals:
             parts = []
@@ -119,23 +126,23 @@ class Rules:
 
 
 @lru_cache(maxsize=512)
-def forms_of(task_id: str) -> list[tuple[str, re.Pattern, dict[str, list[str]]]]:
-    """Each role with what its command looks like, and what its placeholders take."""
+def build_patterns(task_id: str) -> list[tuple[str, re.Pattern, dict[str, list[str]]]]:
+    """(role, pattern of its command, {placeholder: values that it takes}) of each role."""
     spec = make_spec(task_id)
     return [(role, re.compile(verification_code(spec.commands[role])), spec.values(role)) for role in spec.commands]
 
 
 def verification_code(template: str) -> str:
-    """A regular expression for a command and for its own template, as the scripts of AgentRefine have it."""
+    """A regular expression that matches a command and its own template, as in AgentRefine's scripts."""
     pieces = re.split(r"\{\w+\}", template)
     return rf"^\s*{'(.+?)'.join(map(re.escape, pieces))}\s*$".replace(r"\ ", " ")
 
 
 def parse(task_id: str, action: str) -> tuple[str, dict[str, str]]:
-    """The role and the values of a command. Raises Refusal for a text that is none."""
+    """The role and the values of a command. Raises Refusal for any other text."""
     unknown: str | None = None
-    for role, form, takes in forms_of(task_id):
-        if not (match := form.match(action)):
+    for role, pattern, takes in build_patterns(task_id):
+        if not (match := pattern.match(action)):
             continue
         values = dict(zip(takes, match.groups(), strict=True))
         wrong = [value for name, value in values.items() if value not in takes[name]]

@@ -1,25 +1,28 @@
-"""Sampled specifications of synthetic worlds: each task id stands for one world, drawn from the id alone."""
+"""Specifications of synthetic worlds: what a world contains, how it is drawn from its task id, its task and opening.
+
+A task id seeds one generator, from which `Draw` makes every draw in a fixed order, so an id always stands for the same
+world. Changing a draw, or the order of the draws, changes the worlds: raise WORLDS.
+Left out: what a command does (`rules.py`), the vocabularies (`words.py`).
+"""
 
 from __future__ import annotations
 
 import re
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from envs.synthetic.words import HELD, TRAIN, Theme, Words
+from envs.synthetic.words import HELD, PLAIN, TRAIN, Theme, Words
 
-WORLDS = 1  # goes up when a name comes to stand for another world
-
-PLAIN = {called: name for words in (TRAIN, HELD) for name, called in words.names.items()}  # of placeholders
+WORLDS = 1  # version of the worlds and part of every seed: raise it whenever an id stands for a different world
 
 
 class Goal(NamedTuple):
-    """`count` things called `kind` must be `worked` on (if so) and lie at `place` (if there is one)."""
+    """`count` things of a `kind` must be at `place`, unless that is None, and worked on, if `worked` is true."""
 
     kind: str
     place: str | None
@@ -29,23 +32,23 @@ class Goal(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """A sampled world. Names are what the player reads and writes."""
+    """A sampled world. Its names are those that the player reads and writes."""
 
     setting: str
     places: tuple[str, ...]
-    boxes: frozenset[str]  # places that are closed at the start
-    lock: tuple[str, str] | None  # (container, what has to be in hand to open it)
-    lies: dict[str, str]  # thing or fixture -> its place at the start
-    kinds: dict[str, str]  # thing or fixture -> what the goal calls it
-    fixtures: frozenset[str]  # cannot be carried
-    station: str | None  # where work is done
-    work: tuple[str, str]  # its verb and participle
-    work_tool: str | None  # what it needs in hand
-    repair: tuple[str, str]
-    repair_tool: str | None
-    raw: bool  # the goal's place refuses what has to be worked on and is not
-    order: tuple[str, str, str] | None  # (place, what must be there before, what)
-    hands: int
+    boxes: frozenset[str]  # places that are containers, closed at the start
+    lock: tuple[str, str] | None  # (container, key: has to be in hand to open it)
+    lies: dict[str, str]  # thing or fixture -> its initial place
+    kinds: dict[str, str]  # thing or fixture -> its kind, the name that goals use
+    fixtures: frozenset[str]  # things that cannot be carried
+    station: str | None  # the place where work is done
+    work: tuple[str, str]  # (verb, participle)
+    work_tool: str | None  # has to be in hand for work
+    repair: tuple[str, str]  # (verb, participle)
+    repair_tool: str | None  # has to be in hand for repairs
+    raw: bool  # the goal's place refuses things that still have to be worked on
+    order: tuple[str, str, str] | None  # (place, thing that must be there first, thing that comes second)
+    hands: int  # how many things can be carried at once
     goals: tuple[Goal, ...]
     commands: dict[str, str]  # role -> template
     says: dict[str, str]  # event -> wording
@@ -53,18 +56,18 @@ class Spec:
     opening: str
 
     def words_of(self, name: str) -> tuple[str, str]:
-        """The verb and participle of what is done to a thing."""
+        """(verb, participle) of the work or repair done to a thing."""
         return self.repair if name in self.fixtures else self.work
 
     def values(self, role: str) -> dict[str, list[str]]:
-        """For each placeholder of a role's command, what it takes, in the command's order."""
+        """{placeholder: values that it takes} of a role's command, in the command's order."""
         objects = sorted(set(self.lies) - self.fixtures) if role != "repair" else sorted(self.fixtures)
         places = {"open": sorted(self.boxes), "work": [self.station]}.get(role, sorted(self.places))
         takes = {"place": places, "object": objects, "tool": [self.repair_tool]}
         return {name: takes[PLAIN[name]] for name in re.findall(r"\{(\w+)\}", self.commands[role])}
 
     def command(self, role: str, **values: str) -> str:
-        """The command's text; values that its template has no place for are left out."""
+        """The command's text; values without a placeholder in its template are dropped."""
         return fill(self.commands[role], values)
 
     def say(self, event: str, **values: str) -> str:
@@ -72,6 +75,7 @@ class Spec:
 
 
 def fill(template: str, values: dict[str, str]) -> str:
+    """The template with its placeholders replaced by values; placeholders without a value stay."""
     return re.sub(r"\{(\w+)\}", lambda name: values.get(PLAIN.get(name[1], name[1]), name[0]), template)
 
 
@@ -81,20 +85,20 @@ def listed(names: Iterable[str]) -> str:
     return f"{', '.join(names)} and {last}" if names else last
 
 
-def seed_of(task_id: str) -> list[int]:
+def make_seed(task_id: str) -> list[int]:
     return [WORLDS, zlib.crc32(task_id.encode())]
 
 
 @lru_cache(maxsize=512)
 def make_spec(task_id: str) -> Spec:
-    """The world that a name stands for."""
+    """The world that a task id stands for."""
     split = task_id.partition("/")[0]
     words, easy = (HELD if "held" in split else TRAIN), split.endswith("easy")
-    return Draw(words, easy, np.random.default_rng(seed_of(task_id))).spec()
+    return Draw(words, easy, np.random.default_rng(make_seed(task_id))).spec()
 
 
 class Draw:
-    """Draws a world, part after part, from one generator."""
+    """Draws a world from one generator. The order of the draws is part of what an id stands for."""
 
     def __init__(self, words: Words, easy: bool, rng: np.random.Generator):
         self.words, self.easy, self.rng = words, easy, rng
@@ -106,17 +110,18 @@ class Draw:
         return options[self.rng.integers(len(options))]
 
     def some(self, options: Sequence[str], count: int) -> list[str]:
-        """Different ones that were not drawn before."""
+        """`count` different options, none of them drawn before."""
         left = [option for option in options if option not in self.used]
         drawn = [left[i] for i in self.rng.choice(len(left), count, replace=False)]
         self.used.update(drawn)
         return drawn
 
     def chance(self, share: float) -> bool:
+        """Whether an event of that probability happens; never, and without a draw, in easy worlds."""
         return not self.easy and bool(self.rng.random() < share)
 
     def named(self, kinds: Sequence[str]) -> dict[str, str]:
-        """Names of things, in the style of this world, and the kind of each."""
+        """{name: kind} of things, named in the style of this world."""
         if self.style == "numbered":
             counts: dict[str, int] = {}
             for kind in kinds:
@@ -127,27 +132,47 @@ class Draw:
             return {(name := f"{adjective} {kind}"): name for adjective, kind in zip(adjectives, kinds, strict=False)}
         return {kind: kind for kind in dict.fromkeys(kinds)}
 
-    def commands(self, work: str, repair: str) -> dict[str, str]:
-        """A template for each role, placeholders called what the vocabulary calls them."""
+    def commands(self, work: str | None, repair: str | None) -> dict[str, str]:
+        """{role: template}, with the vocabulary's names of placeholders; without a role whose verb is None."""
         chosen = {role: self.one(templates) for role, templates in self.words.commands.items()}
-        filled = {
-            **chosen,
-            "work": chosen["work"].replace("{verb}", work),
-            "repair": chosen["repair"].replace("{verb}", repair),
-        }
+        verbs = dict.fromkeys(chosen, "") | {"work": work, "repair": repair}
         return {
-            role: re.sub(r"\{(\w+)\}", lambda name: f"{{{self.words.names[name[1]]}}}", template)
-            for role, template in filled.items()
+            role: re.sub(
+                r"\{(\w+)\}", lambda name: f"{{{self.words.names[name[1]]}}}", template.replace("{verb}", verbs[role])
+            )
+            for role, template in chosen.items()
+            if verbs[role] is not None
         }
 
     def places(self) -> tuple[list[str], list[str]]:
-        """(all places in a drawn order, those that are containers)"""
+        """(all places in random order, the containers among them)"""
         boxes = self.some(self.theme.boxes, 1 if self.easy else int(self.rng.integers(1, 4)))
         spots = self.some(self.theme.spots, 2 if self.easy else int(self.rng.integers(3, 7 - len(boxes))))
         both = [*boxes, *spots]
         names = {name: f"{name} {self.rng.integers(1, 4)}" if self.style == "numbered" else name for name in both}
         order = [names[both[i]] for i in self.rng.permutation(len(both))]
         return order, [names[box] for box in boxes]
+
+    def goals(self, form: str, wanted: list[str], place: str) -> tuple[list[Goal], tuple[str, str, str] | None]:
+        """(goals for the things `wanted`, `Spec.order`)"""
+        if form != "two":
+            return [Goal(kind=wanted[0], place=place, worked=form == "work")], None
+        if self.style == "numbered":
+            return [Goal(kind=wanted[0], place=place, worked=False, count=2)], None
+        goals = [Goal(kind=kind, place=place, worked=False) for kind in wanted[:2]]
+        return goals, (place, wanted[0], wanted[1]) if self.chance(0.6) else None
+
+    def lock(
+        self, places: list[str], boxes: list[str], lies: dict[str, str], repair_tool: str | None
+    ) -> tuple[str, str]:
+        """(locked container, its key). Puts the key into `lies`, and moves the repair tool if it was locked in."""
+        [key] = self.some(self.words.keys, 1)
+        locked = self.one(boxes)
+        outside = [place for place in places if place != locked]
+        lies[key] = self.one(outside)
+        if lies.get(repair_tool) == locked:  # one errand with something in hand is enough
+            lies[repair_tool] = self.one(outside)
+        return locked, key
 
     def spec(self) -> Spec:
         words, rng = self.words, self.rng
@@ -157,70 +182,52 @@ class Draw:
         work, repair = self.one(words.work), self.one(words.repair)
         kinds = self.some(self.theme.things, 2 if self.easy else int(rng.integers(4, 6)))
         if form == "two" or self.chance(0.4):
-            kinds.append(kinds[0])  # a second one, which only numbers tell apart
+            kinds.append(kinds[0])  # a second one, which the plain style merges with the first
         things = self.named(kinds)
-        worked = form == "work"
         goal_place = self.one(places)
-        station = self.one([place for place in spots if place != goal_place]) if worked else None
+        station = self.one([place for place in spots if place != goal_place]) if form == "work" else None
         lies = {thing: self.one([place for place in places if place not in (goal_place, station)]) for thing in things}
-        wanted = list(dict.fromkeys(things.values()))
-        goals = [Goal(wanted[0], goal_place, worked)]
-        order = None
-        if form == "two":
-            if self.style == "numbered":
-                goals = [Goal(wanted[0], goal_place, False, 2)]
-            else:
-                goals.append(Goal(wanted[1], goal_place, False))
-                order = (goal_place, wanted[0], wanted[1]) if self.chance(0.6) else None
+        goals, order = self.goals(form, list(dict.fromkeys(things.values())), goal_place)
         tools = self.some(self.theme.tools, 2)
-        work_tool = tools[0] if worked and self.chance(0.3) else None
+        work_tool = tools[0] if form == "work" and self.chance(0.3) else None
         repair_tool, fixtures = None, []
         if form in ("repair", "both"):
             repair_tool, fixtures = tools[1], self.some(self.theme.fixtures, 1)
-            goals = [Goal(fixtures[0], None, True), *(goals if form == "both" else [])]
+            repair_goal = Goal(kind=fixtures[0], place=None, worked=True)
+            goals = [repair_goal, *goals] if form == "both" else [repair_goal]
             lies[fixtures[0]] = self.one(spots)
         for tool in filter(None, (work_tool, repair_tool)):
             lies[tool] = self.one([place for place in places if place != goal_place])
-        lock = None
-        if self.chance(0.25) and not work_tool:
-            key = self.some(words.keys, 1)[0]
-            lock = (self.one(boxes), key)
-            lies[key] = self.one([place for place in places if place != lock[0]])
-            repair_at = lies.get(repair_tool) == lock[0]
-            if repair_at:  # one errand with something in hand is enough
-                lies[repair_tool] = self.one([place for place in places if place != lock[0]])
-        kinds_of = {**things, **{name: name for name in lies if name not in things}}
-        hands = 2 if work_tool or lock or self.chance(0.3) else 1
-        drawn = {
-            "setting": self.theme.setting,
-            "places": tuple(places),
-            "boxes": frozenset(boxes),
-            "lock": lock,
-            "lies": lies,
-            "kinds": kinds_of,
-            "fixtures": frozenset(fixtures),
-            "station": station,
-            "work": work,
-            "work_tool": work_tool,
-            "repair": repair,
-            "repair_tool": repair_tool,
-            "raw": worked and self.chance(0.5),
-            "order": order,
-            "hands": hands,
-            "goals": tuple(goals),
-            "commands": self.commands(work[0], repair[0]),
-            "says": {event: self.one(wordings) for event, wordings in words.says.items()},
-        }
-        for role, there in (("work", station), ("repair", repair_tool)):
-            if not there:
-                del drawn["commands"][role]
-        task, opening = state_task(drawn)
-        return Spec(**drawn, task=task, opening=opening)
+        locked = self.chance(0.25) and not work_tool
+        lock = self.lock(places, boxes, lies, repair_tool) if locked else None
+        spec = Spec(  # hands, raw, commands and says draw in this order
+            setting=self.theme.setting,
+            places=tuple(places),
+            boxes=frozenset(boxes),
+            lock=lock,
+            lies=lies,
+            kinds={**things, **{name: name for name in lies if name not in things}},
+            fixtures=frozenset(fixtures),
+            station=station,
+            work=work,
+            work_tool=work_tool,
+            repair=repair,
+            repair_tool=repair_tool,
+            hands=2 if work_tool or lock or self.chance(0.3) else 1,
+            raw=form == "work" and self.chance(0.5),
+            order=order,
+            goals=tuple(goals),
+            commands=self.commands(work[0] if station else None, repair[0] if repair_tool else None),
+            says={event: self.one(wordings) for event, wordings in words.says.items()},
+            task="",
+            opening="",
+        )
+        task, opening = state_task(spec)
+        return replace(spec, task=task, opening=opening)
 
 
-def state_task(drawn: dict) -> tuple[str, str]:
-    """The goal in words, and the opening: the environment, its rules, and in a paragraph of its own the goal."""
-    spec = Spec(**drawn, task="", opening="")
+def state_task(spec: Spec) -> tuple[str, str]:
+    """(goal in words, opening: the environment and its rules, then the goal as a separate paragraph)"""
     parts = []
     for goal in spec.goals:
         verb, done = spec.words_of(goal.kind)

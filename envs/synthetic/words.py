@@ -1,10 +1,10 @@
-"""Two vocabularies for sampled worlds (envs/synthetic/world.py): one to train on, one that is held out.
+"""Two vocabularies for synthetic worlds: one to train on, one held out.
 
-They share no content word: no noun, verb, adjective, placeholder, or wording of an answer. What both may use is
-FUNCTION_WORDS. Left out: how a world is drawn from a vocabulary.
+They share no content word: no noun, verb, adjective, placeholder or answer wording. Both may use FUNCTION_WORDS.
+Left out: how a world is drawn from a vocabulary (`spec.py`).
 
-In a text: {place}, {object}, {tool}, {other}, {station} and {name} are names; {things} a list of them, {view} what can
-be seen; {verb} and {done} the verb of the work and its participle ("wash", "washed").
+In a template, {place}, {object}, {tool}, {other}, {station} and {name} are names; {things} is a list of names, {view}
+what can be seen; {verb} and {done} are the verb of the work and its participle ("wash", "washed").
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def split(text: str) -> tuple[str, ...]:
 
 
 class Theme(NamedTuple):
-    """A setting and its nouns: places that are open, containers, things to carry, what cannot be carried, tools."""
+    """A setting and its nouns: open places, containers, things to carry, fixtures that cannot be carried, tools."""
 
     setting: str
     spots: tuple[str, ...]
@@ -34,9 +34,12 @@ class Theme(NamedTuple):
 
 
 class Words(NamedTuple):
-    """A vocabulary. `commands[role]`: templates, with the placeholders `place`, `object` and `tool`, which are called
-    `names`; `work` and `repair`: (verb, participle); `says[event]`: wordings of an answer or of a sentence of the
-    opening."""
+    """A vocabulary.
+
+    `names`: {placeholder of a command: its name in this vocabulary}. `commands[role]`: templates with the placeholders
+    `place`, `object` and `tool`. `work`, `repair`: (verb, participle). `says[event]`: wordings of an answer or of a
+    sentence in the opening.
+    """
 
     themes: tuple[Theme, ...]
     adjectives: tuple[str, ...]
@@ -49,7 +52,14 @@ class Words(NamedTuple):
 
 
 def theme(setting: str, spots: str, boxes: str, things: str, fixtures: str, tools: str) -> Theme:
-    return Theme(setting, *map(split, (spots, boxes, things, fixtures, tools)))
+    return Theme(
+        setting=setting,
+        spots=split(spots),
+        boxes=split(boxes),
+        things=split(things),
+        fixtures=split(fixtures),
+        tools=split(tools),
+    )
 
 
 def pairs(text: str) -> tuple[tuple[str, str], ...]:
@@ -336,3 +346,5 @@ HELD = Words(
         "done": ("The {object} was {done} beforehand.",),
     },
 )
+
+PLAIN = {called: name for words in (TRAIN, HELD) for name, called in words.names.items()}  # a vocabulary's name -> ours

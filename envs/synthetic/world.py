@@ -1,20 +1,20 @@
-"""Sampled text worlds, each with places, objects, verbs, wordings and rules of its own.
+"""Synthetic text worlds, each with its own places, objects, verbs, wordings and rules.
 
-A task is `<split>/<number>`; its world is drawn from that name alone (`Spec`, envs/synthetic/words.py has the words):
-four to six places, some of them closed containers, one perhaps locked; things to find, carry and put somewhere;
-perhaps work that is done to them at one place, perhaps with a tool; perhaps something to repair; a limit to what can
-be carried; perhaps an order in which things must come. The opening states environment, goal and rules; where things lie
-has to be found out. Everything can be undone, so no world can be lost.
+A task is `<split>/<number>`; its world is drawn from that id (`spec.py`) with the words of one vocabulary (`words.py`):
+four to six places, some of them closed containers, one possibly locked; things to find, carry and put somewhere; in
+some worlds work to do on them at a station or with a tool, something to repair, or a required order; a carrying limit.
+The opening states environment, goal and rules; the player has to find out where things are. Everything can be undone,
+so no world can be lost.
 
-| split | what |
+| split | worlds |
 |---|---|
-| syn_train | to train on; ids of any number are played, `tasks` lists the first 10,000 |
-| syn_valid | drawn from the same vocabulary, other worlds |
-| syn_held | drawn from the other vocabulary, which has no content word in common with it |
-| syn_easy, syn_held_easy | small ones, for tests |
+| syn_train | for training; any number is a valid id, `tasks` lists the first 10,000 |
+| syn_valid | other worlds from the same vocabulary |
+| syn_held | worlds from the other vocabulary, which shares no content word with the first |
+| syn_easy, syn_held_easy | small worlds, for tests |
 
-An action that is not accepted is a mistake of one of three kinds (`Synthetic.refusal`): parameter (no command, or a
-value that it does not take), place (what is acted on is elsewhere), logic (a condition is not met).
+A refused action changes nothing; `Synthetic.refusal` names the kind of mistake (`rules.py`).
+Left out: the turn limit (the runner's).
 
 Play one: python -m envs.play --env synthetic --task syn_valid/00000
 """
@@ -27,61 +27,54 @@ from collections.abc import Sequence
 
 from envs.base import Observation, Result, check_split
 from envs.synthetic.rules import Refusal, Rules, State, parse
-from envs.synthetic.spec import PLAIN, WORLDS, Spec, fill, listed, make_spec
+from envs.synthetic.spec import WORLDS, Spec, fill, listed, make_spec
+from envs.synthetic.words import PLAIN
 
 SPLITS = {"syn_train": 10_000, "syn_valid": 500, "syn_held": 500, "syn_easy": 5, "syn_held_easy": 5}
 
 
-# ---- what a world is -------------------------------------------------------------------------------------------------
-
-
-# ---- drawing one -----------------------------------------------------------------------------------------------------
-
-
-# ---- the rules -------------------------------------------------------------------------------------------------------
-
-
-# ---- the world -------------------------------------------------------------------------------------------------------
-
-
 class Synthetic:
-    """The sampled worlds as a `World`. Reward is 1.0 when the goal holds, else 0.0; progress the largest share of its
-    conditions that held at once so far."""
+    """The synthetic worlds as a `World`.
+
+    Reward is 1.0 when the goal holds, else 0.0. Progress is the largest share of its conditions that held at once so
+    far.
+    """
 
     isolated = False
 
     def __init__(self):
         self.facts = {"worlds": WORLDS}
-        self._task_id, self._state, self._progress, self._done = "", State("", {}), 0.0, False
+        self._task_id, self._state, self._progress, self._done = "", State(at="", lies={}), 0.0, False
 
     def tasks(self, split: str) -> Sequence[str]:
         """Sorted ids. Raises ValueError for an unknown split."""
         check_split(split, SPLITS)
-        return [f"{split}/{number:05d}" for number in range(SPLITS[split])]
+        return [f"{split}/{index:05d}" for index in range(SPLITS[split])]
 
     def reset(self, task_id: str) -> Observation:
-        """Start a task. Raises ValueError for an id of no split, or a number that is not in it (syn_train: any)."""
+        """Start a task. Raises ValueError for an unknown split or a number outside it (syn_train takes any)."""
         split, _, number = task_id.partition("/")
         good = split in SPLITS and re.fullmatch(r"[0-9]{5}|[1-9][0-9]{5,8}", number)
         if not good or (split != "syn_train" and int(number) >= SPLITS[split]):
             raise ValueError(
-                f"unknown task {task_id!r}: expected one of {', '.join(SPLITS)}, a slash and a number "
-                "of the split with five digits"
+                f"unknown task {task_id!r}: expected <split>/<five-digit number of the split> with the splits "
+                f"{', '.join(SPLITS)}"
             )
         spec = make_spec(task_id)
-        self._task_id, self._state = task_id, State("", spec.lies)
+        self._task_id, self._state = task_id, State(at="", lies=spec.lies)
         self._progress, self._done = 0.0, False
         return Observation(text=spec.opening, task=spec.task)
 
     def step(self, action: str) -> Result:
+        """Take one action. Raises RuntimeError before the first reset and after the task is done."""
         spec, rules = self._playing()
         if self._done:
             raise RuntimeError("the task is over: call reset(task_id)")
         try:
             self._state, event, values = self._outcome(action)
             valid = True
-        except Refusal as why:
-            event, values, valid = why.event, why.values, False
+        except Refusal as refusal:
+            event, values, valid = refusal.event, refusal.values, False
         met, total = rules.met(self._state)
         self._progress = max(self._progress, met / total)
         self._done = met == total
@@ -96,7 +89,7 @@ class Synthetic:
         )
 
     def actions(self) -> list[str]:
-        """Every command that is accepted now, sorted."""
+        """All commands that are accepted now, sorted."""
         spec, _ = self._playing()
         found = []
         for role in spec.commands:
@@ -112,15 +105,15 @@ class Synthetic:
         return list(self._playing()[0].commands.values())
 
     def refusal(self, action: str) -> Refusal | None:
-        """Why an action would not be accepted now; None for one that would."""
+        """Why an action would be refused now; None if it would be accepted."""
         try:
             self._outcome(action)
-        except Refusal as why:
-            return why
+        except Refusal as refusal:
+            return refusal
         return None
 
     def _outcome(self, action: str) -> tuple[State, str, dict[str, str]]:
-        """The state after an action, and the event that it is with its values. Raises Refusal."""
+        """(state after an action, event that reports it, values of the event). Raises Refusal."""
         spec, rules = self._playing()
         role, values = parse(self._task_id, action)
         return getattr(rules, role)(self._state, **values)

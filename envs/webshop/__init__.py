@@ -1,1 +1,1 @@
-"""WebShop: pages, reward and ranking of the original, a generated catalogue, a demonstrator."""
+"""WebShop: the original's pages, reward and ranking, a generated catalogue, a demonstrator."""

@@ -1,19 +1,19 @@
-"""WebShop's products, goals and search index in one prepared folder, memory-mapped and shared by all processes.
+"""WebShop's products, goals and search index, prepared once in a folder that all processes memory-map.
 
-Read from a folder in the original file formats:
+The source folder has files in the original formats:
 
-| file | what |
+| file | contents |
 |---|---|
 | `items_shuffle.json` or `items_shuffle_1000.json` | the products: a list of records |
-| `items_ins_v2.json` or `items_ins_v2_1000.json` | {asin: attributes, for some an instruction with its attributes} |
-| `items_human_ins.json` | optional: {asin: [written instructions]} |
+| `items_ins_v2.json` or `items_ins_v2_1000.json` | {asin: attributes, in part with an instruction and its attributes} |
+| `items_human_ins.json` | optional: {asin: [human-written instructions]} |
 
-The first use prepares the folder (`.a3t_webshop-*` in it or, where that cannot be written, below ~/.cache/a3t): it
-streams the products, so that memory stays at a few GB for 1.2 million of them, and writes records, goals and the
-index. Later uses map what is there. Files that change are prepared anew; an old folder may be deleted at any time.
+The first use writes records, goals and index to `.a3t_webshop-*` in that folder or, if it is read-only, below
+~/.cache/a3t. It streams the products, so memory stays at a few GB for 1.2 million of them. Later uses map the result.
+If the source files change, they are prepared again; old prepared folders can be deleted at any time.
 Left out: images, reviews and ratings, which the text never shows.
 
-Run: python -m envs.webshop.catalogue [--data DIR]     prepares it and says what there is
+Run: python -m envs.webshop.catalogue [--data DIR]     prepares a catalogue and prints its size and splits
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from envs.webshop.goals import (
 )
 from envs.webshop.search import Index, IndexBuilder, analyze
 
-VERSION = 1  # of the prepared folder: one of another version is not read
+VERSION = 1  # of the prepared folder; other versions are ignored
 CHUNK = 1 << 24  # characters of the product file read at a time
-MAX_RECORD = 1 << 26  # characters; no product is that long, so the JSON is broken
-MAX_ASIN = 10  # longer ones are skipped, as in the original
+MAX_RECORD = 1 << 26  # characters; no product is that long, so the JSON must be broken
+MAX_ASIN = 10  # longer asins are skipped, as in the original
 DEFAULT_TAG, DEFAULT_PRICES = "$100.0", (100.0,)
 
 
@@ -61,7 +61,7 @@ class RawOption(msgspec.Struct):
 
 
 class RawProduct(msgspec.Struct):
-    """A record of the product file; fields that are not named here are not read."""
+    """A record of the product file; other fields are ignored."""
 
     asin: str
     name: str
@@ -85,7 +85,7 @@ NO_ATTRIBUTES = RawAttributes()
 
 @dataclass(frozen=True)
 class Files:
-    """The files of one catalogue, in one folder."""
+    """The source files of one catalogue, all in one folder."""
 
     products: Path
     attributes: Path
@@ -97,64 +97,64 @@ class Files:
 
 
 def find_files(data: str | Path) -> Files:
-    """The files of a folder, or those that go with a product file. FileNotFoundError, naming what is missing."""
+    """The files of a folder, or those that belong to a product file. Raises FileNotFoundError for a missing one."""
     given = Path(data).expanduser().resolve()
     names = [given] if given.is_file() else [given / "items_shuffle.json", given / "items_shuffle_1000.json"]
     products = next((name for name in names if name.is_file()), None)
     if products is None:
         raise FileNotFoundError(
-            f"{data} holds neither items_shuffle.json nor items_shuffle_1000.json: expected the "
-            "folder of WebShop's data, or one of these files"
+            f"{data} holds neither items_shuffle.json nor items_shuffle_1000.json: expected WebShop's data folder or "
+            "one of these files"
         )
     attributes = products.with_name(products.name.replace("items_shuffle", "items_ins_v2"))
     if attributes == products or not attributes.is_file():
-        raise FileNotFoundError(f"no {attributes} beside {products.name}: expected the products' attributes in it")
-    return Files(products, attributes, products.with_name("items_human_ins.json"))
+        raise FileNotFoundError(f"no {attributes} next to {products.name}: expected the products' attributes in it")
+    return Files(products=products, attributes=attributes, human=products.with_name("items_human_ins.json"))
 
 
 # ---- reading the original formats ------------------------------------------------------------------------------------
 
 
 def stream_array(file: Path) -> Iterator[object]:
-    """The objects of a JSON array, read a chunk at a time. ValueError, naming the record, where it breaks off."""
-    decode, between, number = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), 0
+    """The objects of a JSON array, read in chunks. Raises ValueError, naming the record, if the file breaks off."""
+    decode, separator, index = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), 0
     with open(file, encoding="utf-8") as stream:
         buffer = stream.read(CHUNK)
-        at = between.match(buffer).end()
-        if buffer[at : at + 1] != "[":
+        position = separator.match(buffer).end()
+        if buffer[position : position + 1] != "[":
             raise ValueError(f"{file} begins with {buffer[:20]!r}: expected a JSON list of products")
-        at += 1
+        position += 1
         while True:
-            at = between.match(buffer, at).end()
-            if buffer[at : at + 1] == "]":
+            position = separator.match(buffer, position).end()
+            if buffer[position : position + 1] == "]":
                 return
             try:
-                item, at = decode(buffer, at)
+                item, position = decode(buffer, position)
             except ValueError as error:
                 more = stream.read(CHUNK)
-                if not more or len(buffer) - at > MAX_RECORD:
+                if not more or len(buffer) - position > MAX_RECORD:
                     raise ValueError(
-                        f"{file} breaks off in record {number} ({error}): expected a JSON list of "
-                        "products; get the file again"
+                        f"{file} breaks off in record {index} ({error}): expected a JSON list of products; "
+                        "download the file again"
                     ) from error
-                buffer, at = buffer[at:] + more, 0
+                buffer, position = buffer[position:] + more, 0
                 continue
             yield item
-            number += 1
+            index += 1
 
 
 def read_table(file: Path, kind: type) -> dict:
-    """A JSON object {asin: kind}. ValueError, naming the file, where it is another thing."""
+    """A JSON object {asin: kind}. Raises ValueError, naming the file, for anything else."""
     try:
         return msgspec.json.decode(file.read_bytes(), type=dict[str, kind])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {file} ({error}): expected a JSON object of WebShop's form") from error
+        raise ValueError(f"cannot read {file} ({error}): expected a JSON object in WebShop's format") from error
 
 
 def read_products(files: Files, table: dict[str, RawAttributes]) -> Iterator[Product]:
-    """The products in the file's order; improper and repeated asins are skipped, as in the original."""
+    """The products in file order; invalid and repeated asins are skipped, as in the original."""
     seen = set()
-    for number, record in enumerate(stream_array(files.products)):
+    for index, record in enumerate(stream_array(files.products)):
         try:
             raw = msgspec.convert(record, RawProduct)
             if raw.asin != "nan" and len(raw.asin.encode()) <= MAX_ASIN and raw.asin not in seen:
@@ -162,17 +162,17 @@ def read_products(files: Files, table: dict[str, RawAttributes]) -> Iterator[Pro
                 yield make_product(raw, table.get(raw.asin, NO_ATTRIBUTES).attributes)
         except ValueError as error:
             name = record.get("asin", "no asin") if isinstance(record, dict) else "not an object"
-            raise ValueError(f"{files.products}, record {number} ({name}): {error}") from error
+            raise ValueError(f"{files.products}, record {index} ({name}): {error}") from error
 
 
 def make_product(raw: RawProduct, attributes: list[str]) -> Product:
-    """A product as its pages show it. ValueError for a price that is none."""
+    """A product as its pages show it. Raises ValueError for an invalid price."""
     bullets = raw.small_description if isinstance(raw.small_description, list) else [raw.small_description]
     options = {}
     if isinstance(raw.customization_options, dict):
         for name, contents in raw.customization_options.items():
             if contents is not None:
-                options[name.lower()] = [one.value.strip().replace("/", " | ").lower() for one in contents]
+                options[name.lower()] = [option.value.strip().replace("/", " | ").lower() for option in contents]
     tag, prices = parse_pricing(raw.pricing)
     return Product(
         asin=raw.asin,
@@ -190,7 +190,7 @@ def make_product(raw: RawProduct, attributes: list[str]) -> Product:
 
 
 def parse_pricing(pricing: str | None) -> tuple[str, Sequence[float]]:
-    """The price tag and the price, or the two ends of its range, of "$a" or "$a$b"; 100 dollars where there is none."""
+    """(price tag, the price or both ends of its range) of "$a" or "$a$b"; 100 dollars if there is no price."""
     if not pricing:
         return DEFAULT_TAG, DEFAULT_PRICES
     try:
@@ -201,7 +201,7 @@ def parse_pricing(pricing: str | None) -> tuple[str, Sequence[float]]:
 
 
 def index_text(product: Product) -> str:
-    """What the search engine knows of a product."""
+    """The text that the search engine indexes for a product."""
     options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in product.options.items())
     first = product.bullets[0] if product.bullets else ""
     return " ".join([product.name, product.description, first, options]).lower()
@@ -211,32 +211,32 @@ def index_text(product: Product) -> str:
 
 
 def prepare(data: str | Path) -> Path:
-    """The prepared folder of a catalogue, made now where there is none yet.
+    """The prepared folder of a catalogue, built now if it does not exist.
 
-    Raises FileNotFoundError where a file is missing, ValueError where one cannot be read or holds no product.
+    Raises FileNotFoundError for a missing file, ValueError for an unreadable one or one without products.
     """
     files = find_files(data)
-    marks = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in _present(files)]
-    key = hashlib.sha256(repr((VERSION, str(files.folder), marks)).encode()).hexdigest()[:16]
-    places = [files.folder / f".a3t_webshop-{key}", Path.home() / ".cache" / "a3t" / f"webshop-{key}"]
-    for place in places:
-        if (place / "catalogue.json").is_file():
-            return place
-    marked = files.folder.stat().st_mode & 0o222  # root could write where nobody is meant to
-    place = places[0] if marked and os.access(files.folder, os.W_OK) else places[1]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.mkdtemp(prefix=f".building-{key}-", dir=place.parent)
-    building = Path(temporary, place.name)  # a folder of its own: the outer one is closed to others
+    versions = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in _present(files)]
+    key = hashlib.sha256(repr((VERSION, str(files.folder), versions)).encode()).hexdigest()[:16]
+    local, cached = files.folder / f".a3t_webshop-{key}", Path.home() / ".cache" / "a3t" / f"webshop-{key}"
+    for folder in (local, cached):
+        if (folder / "catalogue.json").is_file():
+            return folder
+    writable = files.folder.stat().st_mode & 0o222  # os.access alone lets root write to a read-only folder
+    target = local if writable and os.access(files.folder, os.W_OK) else cached
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = tempfile.mkdtemp(prefix=f".building-{key}-", dir=target.parent)
+    building = Path(temporary, target.name)  # a subfolder, since mkdtemp's own folder is closed to other users
     building.mkdir()
     try:
         _write(files, building)
-        os.replace(building, place)
+        os.replace(building, target)
     except OSError:
-        if not (place / "catalogue.json").is_file():  # else another process has just written the same
+        if not (target / "catalogue.json").is_file():  # otherwise another process has just written it
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return place
+    return target
 
 
 def _present(files: Files) -> list[Path]:
@@ -244,7 +244,7 @@ def _present(files: Files) -> list[Path]:
 
 
 def _write(files: Files, folder: Path) -> None:
-    """Writes everything; catalogue.json, last, says that all is there."""
+    """Writes all files of the prepared folder; catalogue.json comes last and marks it as complete."""
     table = read_table(files.attributes, RawAttributes)
     written = read_table(files.human, list[Instruction]) if files.human.is_file() else {}
     builder, asins, ends, human = IndexBuilder(), [], [], []
@@ -284,11 +284,11 @@ def _write(files: Files, folder: Path) -> None:
 
 
 def _synthetic(
-    files: Files, folder: Path, table: dict[str, RawAttributes], places: Iterable[tuple[str, np.ndarray]]
+    files: Files, folder: Path, table: dict[str, RawAttributes], spans: Iterable[tuple[str, np.ndarray]]
 ) -> Iterator[Goal]:
-    """The synthetic goals of the products just written, in the file's order."""
+    """The synthetic goals of the products just written, in file order. `spans`: (asin, [start, end]) of each record."""
     with open(folder / "products.bin", "rb") as stream:
-        for asin, (start, end) in places:
+        for asin, (start, end) in spans:
             entry = table.get(asin, NO_ATTRIBUTES)
             if entry.instruction is not None:
                 if not entry.instruction_attributes:
@@ -299,9 +299,9 @@ def _synthetic(
 
 
 class Catalogue:
-    """A prepared folder. Products are numbered by their asin's place in the alphabet, the index's order for ties.
+    """A prepared folder. Products are numbered in the order of their asins, in which the search index breaks ties.
 
-    `facts`: products, products_sha256, goals, goals_sha256, data (the folder it came from).
+    `facts`: products, products_sha256, goals, goals_sha256, data (the source folder).
     """
 
     def __init__(self, folder: Path):
@@ -320,7 +320,7 @@ class Catalogue:
         self.product = lru_cache(maxsize=4096)(self._read_product)
 
     def __reduce__(self) -> tuple:
-        return open_catalogue, (self.folder,)  # a copy in another process maps the same files
+        return open_catalogue, (self.folder,)  # a copy in another process memory-maps the same files
 
     def __len__(self) -> int:
         return len(self._asins)
@@ -330,7 +330,7 @@ class Catalogue:
         return (asin.decode() for asin in self._asins)
 
     def find(self, asin: str) -> int | None:
-        """The number of a product; None where there is none of that asin."""
+        """The number of the product with that asin, or None."""
         try:
             wanted = np.bytes_(asin.encode())
         except UnicodeEncodeError:
@@ -343,17 +343,17 @@ class Catalogue:
         return self._decode_product(self._records[start:end])
 
     def goal(self, task_id: str) -> Goal | None:
-        """The goal of that id; None where there is none."""
-        place = bisect_left(self._goal_ids, task_id)
-        if place == len(self._goal_ids) or self._goal_ids[place] != task_id:
+        """The goal with that id, or None."""
+        index = bisect_left(self._goal_ids, task_id)
+        if index == len(self._goal_ids) or self._goal_ids[index] != task_id:
             return None
-        start = self._goal_ends[place - 1] if place else 0
-        return msgspec.json.decode(self._goals[start : self._goal_ends[place]], type=Goal)
+        start = self._goal_ends[index - 1] if index else 0
+        return msgspec.json.decode(self._goals[start : self._goal_ends[index]], type=Goal)
 
 
 @lru_cache
 def open_catalogue(folder: Path) -> Catalogue:
-    """The catalogue of a prepared folder, one for the whole process."""
+    """The catalogue of a prepared folder, one instance per process."""
     return Catalogue(folder)
 
 
@@ -366,7 +366,7 @@ def data_folder(data: str | None) -> Path:
 @dataclass(frozen=True, kw_only=True)
 class Args:
     data: str | None = None
-    """Folder of WebShop's data, or its product file (default: $WEBSHOP_DATA, else the generated catalogue)."""
+    """WebShop's data folder or product file (default: $WEBSHOP_DATA, else the generated catalogue)."""
 
 
 def main(args: Args) -> None:

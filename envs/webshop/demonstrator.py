@@ -1,17 +1,17 @@
-"""A scripted player of WebShop that reads only the text, so that what it does can be imitated.
+"""A scripted WebShop player that reads only the text, so that a model can imitate it. Reads both observation modes.
 
-It searches for the instruction's words and options, opens what is cheap enough in the order of the list, goes back
-where an option is not to be found, reads the features, and the description where words are still missing, goes back
-where too many are, settles after some turns for the best that it has seen, chooses the options and buys. It thinks
-briefly on every turn, in steps that each look at one thing: a product and its price, an option and whether it is here.
-Options come in the instruction's order, each after the one chosen last, so that its words lead from one to the next;
-what is done is named last, so that the action can be copied from it. It can be displaced: told that another action was
-taken, it goes on from there, and `explain` writes the reason for such an action after the fact, which is the text that
-ActRe learns from. It can be hasty: search for the instruction as it is written, open the first product, look at no
-price, read no features, choose the options that are there, and buy; or careless: then it opens the first product and
-buys it as it is, whatever options are asked for.
+It searches for the instruction's words and options, opens affordable products in list order, goes back if an option is
+missing, reads the features, reads the description if words are still missing, goes back if too many are, settles after
+some turns for the best product seen, chooses the options and buys. A hasty player searches for the instruction as it is
+written, opens the first product, ignores prices and features, chooses the options on the page and buys. A careless one
+opens the first product and buys it without choosing options.
 
-Left out: the reward's view of attributes, which no page shows. Reads both observation modes.
+Every turn has a short thought, whose steps each check one thing: a product and its price, an option and whether the
+page has it. Options follow the instruction's order, each named after the one chosen last, so that the words lead from
+one to the next; the action is named last, so that it can be copied from the thought. The player can be displaced: after
+an action that it did not choose it continues from the resulting page, and `explain` writes the reason for such an
+action after the fact, the text that ActRe learns from.
+Left out: the attributes that the reward checks, which no page shows.
 
 Run: python -m envs.webshop.demonstrator [--split gen_test]     plays a split and prints its mean reward and success
 """
@@ -35,29 +35,29 @@ OPENING = re.compile(
 COMMON = frozenset(
     "find me i am looking for need want show would like to buy a an the with and that is of in it some".split()
 )
-OPTION_NAMES = frozenset("color size style flavor scent".split())  # written instructions have them as words too
+OPTION_NAMES = frozenset("color size style flavor scent".split())  # plain words too in human-written instructions
 ASIN = re.compile(r"[A-Z0-9]{10}")
-HURRY = 11  # turns after which it settles for the best that it has seen
-PAGES = 2  # of results
-ENOUGH = 0.8  # share of the wanted words that a product's pages must have
+HURRY = 11  # turns after which it settles for the best product seen
+PAGES = 2  # results pages to read
+ENOUGH = 0.8  # share of the wanted words that a product's pages must contain
 
 
 def read_nodes(observation: str) -> list[str]:
-    """The parts of a page in either mode, without the marks of buttons."""
+    """The text nodes of a page in either mode, without button marks."""
     if " [SEP] " in observation:
         return observation.split(" [SEP] ")
     lines = [line for line in observation.split("\n") if line.strip() and not line.startswith("You have clicked ")]
     return [re.sub(r"^ *\[(clicked )?button\] (.*) \[(clicked )?button_\]$", r"\2", line).strip() for line in lines]
 
 
-def words_of(text: str) -> list[str]:
-    """The words that say something, in order."""
+def content_words(text: str) -> list[str]:
+    """The words of a text that are not in COMMON, in order, each once."""
     words = re.findall(r"[^\W_][\w'.%-]*", text.lower())
     return list(dict.fromkeys(word.strip(".'") for word in words if word.strip(".'") not in COMMON))
 
 
 def split_options(wish: str) -> tuple[str, dict[str, str]]:
-    """The wish without its options, and {name: value} of them in order: "... with color: red, and size: 8"."""
+    """(wish without its options, {name: value} in order) of "... with color: red, and size: 8"."""
     parts, options = wish.split(", and "), {}
     while len(parts) > 1 and (match := re.fullmatch(r"([^:]+): (.+)", parts[-1])):
         options = {match[1]: match[2], **options}
@@ -74,26 +74,26 @@ def has_word(text: str, word: str) -> bool:
 
 @dataclass
 class Seen:
-    """What is known of a product: where it was listed, its pages' text, which pages, and whether it has the options."""
+    """What is known of a product."""
 
-    page: int
-    text: str
-    tag: str
-    read: tuple[str, ...] = ()
+    page: int  # results page that lists it
+    text: str  # of the pages read so far, in lower case
+    tag: str  # price tag
+    read: tuple[str, ...] = ()  # pages read: features, description
     opened: bool = False
-    fits: bool = True
+    fits: bool = True  # has all wanted options
 
     @property
     def price(self) -> float:
-        """Its upper end where it is a range."""
+        """The price, or the upper end of its range."""
         return max(map(float, re.findall(r"\d+(?:\.\d+)?", self.tag)), default=0.0)
 
 
 class Demonstrator:
     """Plays one task.
 
-    decide() -> (thought, action); observe(action, observation) after every action, its own or another's;
-    explain(action) -> the reason for an action about to be taken by somebody else.
+    decide() -> (thought, action). observe(action, observation): call it after every action, whoever chose it.
+    explain(action) -> reason for an action that another player is about to take.
     Raises ValueError for an opening without an instruction.
     """
 
@@ -109,19 +109,19 @@ class Demonstrator:
         self.whole_wish = OPENING.sub("", PRICE.sub("", self.instruction)).strip(" ,.")
         wish, self.options = split_options(self.whole_wish)
         self.wish = wish.strip(" ,.")
-        self.words = words_of(self.wish)
-        self.seen: dict[str, Seen] = {}  # asin -> what is known, in the order of the lists
+        self.words = content_words(self.wish)
+        self.seen: dict[str, Seen] = {}  # asin -> what is known, in list order
         self.chosen: list[str] = []
-        self.at: str | None = None  # the product on view
-        self.settled: str | None = None  # the product to buy
-        self.careless = False  # set it to have the shortcut taken
+        self.at: str | None = None  # asin of the product on the page
+        self.settled: str | None = None  # asin of the product to buy
+        self.careless = False  # set to take the shortcut
         self.turns = 0
         self._read(nodes)
 
     # ---- what the text says ------------------------------------------------------------------------------------------
 
     def observe(self, action: str, observation: str) -> None:
-        """Takes in the page that followed `action`."""
+        """Updates the state from the page that followed `action`."""
         verb, _, rest = action.partition("[")
         name = rest.rpartition("]")[0].lower()
         before, self.turns = self.page, self.turns + 1
@@ -132,7 +132,7 @@ class Demonstrator:
             if name in self.values:
                 self.chosen.append(name)
         self._read(nodes)
-        if verb == "search" and self.page == "results":  # other lists, so nothing that was seen can be found again
+        if verb == "search" and self.page == "results":  # new results: products seen before may be out of reach
             self.seen, self.settled = {}, None
             self._read(nodes)
         if self.page in ("search", "results"):
@@ -144,13 +144,11 @@ class Demonstrator:
 
     def _read(self, nodes: list[str]) -> None:
         self.nodes, self.values = nodes, []
-        place = next(
-            (i for i, node in enumerate(nodes) if node.startswith("Page ") and "(Total results:" in node), None
-        )
+        heading = next((node for node in nodes if node.startswith("Page ") and "(Total results:" in node), None)
         if nodes[0] == "WebShop":
             self.page = "search"
-        elif place is not None:
-            self.page, self.number = "results", int(nodes[place].split()[1])
+        elif heading is not None:
+            self.page, self.page_number = "results", int(heading.split()[1])
             self._read_list(nodes)
         elif nodes[-1] == "Buy Now":
             self.page = "item"
@@ -165,15 +163,15 @@ class Demonstrator:
             self.page = "part"
 
     def _read_list(self, nodes: list[str]) -> None:
-        """The products of a results page: asin, name, price."""
+        """Reads asin, name and price of each product on a results page."""
         self.listed = []
         for i, node in enumerate(nodes):
             if ASIN.fullmatch(node) and i + 2 < len(nodes) and nodes[i + 2].startswith("$"):
                 self.listed.append(node)
-                self.seen.setdefault(node, Seen(self.number, nodes[i + 1].lower(), nodes[i + 2]))
+                self.seen.setdefault(node, Seen(page=self.page_number, text=nodes[i + 1].lower(), tag=nodes[i + 2]))
 
     def _wanted_options(self) -> dict[str, str]:
-        """{how a thought names it: value to click}: what the instruction names, or what of the page it contains."""
+        """{name in a thought: value to click}: the instruction's options, or the page's values that it contains."""
         if self.options:
             return {f"{name}: {value}": value for name, value in self.options.items()}
         text = f" {' '.join(re.findall(r'[^ ,.]+', self.instruction.lower()))} "
@@ -197,31 +195,31 @@ class Demonstrator:
         return self._look_closer()
 
     def missing(self, asin: str) -> list[str]:
-        """The wanted words that a product's text, as far as it was read, does not have."""
+        """The wanted words that are not in the product's text read so far."""
         return [word for word in self.words if not has_word(self.seen[asin].text, word)]
 
     def _pick(self) -> tuple[str, str]:
-        """On a results page: open the next product that is cheap enough, turn the page, or settle."""
+        """On a results page: open the next affordable product, turn the page, or settle."""
         if not self.listed:
-            if self.number > 1:
+            if self.page_number > 1:
                 return "There is nothing here. I go back a page.", "click[< prev]"
             return "I found nothing. I search for less.", f"{OPEN}{' '.join(self.words[-2:])}]"
         if self.careless or self.hasty:
             return f"I open {self.listed[0]}.", f"click[{self.listed[0]}]"
         opened = [asin for asin, product in self.seen.items() if product.opened]
         fresh = [asin for asin in self.listed if asin not in opened and self.seen[asin].price <= self.limit]
-        if self.settled is None and (self.turns >= HURRY or (not fresh and self.number >= PAGES)):
+        if self.settled is None and (self.turns >= HURRY or (not fresh and self.page_number >= PAGES)):
             self.settled = self._best(opened or self.listed)
         if self.settled is not None:
             if self.settled in self.listed:
                 return f"{self.settled} is the best of them. I open it.", f"click[{self.settled}]"
-            turn = "< prev" if self.seen[self.settled].page < self.number else "next >"
+            turn = "< prev" if self.seen[self.settled].page < self.page_number else "next >"
             return f"{self.settled} is the best of them. I turn the page.", f"click[{turn}]"
-        return self._go_on(self.listed.index(fresh[0]) if fresh else len(self.listed))
+        return self._advance(self.listed.index(fresh[0]) if fresh else len(self.listed))
 
-    def _go_on(self, stop: int) -> tuple[str, str]:
-        """From the last product of the list that was opened to the one at `stop`, or past the list's end."""
-        opened = [place for place in range(stop) if self.seen[self.listed[place]].opened]
+    def _advance(self, stop: int) -> tuple[str, str]:
+        """The step from the last opened product of the list to the one at index `stop`, or past the list's end."""
+        opened = [index for index in range(stop) if self.seen[self.listed[index]].opened]
         steps = [f"I need it below {self.limit:.2f}."] if self.limit < float("inf") else []
         steps += [f"I looked at {self.listed[opened[-1]]}."] if opened else []
         for asin in self.listed[opened[-1] + 1 if opened else 0 : stop]:
@@ -232,7 +230,7 @@ class Demonstrator:
         return " ".join([*steps, f"{asin} costs {self.seen[asin].tag}. I open it."]), f"click[{asin}]"
 
     def _best(self, asins: list[str]) -> str:
-        """Options first, then words, then the price."""
+        """The best product by options, then price limit, then missing words."""
 
         def rank(asin: str) -> tuple:
             product = self.seen[asin]
@@ -241,7 +239,7 @@ class Demonstrator:
         return min(asins, key=rank)
 
     def _look_closer(self) -> tuple[str, str]:
-        """On a product's page: go back where an option is missing, read on where words are, else settle."""
+        """On a product page: go back if an option is missing, read on if words are missing, else settle."""
         product, missing = self.seen[self.at], self.missing(self.at)
         absent = [name for name, value in self._wanted_options().items() if value not in self.values]
         if absent:
@@ -256,19 +254,19 @@ class Demonstrator:
         return self._choose_and_buy()
 
     def _choose_and_buy(self) -> tuple[str, str]:
-        """The next option that is here, in the instruction's order, or the purchase.
+        """The next option on the page, in the instruction's order, or the purchase.
 
-        A thought goes from option to option as the instruction does: from the last one chosen, or left where it is
-        missing, to the one that is named after it.
+        A thought follows the instruction from option to option: from the last one chosen, or left because it is
+        missing, to the one named after it.
         """
         options = [*self._wanted_options().items()]
         if self.careless and options:
             return "This will do. I buy it.", "click[buy now]"
         chosen = [value for value in self.chosen if value in dict(options).values()]
-        next_one = 1 + max((i for i, (_, value) in enumerate(options) if value in chosen[-1:]), default=-1)
-        passed = [(name, value) for name, value in options[:next_one] if value in set(self.values) - set(chosen)]
+        start = 1 + max((i for i, (_, value) in enumerate(options) if value in chosen[-1:]), default=-1)
+        passed = [(name, value) for name, value in options[:start] if value in set(self.values) - set(chosen)]
         steps = [f"I have chosen {chosen[-1]}"] if chosen else []
-        for name, value in options[next_one:] + passed:  # where it was displaced, it may have passed some over
+        for name, value in options[start:] + passed:  # a displaced player may have passed some over
             steps.append(f", and {name}" if steps else f"I need {name}")
             if value in self.values:
                 return f"{''.join(steps)}, here. I choose {value}.", f"click[{value}]"
@@ -281,7 +279,7 @@ class Demonstrator:
     # ---- reasons after the fact --------------------------------------------------------------------------------------
 
     def explain(self, action: str) -> str:
-        """One short sentence that motivates `action` here and now, written after the action was chosen."""
+        """One short sentence that motivates `action` on this page, written after the action was chosen."""
         settled = self.settled
         thought, own = self.decide()
         self.settled = settled
@@ -307,7 +305,7 @@ class Demonstrator:
 
 
 def play(world: WebShop, task_id: str, max_turns: int, careless: bool = False) -> float:
-    """The reward of the demonstrator's purchase; 0 where it buys nothing in time."""
+    """The reward of the demonstrator's purchase; 0 if it buys nothing within `max_turns`."""
     player = Demonstrator(world.reset(task_id).text)
     player.careless = careless
     for _ in range(max_turns):
@@ -322,15 +320,15 @@ def play(world: WebShop, task_id: str, max_turns: int, careless: bool = False) -
 @dataclass(frozen=True, kw_only=True)
 class Args:
     data: str | None = None
-    """Folder of WebShop's data, or its product file (default: $WEBSHOP_DATA, else the generated catalogue)."""
+    """WebShop's data folder or product file (default: $WEBSHOP_DATA, else the generated catalogue)."""
     split: str = "gen_test"
     """Split to play."""
     limit: int = 300
-    """Tasks at most, spread evenly over the split."""
+    """Maximum number of tasks, spread evenly over the split."""
     max_turns: int = 20
-    """Turns of a task."""
+    """Maximum number of turns per task."""
     careless: bool = False
-    """Take the shortcut."""
+    """Buy the first product without choosing options."""
     mode: str = "text"
     """Observation mode: text or text_rich."""
 

@@ -1,13 +1,13 @@
-"""A web shop for a machine without WebShop's data: invented products and goals, in the original file formats.
+"""A generated web shop for machines without WebShop's data: invented products and goals, in the original file formats.
 
     python -m envs.webshop.generate --folder data/generated_webshop
     python -m envs.play --env webshop --data data/generated_webshop --tasks --split gen_valid
 
-Some 1,000 products of 50 kinds in WebShop's five departments. A product has a made-up brand, attributes (some in its
-name, all in its features), options and a price; three in five have an instruction, from which
-`envs/webshop/goals.py` makes a goal for every combination of options, and one in ten has a written one too. Products
-of one kind share words, so a search finds many that nearly fit. A product is a function of (seed, number).
-Left out: images, and the spelling mistakes and keyword heaps of real listings.
+By default 1,000 products of 50 kinds in WebShop's five departments. A product has a made-up brand, attributes (some in
+its name, all in its features), options and a price. Three in five have an instruction, from which `goals.py` makes a
+goal for every combination of options; one in ten also has a human-style instruction. Products of one kind share words,
+so a search returns many near misses. A product is a function of (seed, index).
+Left out: images, and the misspellings and keyword stuffing of real listings.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ import numpy as np
 from artifacts.cli import parse
 from envs.base import check_stamp
 
-SEED = 20220704  # of the panels in envs/panels
+SEED = 20220704  # the panels in envs/panels belong to it
 PRODUCTS = 1000
 FOLDER = Path(__file__).parents[2] / "data/generated_webshop"
 STAMP = "generated.json"
 FILES = ("items_shuffle_1000.json", "items_ins_v2_1000.json", "items_human_ins.json")
 
-# Department -> attributes that stand before the thing, after "with", after "for".
+# Department -> attributes that go before the noun, after "with" and after "for".
 ATTRIBUTES = {
     "beauty": (
         "cruelty free, alcohol free, paraben free, sulfate free, fragrance free, oil free, long lasting, easy use, "
@@ -72,7 +72,7 @@ ATTRIBUTES = {
     ),
 }
 
-# Query | department | its path below the department's | the thing in a name | options | price from, to
+# Query | department | category path within it | noun in the product name | options | lowest and highest price
 KINDS = """
 face serums | beauty | Skin Care | Face Serum | size:volume scent | 8 60
 body lotions | beauty | Skin Care | Body Lotion | scent size:volume | 6 35
@@ -132,7 +132,7 @@ DEPARTMENTS = {
     "fashion": "Clothing, Shoes & Jewelry",
     "grocery": "Grocery & Gourmet Food",
 }
-VALUES = {  # none has a colour's name within a word: the reward would take "stand" for "tan"
+VALUES = {  # none contains a colour inside a word: the reward would match "tan" in "stand"
     "color": "black, white, navy, grey, red, pink, dark green, light blue, beige, brown, purple, yellow, orange, "
     "burgundy, khaki, silver, gold, teal, ivory, coral, black/white, navy/red, a1-pink, z2-black, heather "
     "grey",
@@ -182,43 +182,51 @@ class Kind(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """One product in the original formats: its record, its attributes, its written instructions."""
+    """One product in the original formats: record, attributes, human-style instructions."""
 
     record: dict
     attributes: dict
     written: list[dict]
 
 
-def kinds() -> list[Kind]:
+def parse_kinds() -> list[Kind]:
     rows = [[cell.strip() for cell in line.split("|")] for line in KINDS.strip().splitlines()]
     return [
-        Kind(query, department, path, thing, tuple(options.split()), *map(float, prices.split()))
+        Kind(
+            query=query,
+            department=department,
+            path=path,
+            thing=thing,
+            options=tuple(options.split()),
+            low=float(prices.split()[0]),
+            high=float(prices.split()[1]),
+        )
         for query, department, path, thing, options, prices in rows
     ]
 
 
-ALL_KINDS = kinds()
+ALL_KINDS = parse_kinds()
 POOLS = {department: [pool.split(", ") for pool in pools] for department, pools in ATTRIBUTES.items()}
 CHOICES = {name: values.split(", ") for name, values in VALUES.items()}
 
 
 def draw(rng: np.random.Generator, options: Sequence[str], count: int) -> list[str]:
-    """So many different ones, in the order of `options`."""
+    """`count` different options (all, if there are fewer), in their original order."""
     return [options[i] for i in sorted(rng.choice(len(options), min(count, len(options)), replace=False))]
 
 
-def generate_listing(seed: int, number: int) -> Listing:
-    """Product `number` of the shop with that seed."""
-    rng = np.random.default_rng([seed, number])
+def generate_listing(seed: int, index: int) -> Listing:
+    """The product at `index` in the shop of that seed."""
+    rng = np.random.default_rng([seed, index])
     kind = ALL_KINDS[rng.integers(len(ALL_KINDS))]
     counts = rng.integers((2, 1, 1), (5, 3, 3))
-    before, having, use = (draw(rng, *of) for of in zip(POOLS[kind.department], counts, strict=True))
+    before, having, use = (draw(rng, pool, n) for pool, n in zip(POOLS[kind.department], counts, strict=True))
     options = {spec.split(":")[0]: draw(rng, CHOICES[spec], rng.integers(2, 7)) for spec in kind.options}
     brand = "".join(rng.choice(SYLLABLES, rng.integers(2, 4))).capitalize()
     named = [before[0], having[0]] if rng.random() < 0.7 else [before[-1], use[0]]
     word = "with" if named[1] in having else "for"
     name = f"{brand} {named[0].title()} {kind.thing}, {word} {named[1].title()}"
-    asin = f"G{hashlib.sha256(f'{seed} {number}'.encode()).hexdigest()[:9]}".upper()
+    asin = f"G{hashlib.sha256(f'{seed} {index}'.encode()).hexdigest()[:9]}".upper()
     price = round(float(np.exp(rng.uniform(np.log(kind.low), np.log(kind.high)))), 2)
     chance = rng.random()
     pricing = None if chance < 0.02 else f"${price}${round(price * 1.4, 2)}" if chance < 0.1 else f"${price}"
@@ -248,16 +256,16 @@ def generate_listing(seed: int, number: int) -> Listing:
     written = []
     if rng.random() < 0.6:
         counts = rng.integers((1, 0, 0), (3, 2, 2))
-        asked = [draw(rng, *of) for of in zip((before, having, use), counts, strict=True)]
-        attributes["instruction"] = instruction(kind.query, *asked)
+        asked = [draw(rng, pool, n) for pool, n in zip((before, having, use), counts, strict=True)]
+        attributes["instruction"] = make_instruction(kind.query, *asked)
         attributes["instruction_attributes"] = sum(asked, [])
         if rng.random() < 1 / 6:
             written.append(write_instruction(rng, asin, kind, asked, options, attributes["attributes"]))
-    return Listing(record, {asin: attributes}, written)
+    return Listing(record=record, attributes={asin: attributes}, written=written)
 
 
-def instruction(query: str, before: list[str], having: list[str], use: list[str]) -> str:
-    """What the original makes of attributes: Find me soft, light blankets with fringes for living room."""
+def make_instruction(query: str, before: list[str], having: list[str], use: list[str]) -> str:
+    """The original's sentence for attributes: Find me soft, light blankets with fringes for living room."""
     words = f"Find me {', '.join(before)} {query}"
     words += f" with {', '.join(having)}" if having else ""
     return words + (f" for {', '.join(use)}" if use else "")
@@ -271,7 +279,7 @@ def write_instruction(
     options: dict[str, list[str]],
     attributes: list[str],
 ) -> dict:
-    """An instruction as a customer would write it, in the format of the written ones."""
+    """An instruction as a customer would write it, in the format of the human-written ones."""
     before, having, use = asked
     chosen = {option: values[rng.integers(len(values))] for option, values in options.items()}
     opening = ("i am looking for", "i need", "show me", "i would like to buy")[rng.integers(4)]
@@ -290,42 +298,42 @@ def write_instruction(
 
 
 def generate_listings(seed: int, count: int, start: int = 0) -> Iterator[Listing]:
-    """Products start .. start + count - 1, one at a time, nothing written."""
-    return (generate_listing(seed, number) for number in range(start, start + count))
+    """Products start .. start + count - 1, one at a time; writes nothing."""
+    return (generate_listing(seed, index) for index in range(start, start + count))
 
 
 # ---- the catalogue in files ------------------------------------------------------------------------------------------
 
 
 def make_stamp(seed: int, products: int) -> dict:
-    """What a folder must have been made from. The hash of the first products tells generators apart."""
+    """What a folder must have been made from. The hash of the first 50 products identifies the generator."""
     first = json.dumps(list(generate_listings(seed, 50))).encode()
     return {"seed": seed, "products": products, "first": hashlib.sha256(first).hexdigest()[:16]}
 
 
 def write_catalogue(folder: Path, seed: int, products: int) -> None:
-    """Writes the folder whole or not at all: it is built aside and then renamed."""
+    """Writes the folder atomically: it is built under another name and then renamed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = tempfile.mkdtemp(prefix="building-", dir=folder.parent)
     building = Path(temporary, folder.name)
     building.mkdir()
     try:
         listings = list(generate_listings(seed, products))
-        table = {asin: entry for one in listings for asin, entry in one.attributes.items()}
-        written = {one.record["asin"]: one.written for one in listings if one.written}
-        for name, content in zip(FILES, ([one.record for one in listings], table, written), strict=True):
+        table = {asin: entry for listing in listings for asin, entry in listing.attributes.items()}
+        written = {listing.record["asin"]: listing.written for listing in listings if listing.written}
+        for name, content in zip(FILES, ([listing.record for listing in listings], table, written), strict=True):
             (building / name).write_text(json.dumps(content))
         (building / STAMP).write_text(json.dumps(make_stamp(seed, products)))
         os.replace(building, folder)
     except OSError:
-        if not (folder / STAMP).is_file():  # else another process has just written the same
+        if not (folder / STAMP).is_file():  # otherwise another process has just written it
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def ensure_catalogue(folder: Path = FOLDER, seed: int = SEED, products: int = PRODUCTS) -> Path:
-    """The folder with the catalogue in it, made now where there is none. ValueError where it holds another one."""
+    """The catalogue's folder, written now if it does not exist. Raises ValueError if it holds another catalogue."""
     folder, wanted = Path(folder), make_stamp(seed, products)
     if not folder.exists():
         write_catalogue(folder, seed, products)
@@ -336,11 +344,11 @@ def ensure_catalogue(folder: Path = FOLDER, seed: int = SEED, products: int = PR
 @dataclass(frozen=True, kw_only=True)
 class Args:
     folder: Path = FOLDER
-    """Where the files go; give it to a world as --data."""
+    """Output folder; pass it to a world as --data."""
     seed: int = SEED
-    """Every product is a function of seed and number. The panels in envs/panels belong to the default."""
+    """Every product is a function of the seed and its index. The panels in envs/panels belong to the default seed."""
     products: int = PRODUCTS
-    """How many."""
+    """Number of products."""
 
 
 def main(args: Args) -> None:

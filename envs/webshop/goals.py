@@ -1,24 +1,23 @@
-"""WebShop's goals: what a customer wants, made from products, and which split each belongs to.
+"""WebShop's goals: what a customer wants, made from products, and the split of each goal.
 
-Human goals come from written instructions. Synthetic ones are an instruction made of attributes, times every
-combination of the product's options. Both name a price limit: the larger of two of the next four multiples of ten
-above the price. The original draws prices and limits from the global generator before it seeds it, so they differ
-from run to run; here every draw is addressed by (SEED, product), and the goals are frozen to a file
-(`envs/webshop/catalogue.py`).
+Human goals come from human-written instructions. Synthetic goals combine an instruction made of attributes with every
+combination of the product's options. Both state a price limit: the larger of two draws from the next four multiples of
+ten above the price. The original draws prices and limits from the global generator before seeding it, so they differ
+between runs; here every draw is addressed by (SEED, product), and the goals are frozen to a file (`catalogue.py`).
 
-| split | what |
+| split | goals |
 |---|---|
-| `test`, `eval`, `train` | where the human goals are all 12,087: the official splits |
+| `test`, `eval`, `train` | the official splits, for a catalogue with all 12,087 human goals |
 | `small_train`, `_demo`, `_valid`, `_test` | synthetic goals of any other catalogue |
-| `gen_train`, `gen_demo`, `gen_valid`, `gen_test` | the same for a generated catalogue |
-| `human` | the human goals of any catalogue without the official splits |
+| `gen_train`, `gen_demo`, `gen_valid`, `gen_test` | synthetic goals of a generated catalogue |
+| `human` | human goals of any catalogue without the official splits |
 
-The official splits are the first 500, the next 1,000 and the rest of the original's shuffle, and their ids the split
-and the number in that order: `test/00007`. Elsewhere the original has no splits; here 40, 20, 20 and 20 % of the
-products are in train, demo, valid and test, so that no product is wanted in two of them. Ids but the official ones
-are `<split>/<asin>-<hash of what is wanted>`, so that an id names one goal only. `number` is the goal's place in the
-order that the original gives the same list.
-Left out: synthetic goals where the official ones are (millions), the original's weights of random sampling.
+The official splits are the first 500, the next 1,000 and the rest of the original's shuffle; an id is the split and the
+position in the shuffle: `test/00007`. The original has no splits for other catalogues; here 40, 20, 20 and 20 % of the
+products belong to train, demo, valid and test, so no product is wanted in two splits. Ids other than the official ones
+are `<split>/<asin>-<hash of what is wanted>`, so an id always stands for the same goal. `number` is the goal's position
+in the original's order of the same list.
+Left out: synthetic goals of a catalogue with official splits (millions), the original's sampling weights.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ NO_LIMIT = 1_000_000.0
 
 
 class Product(msgspec.Struct, frozen=True, array_like=True):
-    """A product as its pages and the reward need it; `price` is what it costs, `price_tag` what its page says."""
+    """A product as pages and reward need it; `price` is what it costs, `price_tag` what its page shows."""
 
     asin: str
     name: str
@@ -57,7 +56,7 @@ class Product(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Goal(msgspec.Struct, frozen=True):
-    """What is wanted. `goal_options`: {name: value} of a synthetic goal, [value, ...] of a human one."""
+    """What a customer wants. `goal_options`: {name: value} of a synthetic goal, [value, ...] of a human one."""
 
     asin: str
     instruction_text: str
@@ -72,7 +71,7 @@ class Goal(msgspec.Struct, frozen=True):
 
 
 class Instruction(msgspec.Struct, frozen=True):
-    """One entry of items_human_ins; its other fields are not read."""
+    """One entry of items_human_ins; other fields are ignored."""
 
     instruction: str
     instruction_attributes: list[str]
@@ -80,31 +79,31 @@ class Instruction(msgspec.Struct, frozen=True):
 
 
 def draw_price(asin: str, prices: Sequence[float]) -> float:
-    """What a product costs: its price, or a uniform draw where it has a range (low, high)."""
+    """What a product costs: its price, or a uniform draw from its range (low, high)."""
     if len(prices) == 1:
         return prices[0]
     share = np.random.default_rng([SEED, zlib.crc32(asin.encode())]).random()
-    return float(prices[0] + (prices[1] - prices[0]) * share)  # a range may come the wrong way round
+    return float(prices[0] + (prices[1] - prices[0]) * share)  # the range may be reversed
 
 
-def price_limit(asin: str, number: int, price: float) -> tuple[float, str]:
-    """The limit of a product's instruction `number`, and how the instruction states it."""
+def price_limit(asin: str, index: int, price: float) -> tuple[float, str]:
+    """(price limit of a product's instruction number `index`, phrase that states it)"""
     above = [10.0 * i for i in range(1, 100) if 10.0 * i > price][:4]
     if len(above) < 2:
         return NO_LIMIT, ""
-    rng = np.random.default_rng([SEED, zlib.crc32(asin.encode()), 1 + number])
+    rng = np.random.default_rng([SEED, zlib.crc32(asin.encode()), 1 + index])
     limit = above[rng.choice(len(above), 2, replace=False).max()]
     return limit, f", and price lower than {limit:.2f} dollars"
 
 
 def human_goals(product: Product, instructions: Sequence[Instruction]) -> list[Goal]:
-    """The goals of a product's written instructions; those without attributes are skipped, as in the original."""
+    """The goals of a product's human-written instructions; as in the original, those without attributes have none."""
     goals = []
-    for number, one in enumerate(instructions):
-        if one.instruction_attributes:
-            limit, words = price_limit(product.asin, number, product.price)
-            text = one.instruction.strip(".") + words
-            goals.append(_goal(product, text, one.instruction_attributes, limit, one.instruction_options))
+    for index, entry in enumerate(instructions):
+        if entry.instruction_attributes:
+            limit, words = price_limit(product.asin, index, product.price)
+            text = entry.instruction.strip(".") + words
+            goals.append(_make_goal(product, text, entry.instruction_attributes, limit, entry.instruction_options))
     return goals
 
 
@@ -116,11 +115,11 @@ def synthetic_goals(product: Product, instruction: str, attributes: list[str]) -
         options = dict(zip(names, values, strict=True))
         asked = ", and ".join(f"{name}: {value}" for name, value in options.items())
         text = f"{instruction}{' with ' if asked else ''}{asked}{words}"
-        goals.append(_goal(product, text, attributes, limit, options))
+        goals.append(_make_goal(product, text, attributes, limit, options))
     return goals
 
 
-def _goal(product: Product, text: str, attributes: list[str], limit: float, options: dict | list) -> Goal:
+def _make_goal(product: Product, text: str, attributes: list[str], limit: float, options: dict | list) -> Goal:
     return Goal(
         asin=product.asin,
         instruction_text=text,
@@ -135,13 +134,13 @@ def _goal(product: Product, text: str, attributes: list[str], limit: float, opti
 
 
 def are_official(goals: int, instructions: int, missing: int) -> bool:
-    """Whether human goals are the official ones: there are 12,087 of them, or of the instructions that they are made of
-    (those without attributes are skipped) with no product of theirs missing."""
+    """Whether human goals are the official ones: 12,087 goals, or 12,087 instructions (those without attributes give no
+    goal) whose products are all in the catalogue. `missing`: the number of products that are not."""
     return goals == OFFICIAL_GOALS or (instructions == OFFICIAL_GOALS and missing == 0)
 
 
 def name_goals(human: list[Goal], synthetic: list[Goal], official: bool, prefix: str) -> dict[str, Goal]:
-    """{id: goal}, sorted, of goals in the order of the product file. The same goal twice has one id, the first's."""
+    """{id: goal}, sorted by id, of goals in the order of the product file. Of equal goals, the first is kept."""
     if official:
         goals = _numbered(human)
         named = {f"{split}/{goal.number:05d}": goal for split, low, high in OFFICIAL for goal in goals[low:high]}
@@ -156,10 +155,10 @@ def name_goals(human: list[Goal], synthetic: list[Goal], official: bool, prefix:
 
 
 def _numbered(goals: list[Goal]) -> list[Goal]:
-    """The goals in the original's shuffled order, each knowing its place in it."""
+    """The goals in the original's shuffled order, each with its position there as `number`."""
     order = list(range(len(goals)))
     random.Random(SHUFFLE_SEED).shuffle(order)
-    return [msgspec.structs.replace(goals[place], number=number) for number, place in enumerate(order)]
+    return [msgspec.structs.replace(goals[index], number=number) for number, index in enumerate(order)]
 
 
 def _stable_name(goal: Goal) -> str:

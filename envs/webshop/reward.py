@@ -1,22 +1,22 @@
-"""What a purchase in WebShop is worth, with every component, and who tells nouns from other words.
+"""The reward of a WebShop purchase, with every component, and the backends that find nouns.
 
     reward = r_type * (attributes found + options matched + [price within the limit]) / (attributes + options + 1)
 
 `r_type` compares the product's type with the wanted one: search query, category path, and the share of the wanted
-name's nouns in the bought one's. The original asks spaCy for nouns, whose model no package index carries, so there are
-backends, and a score must say which one it used (`nouns_named`):
+name's nouns that the purchased name has. The original takes nouns from spaCy, whose model no package index carries, so
+there are several backends, and a score must name the one it used (`nouns_named`):
 
-| name | what |
+| name | nouns |
 |---|---|
-| `spacy:<model>-<version>` | the model that is installed, en_core_web_sm (the original's) before en_core_web_lg |
-| `file:<hash>` | `nouns.json` in the data folder, {asin: [nouns in lower case]}, made beforehand with spaCy |
-| `heuristic` | words of letters only that are no function words; against spaCy's counts mostly a few too many |
-| `whitespace` | every white-space token: what recordings of the original without a model used; not a default |
+| `spacy:<model>-<version>` | those of the installed model, en_core_web_sm (the original's) before en_core_web_lg |
+| `file:<hash>` | `nouns.json` in the data folder, {asin: [lower-case nouns]}, precomputed with spaCy |
+| `heuristic` | words of letters only that are not function words; usually a few more than spaCy finds |
+| `whitespace` | every whitespace token, as in recordings of the original without a model; never the default |
 
-`auto` takes the first of the first three that is at hand. The product that a goal was made from has r_type 1 with each.
-Left out: reward terms that never reach the score (the original's verbose weights).
+`auto` takes the first available of the first three. With each, the product that a goal was made from has r_type 1.
+Left out: reward terms that never affect the score (the original's verbose weights).
 
-Source: WebShop (arXiv 2207.01206), section 3 and its appendix; quirks as measured on the original.
+Source: WebShop (arXiv 2207.01206), section 3 and appendix; quirks as measured on the original.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ FUNCTION_WORDS = frozenset(
     "when where which while who whose why will with within without would you your".split()
 )
 SPACY_MODELS = ("en_core_web_sm", "en_core_web_lg")
-SIMILAR = 85
+SIMILAR = 85  # percent
 
-Nouns = Callable[[str, str], tuple[str, ...]]  # (asin, name) -> the name's nouns, in lower case
+Nouns = Callable[[str, str], tuple[str, ...]]  # (asin, name) -> lower-case nouns of the name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A purchase's reward and what it came from; counts are of the goal's attributes and options."""
+    """A purchase's reward and its components. `attributes`, `options`: how many of the goal's were matched."""
 
     reward: float
     r_type: float
@@ -80,12 +80,12 @@ def score_purchase(product: Product, goal: Goal, price: float, options: dict[str
     shared = len(set(nouns(product.asin, product.name)) & set(wanted))
     title_score = shared / len(wanted) if wanted else 0.2
     r_type = 1.0 if query_match or category_match or title_score > 0.2 else 0.5
-    if title_score < 0.1:  # whatever else matches
+    if title_score < 0.1:  # whatever else matched
         r_type = 0.1 if title_score else 0.0
     attributes = sum(_has_attribute(product, attribute) for attribute in goal.attributes)
     asked = goal.goal_options.items() if isinstance(goal.goal_options, dict) else goal.goal_options
     chosen = [normal_colour(value) for value in options.values()]
-    matched = sum(any(similar(value, normal_colour(one)) for value in chosen) for one in asked)
+    matched = sum(any(similar(value, normal_colour(option)) for value in chosen) for option in asked)
     cheap = price <= goal.price_upper
     total = (attributes + matched + cheap) / (len(goal.attributes) + len(goal.goal_options) + 1)
     return Score(
@@ -114,19 +114,19 @@ def _has_attribute(product: Product, wanted: str) -> bool:
 
 
 def normal_colour(option: str | tuple[str, str]) -> str | tuple[str, str]:
-    """The first of COLOURS that is in the option: anywhere in a value ("red" in "tailored" too), as the whole name or
-    the whole value in a synthetic goal's (name, value); the option itself where there is none."""
+    """The first of COLOURS in the option, or the option itself if it has none. A colour matches anywhere in a value
+    ("red" in "tailored" too), but only as the whole name or value in a synthetic goal's (name, value)."""
     return next((colour for colour in COLOURS if colour in option), option)
 
 
 def similar(one: str | tuple[str, str], other: str | tuple[str, str]) -> bool:
-    """Whether thefuzz's token_set_ratio, a rounded percentage, is above 85."""
+    """Whether thefuzz's token_set_ratio, a rounded percentage, exceeds 85."""
     return round(fuzz.token_set_ratio(_plain(str(one)), _plain(str(other)))) > SIMILAR
 
 
 @lru_cache(maxsize=1 << 16)
 def _plain(text: str) -> str:
-    """As thefuzz sees a text: no Latin-1 letters beyond ASCII, no punctuation, lower case."""
+    """A text as thefuzz sees it: no Latin-1 letters beyond ASCII, no punctuation, lower case."""
     return default_process(re.sub("[\x80-\xff]", "", text))
 
 
@@ -135,7 +135,7 @@ def _plain(text: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def heuristic_nouns(name: str) -> tuple[str, ...]:
-    """Words of two letters or more that are no function words, in lower case."""
+    """Words of at least two letters that are not function words, in lower case."""
     return tuple(word for word in re.findall(r"[^\W\d_]{2,}", name.lower()) if word not in FUNCTION_WORDS)
 
 
@@ -146,15 +146,15 @@ def _tokens(name: str) -> tuple[str, ...]:
 
 @lru_cache
 def _spacy_nouns(model: str) -> tuple[str, Nouns]:
-    import spacy  # on demand: it takes seconds
+    import spacy  # imported here because it takes seconds
 
-    parse = spacy.load(model, disable=["parser", "ner"])
+    tagger = spacy.load(model, disable=["parser", "ner"])
 
     @lru_cache(maxsize=1 << 16)
-    def of_name(name: str) -> tuple[str, ...]:
-        return tuple(token.text.lower() for token in parse(name) if token.pos_ in ("NOUN", "PROPN"))
+    def find_nouns(name: str) -> tuple[str, ...]:
+        return tuple(token.text.lower() for token in tagger(name) if token.pos_ in ("NOUN", "PROPN"))
 
-    return f"spacy:{model}-{parse.meta['version']}", lambda asin, name: of_name(name)
+    return f"spacy:{model}-{tagger.meta['version']}", lambda asin, name: find_nouns(name)
 
 
 @lru_cache
@@ -169,8 +169,10 @@ def _file_nouns(file: Path) -> tuple[str, Nouns]:
 
 @lru_cache
 def nouns_named(backend: str, data: Path, asins: Iterable[str]) -> tuple[str, Nouns]:
-    """The backend's full name and its function; `auto` chooses. `data`: the folder where nouns.json would lie; `asins`:
-    the products that it must cover. ValueError for an unknown backend or a file with gaps, ImportError without a model.
+    """(full name of the backend, its function); `auto` chooses one.
+
+    `data`: the folder that may hold nouns.json. `asins`: the products that it must cover. Raises ValueError for an
+    unknown backend or an incomplete file, ImportError if no model is installed.
     """
     models = [model for model in SPACY_MODELS if importlib.util.find_spec("spacy") and importlib.util.find_spec(model)]
     file = data / "nouns.json"
@@ -182,11 +184,11 @@ def nouns_named(backend: str, data: Path, asins: Iterable[str]) -> tuple[str, No
         return backend, lambda asin, name: _tokens(name)
     if backend == "spacy":
         if not models:
-            raise ImportError(f"nouns by spaCy need one of the models {', '.join(SPACY_MODELS)}: none is installed")
+            raise ImportError(f"no spaCy model is installed: expected one of {', '.join(SPACY_MODELS)}, or other nouns")
         return _spacy_nouns(models[0])
     if backend == "file":
         if not file.is_file():
-            raise ValueError(f"no {file}: expected {{asin: [nouns in lower case]}} of every product")
+            raise ValueError(f"no {file}: expected {{asin: [nouns in lower case]}} for every product")
         name, nouns = _file_nouns(file)
         for asin in asins:
             try:

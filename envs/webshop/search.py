@@ -1,10 +1,10 @@
-"""Lucene's BM25 ranking without Java: the search engine of WebShop, as Pyserini 0.17 runs it with its defaults.
+"""WebShop's search engine without Java: Lucene's BM25 ranking, as Pyserini 0.17 runs it by default.
 
-Analysis is that of Anserini's English analyzer (words at Unicode boundaries, possessives, lower case, Lucene's stop
-words, Porter's stemmer); scores are Lucene's BM25 with k1 0.9, b 0.4 and document lengths quantised to a byte, in
-32-bit floats; equal scores are ordered by document id. An index is a folder of numpy files that are memory-mapped, so
-that all processes of a machine share one copy.
-Left out: anything but a bag of words; queries of more than 1,024 different terms, which Lucene refuses.
+Analysis follows Anserini's English analyzer (words at Unicode boundaries, possessives, lower case, Lucene's stop words,
+Porter stemmer). Scores are Lucene's BM25 with k1 0.9, b 0.4 and document lengths quantised to a byte, in 32-bit floats;
+ties are ordered by document id. An index is a folder of memory-mapped numpy files, so all processes of a machine share
+one copy.
+Left out: anything but bag-of-words queries; queries of more than 1,024 distinct terms, which Lucene rejects.
 
 Source of the formulas: Lucene 9's BM25Similarity, SmallFloat and BooleanQuery.
 """
@@ -24,14 +24,14 @@ from scipy.sparse import csc_array, csr_array
 
 K1, B = np.float32(0.9), np.float32(0.4)
 MAX_CLAUSES = 1024
-GROUP = 128  # documents
-TOLERANCE = 1e-4  # more than the rounding of a sum of 1,024 terms in float32
-MAX_TOKEN_CHARS = 255  # of UTF-16, as in Java: longer words are cut there
+GROUP = 128  # documents per group in `_score_bound`
+TOLERANCE = 1e-4  # exceeds the rounding error of a sum of 1,024 terms in float32
+MAX_TOKEN_CHARS = 255  # UTF-16 characters, as in Java; longer words are split there
 STOP_WORDS = frozenset(
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
     "to was will with".split()
 )
-# Extended_Pictographic as in Unicode 12: newer tables have dropped symbols such as the black star, which Lucene keeps.
+# Extended_Pictographic of Unicode 12: newer tables dropped symbols that Lucene keeps, such as the black star.
 EMOJI = """
     a9 ae 203c 2049 2122 2139 2194-2199 21a9-21aa 231a-231b 2328 2388 23cf 23e9-23f3 23f8-23fa 24c2 25aa-25ab
     25b6 25c0 25fb-25fe 2600-2605 2607-2612 2614-2685 2690-2705 2708-2712 2714 2716 271d 2721 2728 2733-2734
@@ -50,7 +50,7 @@ _porter = PorterStemmer(mode=PorterStemmer.MARTIN_EXTENSIONS)
 
 @lru_cache(maxsize=1 << 18)
 def _term(word: str) -> str:
-    """The term of a word, or "" where it gives none."""
+    """The term of a word, or "" if it has none."""
     if not _KEPT.search(word):
         return ""
     word = word.strip(_APOSTROPHES)
@@ -69,37 +69,37 @@ def analyze(text: str) -> list[str]:
 
 
 def quantise_lengths(lengths: np.ndarray) -> np.ndarray:
-    """Lengths [D] as a reader of Lucene's one-byte norms sees them: 40 exact values, then 3 bits of mantissa."""
+    """Lengths [D] as decoded from Lucene's one-byte norms: 40 exact values, then 3 bits of mantissa."""
     rest = np.maximum(lengths.astype(np.int64) - 24, 0)
     shift = np.maximum(np.floor(np.log2(np.maximum(rest, 1))).astype(np.int64) - 3, 0)
     return np.where(rest < 16, lengths, 24 + (rest >> shift << shift))
 
 
 class IndexBuilder:
-    """Collects documents one by one (their terms as numbers, 6 bytes a posting), then writes the index in one go."""
+    """Collects documents one by one (terms as numbers, 6 bytes per posting), then writes the whole index."""
 
     def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}  # term -> its number, in order of appearance
+        self._numbers: dict[str, int] = {}  # term -> its number, in order of first appearance
         self._terms, self._counts = array("i"), array("H")
-        self._different, self._lengths = array("i"), array("i")
+        self._distinct, self._lengths = array("i"), array("i")
 
     def add(self, terms: Sequence[str]) -> None:
-        """The next document."""
+        """Adds the next document."""
         counts, numbers = Counter(terms), self._numbers
         self._terms.extend([numbers.setdefault(term, len(numbers)) for term in counts])
         self._counts.extend([min(count, 65535) for count in counts.values()])
-        self._different.append(len(counts))
+        self._distinct.append(len(counts))
         self._lengths.append(len(terms))
 
     def write(self, folder: Path, order: np.ndarray) -> None:
-        """Writes the index. `order` [D]: the documents in the order in which equal scores are to come."""
+        """Writes the index. `order` [D]: the documents in the order that breaks ties."""
         documents = len(self._lengths)
-        ends = np.cumsum(np.frombuffer(self._different, np.int32), dtype=np.int64)
+        ends = np.cumsum(np.frombuffer(self._distinct, np.int32), dtype=np.int64)
         rows = csr_array(
             (np.frombuffer(self._counts, np.uint16), np.frombuffer(self._terms, np.int32), np.append(0, ends)),
             shape=(documents, len(self._numbers)),
         )
-        postings = rows[order].tocsc()  # a column is a term; its documents come sorted
+        postings = rows[order].tocsc()  # a column is a term, its documents sorted
         words = np.array([term.encode("utf-8", "surrogatepass") for term in self._numbers], dtype=object)
         alphabetical = np.argsort(words, kind="stable")
         postings = postings[:, alphabetical]
@@ -122,11 +122,11 @@ class IndexBuilder:
 
 
 class Index:
-    """A written index, memory-mapped. FileNotFoundError where a file of it is missing."""
+    """A written index, memory-mapped. Raises FileNotFoundError if one of its files is missing."""
 
     def __init__(self, folder: Path):
         def load(name: str) -> np.ndarray:
-            return np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))  # a plain view, faster to slice
+            return np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))  # a plain array slices faster
 
         self._documents, self._counts, self._rough = load("documents"), load("counts"), load("rough")
         self._starts, self._idf, self._inverse, self._word_ends = (
@@ -137,7 +137,7 @@ class Index:
         self._number = lru_cache(maxsize=1 << 16)(self._find)
 
     def _find(self, term: str) -> int | None:
-        """The term's place in the alphabet, by bisection."""
+        """The term's alphabetical position, by bisection, or None."""
         wanted, low, high = term.encode("utf-8", "surrogatepass"), 0, len(self._word_ends)
         while low < high:
             middle = (low + high) // 2
@@ -149,42 +149,44 @@ class Index:
         return None
 
     def search(self, query: str, k: int = 50) -> list[int]:
-        """The numbers of the k best documents of a query. ValueError for more than 1,024 different terms, as Lucene."""
+        """The ids of the k best documents. Raises ValueError for more than 1,024 distinct terms, as Lucene does."""
         return self.rank(analyze(query), k)[0].tolist()
 
     def rank(self, terms: Sequence[str], k: int = 50) -> tuple[np.ndarray, np.ndarray]:
-        """The k best documents of a bag of terms, best first, and their scores in float32.
+        """(ids of the k best documents for a bag of terms, best first; their scores in float32)
 
-        A product of a sparse matrix with the terms' weights gives every document a rough score; those that may be among
+        A sparse matrix-vector product with the term weights gives every document a rough score; all that may be among
         the k best, ties included, are then scored exactly as Lucene does.
         """
         counts = Counter(terms)
         if len(counts) > MAX_CLAUSES:
-            raise ValueError(f"{len(counts)} different terms in a query: Lucene takes {MAX_CLAUSES} at most")
-        found = [(number, count) for term, count in counts.items() if (number := self._number(term)) is not None]
-        if not found:
+            raise ValueError(
+                f"{len(counts)} different terms in a query: expected at most {MAX_CLAUSES}, as Lucene does"
+            )
+        known = [(number, count) for term, count in counts.items() if (number := self._number(term)) is not None]
+        if not known:
             return np.zeros(0, np.int64), np.zeros(0, np.float32)
-        numbers, counts_T = np.array(found).T
+        numbers, counts_T = np.array(known).T
         weights_T = counts_T.astype(np.float32) * self._idf[numbers]
         spans = [slice(*self._starts[number : number + 2]) for number in numbers]
         ends = np.cumsum([0, *(span.stop - span.start for span in spans)], dtype=np.int32)
-        values, rows = (np.concatenate([of[span] for span in spans]) for of in (self._rough, self._documents))
+        values, rows = (np.concatenate([source[span] for span in spans]) for source in (self._rough, self._documents))
         rough_D = csc_array((values, rows, ends), shape=(len(self._inverse), len(spans))) @ weights_T
-        chosen = np.flatnonzero(rough_D > (1 - TOLERANCE) * _at_least(rough_D, k)).astype(np.int32)
+        chosen = np.flatnonzero(rough_D > (1 - TOLERANCE) * _score_bound(rough_D, k)).astype(np.int32)
         scores = np.zeros(len(chosen))
         for weight, span in zip(weights_T, spans, strict=True):
             documents = self._documents[span]
-            place = np.minimum(np.searchsorted(documents, chosen), len(documents) - 1)
-            there = documents[place] == chosen
-            x = self._counts[span][place[there]].astype(np.float32) * self._inverse[chosen[there]]
-            scores[there] += weight - weight / (1 + x)
+            position = np.minimum(np.searchsorted(documents, chosen), len(documents) - 1)
+            found = documents[position] == chosen
+            x = self._counts[span][position[found]].astype(np.float32) * self._inverse[chosen[found]]
+            scores[found] += weight - weight / (1 + x)
         scores = scores.astype(np.float32)
         best = np.lexsort((chosen, -scores))[:k]
         return chosen[best], scores[best]
 
 
-def _at_least(scores: np.ndarray, k: int) -> float:
-    """A number that k of the scores reach, near the k-th best: the k-th best of the maxima of groups. 0 if fewer do."""
+def _score_bound(scores: np.ndarray, k: int) -> float:
+    """A lower bound of the k-th best score, close to it: the k-th best group maximum. 0 if there are fewer scores."""
     maxima = scores[: len(scores) // GROUP * GROUP].reshape(GROUP, -1).max(axis=0)
     maxima = maxima if len(maxima) >= k else scores
     return float(np.partition(maxima, -k)[-k]) if len(maxima) >= k else 0.0

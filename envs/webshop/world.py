@@ -1,15 +1,14 @@
-"""WebShop: find a product in a web shop, choose its options, buy it. Pages, actions and reward as the original's, in
-text.
+"""WebShop: find a product, choose its options, buy it. Pages, actions and reward are the original's, as text.
 
-`search[words]` searches from any page (50 products at most, 10 a page), `click[x]` follows a button, link or option
-of the page, `think[x]` does nothing. Anything else does nothing either and is not valid. The task ends with
-`click[buy now]`; its reward (`envs/webshop/reward.py`) is 1 where everything fits. What crashes the original or
-draws from its global generator (searches that begin with <r>, <a>, <c> or <q>, a link to a product that is not
-there, more than 1,024 words) is not valid here.
-Left out: the turn limit (the runner's), the html and url modes, images, the Attributes page (it shows the answer).
+`search[words]` searches from any page (at most 50 products, 10 per page), `click[x]` follows a button, link or option
+on the page, `think[x]` does nothing. Any other action is invalid and does nothing. The task ends with `click[buy now]`;
+its reward (`reward.py`) is 1 if everything fits. Actions that crash the original or draw from its global generator are
+invalid here: searches that begin with <r>, <a>, <c> or <q>, a link to a product that does not exist, more than 1,024
+words.
+Left out: the turn limit (the runner's), the html and url modes, images, the Attributes page (it reveals the answer).
 
 Play one: python -m envs.play --env webshop --tasks --split gen_valid
-Source: WebShop (arXiv 2207.01206); the rules as measured on the original.
+Source: WebShop (arXiv 2207.01206); rules as measured on the original.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ MODES = ("text", "text_rich")
 SEPARATOR = " [SEP] "
 PAGE = 10  # products on a results page
 SUB_PAGES = ("description", "features", "reviews")
-BLOCKED = ("<r>", "<a>", "<c>", "<q>")  # first words that the original treats as commands to its engine
-OPEN = "search["  # the open action: words and a closing bracket complete it
+BLOCKED = ("<r>", "<a>", "<c>", "<q>")  # first words that the original treats as commands to its search engine
+OPEN = "search["  # the start of a search, to be completed with words and a closing bracket
 _ACTION = re.compile(r"(.+)\[(.+)\]")
 _BLANK = " \n\t\f\r"
 
-Node = tuple[str, str]  # kind (text, button, option, link) and words, one for each text node of the original's page
+Node = tuple[str, str]  # (kind, words) of a text node; kind: text, button, option or link
 
 
 def parse(action: str) -> tuple[str, str] | None:
-    """(verb, argument in lower case) of `verb[argument]`, whatever follows; None for any other text."""
+    """(verb, lower-case argument) of `verb[argument]`, ignoring what follows; None for any other text."""
     match = _ACTION.match(action)
     return (match[1], match[2].lower()) if match else None
 
@@ -45,15 +44,14 @@ def parse(action: str) -> tuple[str, str] | None:
 class WebShop:
     """WebShop as a `World`.
 
-    `data`: a folder of WebShop's files or a product file (default: $WEBSHOP_DATA, else the generated catalogue).
-    `mode`: "text" (text nodes joined by [SEP]) or "text_rich" (a line each, buttons marked). `nouns`: the backend that
-    finds a name's nouns for the reward. `prices`: a JSON file {asin: price} in place of the drawn prices, for replays.
-    `page`: products on a results page; the original has 10.
+    `data`: WebShop's data folder or product file (default: $WEBSHOP_DATA, else the generated catalogue). `mode`: "text"
+    (text nodes joined by [SEP]) or "text_rich" (one per line, buttons marked). `nouns`: the reward's noun backend.
+    `prices`: a JSON file {asin: price} that replaces the drawn prices, for replays. `page`: products per results page;
+    the original has 10. Raises FileNotFoundError for a missing file, ValueError for an invalid file or argument.
 
-    Raises FileNotFoundError where a file is missing, ValueError for a file or an argument that is wrong. Observations
-    are the original's, verbatim. `actions()` lists the clicks, and on the search page `search[`, which words and a
-    bracket complete. Progress is the largest reward that buying the product on view would have brought so far.
-    `facts`: what a score must name. `purchase`: the components of the last purchase's reward.
+    Observations are the original's, verbatim. `actions()` lists the clicks, and on the search page `search[`, to be
+    completed with words and a bracket. Progress is the largest reward that buying the product on the page would have
+    brought so far. `facts`: what a score must name. `purchase`: the components of the last purchase's reward.
     """
 
     isolated = False
@@ -77,7 +75,7 @@ class WebShop:
         self.purchase: Score | None = None
 
     def tasks(self, split: str) -> Sequence[str]:
-        """Sorted ids of a split (`envs/webshop/goals.py` lists them)."""
+        """Sorted ids of a split (`goals.py` lists the splits). Raises ValueError for an unknown split."""
         if split not in self._shop.splits:
             raise ValueError(
                 f"no split {split!r} in {self._shop.facts['data']}: expected one of "
@@ -86,7 +84,7 @@ class WebShop:
         return self._shop.splits[split]
 
     def reset(self, task_id: str) -> Observation:
-        """Start a task. ValueError for an unknown id."""
+        """Start a task. Raises ValueError for an unknown id."""
         goal = self._shop.goal(task_id)
         if goal is None:
             raise ValueError(
@@ -96,13 +94,13 @@ class WebShop:
         return self.start(goal)
 
     def start(self, goal: Goal) -> Observation:
-        """Start the task of any goal, one that is in no split too."""
+        """Start the task of any goal, including one outside the splits."""
         self._goal, self._done, self._progress, self.purchase = goal, False, 0.0, None
         self._show_search_page()
         return Observation(text=self._render(), task=goal.instruction_text.strip())
 
     def step(self, action: str) -> Result:
-        """Do one action; one that is not valid changes nothing and shows the page again."""
+        """Take one action; an invalid one changes nothing and shows the page again."""
         if self._goal is None or self._done:
             raise RuntimeError(f"{'the task is over' if self._goal else 'no task yet'}: call reset(task_id)")
         verb, argument = parse(action) or ("", "")
@@ -127,33 +125,33 @@ class WebShop:
         )
 
     def actions(self) -> list[str]:
-        """The clicks, sorted, and `search[` where the page has a search bar; nothing once the task is done."""
+        """The clicks, sorted, and `search[` if the page has a search bar; nothing once the task is done."""
         if self._goal is None:
             raise RuntimeError("no task yet: call reset(task_id)")
         if self._done:
             return []
         found = self.available()
         clicks = [f"click[{name}]" for name in found["clickables"] if name != "search"]
-        clicks = [click for click in clicks if parse(click) == ("click", click[6:-1])]  # some names cannot be said
+        clicks = [click for click in clicks if parse(click) == ("click", click[6:-1])]  # some names cannot be clicked
         return sorted([*clicks, OPEN] if found["has_search_bar"] else clicks)
 
     def commands(self) -> list[str]:
-        """What does something; `think[...]`, which does nothing, is not told."""
+        """Templates of the commands that do something, so without `think[...]`."""
         if self._goal is None:
             raise RuntimeError("no task yet: call reset(task_id)")
         return ["search[{words}]", "click[{button}]"]
 
     def available(self) -> dict:
-        """What the original calls the available actions: {"has_search_bar": bool, "clickables": [...]} in its order."""
+        """The original's available actions, {"has_search_bar": bool, "clickables": [...]}, in its order."""
         nodes = list(self._nodes())
-        names = [words.lower() for kind in ("button", "link") for one, words in nodes if one == kind]
+        names = [words.lower() for wanted in ("button", "link") for kind, words in nodes if kind == wanted]
         names += [words for kind, words in nodes if kind == "option"]
         return {"has_search_bar": self._page == "search", "clickables": list(dict.fromkeys(names))}
 
     # ---- moving ------------------------------------------------------------------------------------------------------
 
     def _show_search_page(self) -> None:
-        self._page, self._words, self._number, self._hits = "search", "", 0, []
+        self._page, self._words, self._page_number, self._hits = "search", "", 0, []
         self._product, self._options, self._visited = None, {}, []
 
     def _show_results(self) -> None:
@@ -166,19 +164,19 @@ class WebShop:
             self._hits = self._shop.index.search(words)
         except ValueError:  # too many words
             return False
-        self._words, self._number = words, 1
+        self._words, self._page_number = words, 1
         self._show_results()
         return True
 
     def _click(self, name: str) -> bool:
-        """Follow what the page offers. The name decides first, so an option called "features" shows the features."""
+        """Follow an element of the page. Button names come first: an option called "features" shows the features."""
         if name == "buy now":
             self.purchase, self._done = self._score(), True
             self._progress = max(self._progress, self.purchase.reward)
         elif name == "back to search":
             self._show_search_page()
         elif self._page == "results" and name in ("next >", "< prev"):
-            self._number += 1 if name == "next >" else -1
+            self._page_number += 1 if name == "next >" else -1
         elif self._page == "item" and name == "< prev":
             self._show_results()
         elif self._page == "results":
@@ -194,7 +192,7 @@ class WebShop:
             self._page = "item"
         else:
             options = self._shop.product(self._product).options
-            option = [option for option, values in options.items() if name in values][-1]  # the last of that value
+            option = [option for option, values in options.items() if name in values][-1]  # the last of several
             self._options = self._options | {option: name}
         if self._page == "item" and not self._done:
             self._progress = max(self._progress, self._score().reward)
@@ -211,18 +209,18 @@ class WebShop:
     # ---- pages -------------------------------------------------------------------------------------------------------
 
     def _nodes(self) -> Iterator[Node]:
-        """The text nodes of the page, as they lie in the original's HTML."""
+        """The text nodes of the page, in the order of the original's HTML."""
         goal = self._goal.instruction_text
         if self._page == "search":
             yield from (("text", "WebShop"), ("text", "Instruction: "), ("text", goal), ("button", "Search"))
             return
         yield from (("text", "Instruction:"), ("text", goal), ("button", "Back to Search"))
         if self._page == "results":
-            yield "text", f"Page {self._number} (Total results: {len(self._hits)})"
-            if self._number > 1:
+            yield "text", f"Page {self._page_number} (Total results: {len(self._hits)})"
+            if self._page_number > 1:
                 yield "button", "< Prev"
             yield "button", "Next >"
-            for number in self._hits[(self._number - 1) * self.page : self._number * self.page]:
+            for number in self._hits[(self._page_number - 1) * self.page : self._page_number * self.page]:
                 product = self._shop.product(number)
                 yield from (("link", product.asin), ("text", product.name), ("text", product.price_tag))
             return
@@ -243,11 +241,11 @@ class WebShop:
         nodes = [(kind, shown) for kind, words in self._nodes() if (shown := _as_parsed(words))]
         if self.mode == "text":
             return SEPARATOR.join(words.strip() for _, words in nodes)
-        url = f"{self._words.replace(' ', '+')}/{self._number}/{json.dumps(self._options)}"
+        url = f"{self._words.replace(' ', '+')}/{self._page_number}/{json.dumps(self._options)}"
         clicked, lines = [], []
         for kind, words in nodes:
             if kind == "option":
-                chosen = f'"{words}"' in url  # so a value with quotes or beyond ASCII never shows as chosen
+                chosen = f'"{words}"' in url  # so values with quotes or beyond ASCII never show as chosen
                 if chosen:
                     clicked.append(f"You have clicked {words}.\n")
                 mark = "clicked button" if chosen else "button"
@@ -260,7 +258,7 @@ class WebShop:
         return "".join([*reversed(clicked), *lines])
 
     def _render_end(self) -> str:
-        """The page after the purchase, reward included, as the original shows it."""
+        """The page after the purchase, reward included, as in the original."""
         options = json.dumps(self._options, sort_keys=True)
         for character in "<>&'":
             options = options.replace(character, f"\\u{ord(character):04x}")
@@ -278,7 +276,7 @@ class WebShop:
 
 
 def _as_parsed(words: str) -> str:
-    """A text node as the original's HTML parser gives it: blanks alone become one, or nothing with a line's end."""
+    """A text node after the original's HTML parser: only blanks become one blank, or nothing with a line break."""
     if words.strip(_BLANK):
         return words
     return "" if "\n" in words or not words else " "
