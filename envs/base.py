@@ -1,8 +1,8 @@
-"""What every text world offers: tasks in, observations out.
+"""The contract of every text world: tasks in, observations out.
 
-A world is a plain object that plays one task at a time. Hundreds of them may be alive at once, so what is heavy is
-loaded once and shared. The turn limit is the runner's business.
-Left out: thoughts, prompts, and how an agent's line becomes an action.
+A world is a plain object that plays one task at a time. Hundreds may be alive at once, so heavy data is loaded once and
+shared. The runner enforces the turn limit.
+Left out: thoughts, prompts, and parsing an agent's line into an action.
 
 Try one: python -m envs.play --env alfworld --tasks --split valid_seen
 """
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What the agent sees before its first action: the whole opening `text`, and the `task` (goal in words) alone."""
+    """What the agent sees before its first action: the whole opening `text`, and the `task` in it (goal in words)."""
 
     text: str
     task: str
@@ -26,11 +26,11 @@ class Observation:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one action brought.
+    """The outcome of one action.
 
-    `observation`: the world's words, verbatim. `reward`: the world's own number, 0..1. `progress`: the largest share of
-    the goal reached so far, 0..1, never falling. `success`: the task is solved. `done`: nothing more can be done.
-    `valid`: the world accepted the action; if it did not, the state is as before.
+    `observation`: the world's text, verbatim. `reward`: the world's own score, 0..1. `progress`: the largest share of
+    the goal reached so far, 0..1, never decreasing. `success`: the task is solved. `done`: the task accepts no more
+    actions. `valid`: the world accepted the action; a rejected action leaves the state unchanged.
     """
 
     observation: str
@@ -42,46 +42,48 @@ class Result:
 
 
 class World(Protocol):
-    """A text world. Not thread-safe: one world, one player. `isolated`: it is not ours, may be slow, hang or crash, and
-    is therefore played in a process of its own (`envs/process.py`). `facts`: what a score must name beside panel and
-    split, such as the size of a catalogue."""
+    """A text world. Not thread-safe: one player per world.
+
+    `isolated`: third-party code that may be slow, hang or crash, so it runs in a subprocess (process.py). `facts`: what
+    a score must state besides panel and split, such as the size of a catalogue.
+    """
 
     isolated: bool
     facts: dict[str, Any]
 
     def tasks(self, split: str) -> Sequence[str]:
-        """Sorted, stable task ids of a split. Raises ValueError for a split that is not there."""
+        """Sorted, stable task ids of a split. Raises ValueError for an unknown split."""
         ...
 
     def reset(self, task_id: str) -> Observation:
-        """Start a task. Raises ValueError for an id that is in no split or a task that cannot be read."""
+        """Start a task. Raises ValueError for an unknown id or a task that cannot be read."""
         ...
 
     def step(self, action: str) -> Result:
-        """Do one action; no text raises. Raises RuntimeError before the first reset and after the task is done."""
+        """Take one action, any text. Raises RuntimeError before the first reset and after the task is done."""
         ...
 
     def actions(self) -> list[str]:
-        """Every action that is accepted now, sorted. One that ends in an opening bracket, `search[`, stands for all
-        that words and a closing bracket make of it. Raises RuntimeError before the first reset."""
+        """Every action accepted now, sorted. One ending in an opening bracket, `search[`, stands for its completions
+        with any words and a closing bracket. Raises RuntimeError before the first reset."""
         ...
 
     def commands(self) -> list[str]:
-        """Templates of all that can be done in this task, here or elsewhere, in the world's wording and in a natural
-        order: "take {object} from {receptacle}". Every action fits one. Raises RuntimeError before the first reset."""
+        """Templates of all commands of this task, accepted now or later, in the world's wording and a natural order:
+        "take {object} from {receptacle}". Every action matches one. Raises RuntimeError before the first reset."""
         ...
 
 
-def check_stamp(folder: Path, name: str, wanted: Any) -> None:
-    """Raises ValueError unless generated data says, in its file `name`, that it was made as it is wanted."""
+def check_stamp(folder: Path, name: str, expected: Any) -> None:
+    """Raises ValueError unless the file `name` in a folder of generated data records the expected settings."""
     stamp = folder / name
     found = json.loads(stamp.read_text()) if stamp.is_file() else "no record of how it was made"
-    if found != wanted:
-        raise ValueError(f"{folder} holds {found}, expected {wanted}: delete it or choose another folder")
+    if found != expected:
+        raise ValueError(f"{folder} holds {found}, expected {expected}: delete it or choose another folder")
 
 
 def check_split(split: str, splits: Iterable[str]) -> None:
-    """Raises ValueError, naming those that there are, unless the split is one of them."""
+    """Raises ValueError, listing the known splits, for any other."""
     if split not in splits:
         raise ValueError(f"no split {split!r}: expected one of {', '.join(splits)}")
 
@@ -89,7 +91,7 @@ def check_split(split: str, splits: Iterable[str]) -> None:
 def check_task(
     task_id: str, env: str, form: str, splits: Iterable[str], ids_of: Callable[[str], Sequence[str]]
 ) -> None:
-    """Raises ValueError, naming the `form` of an id after its split, unless the id is one of its split's."""
+    """Raises ValueError for a task id that is not in its split; `form` describes an id after its split."""
     split = task_id.partition("/")[0]
     if split not in splits or task_id not in ids_of(split):
         raise ValueError(

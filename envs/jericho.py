@@ -1,11 +1,11 @@
-"""Jericho: interactive fiction, the classics of the Z-machine. Needs jericho and games, which the user brings.
+"""Jericho: interactive fiction, classics of the Z-machine. Needs jericho, and games supplied by the user.
 
-No game comes with this project: most are not free. Put story files (zork1.z5, detective.z5, ...) of the releases that
-jericho supports into a folder and name it by $JERICHO_GAMES or --data. A task is `jericho_test/<game>`, the 20 games of
-AgentBoard as far as they are there, or `jericho_all/<game>`, every file of the folder. Games are played with the seed
-of their walkthrough. Commands about the interpreter (save, quit, ...) do nothing.
-Left out: the turn limit (the runner's; AgentBoard's is 30), AgentBoard's goals and subgoals, spaCy's model: things are
-looked for among all words of the room's description.
+The project ships no games: most are not free. Put story files (zork1.z5, detective.z5, ...) of the releases that
+jericho supports into a folder and pass it as $JERICHO_GAMES or --data. A task is `jericho_test/<game>`, one of
+AgentBoard's 20 games if its file exists, or `jericho_all/<game>`, any file in the folder. Games are seeded as for their
+walkthroughs. Commands to the interpreter (save, quit, ...) do nothing.
+Left out: the turn limit (the runner's; AgentBoard's is 30), AgentBoard's goals and subgoals, spaCy's model: objects are
+looked up among all words of the room's description.
 
 Play one: JERICHO_GAMES=... python -m envs.play --env jericho --tasks --split jericho_all
 Source: Jericho (arXiv 1909.05398); AgentBoard (arXiv 2401.13178) for the choice of games.
@@ -48,7 +48,7 @@ GAMES = (
 )
 SPLITS = ("jericho_all", "jericho_test")
 META = {"quit", "q", "restart", "restore", "save", "script", "unscript", "transcript", "verbose", "brief", "superbrief"}
-LONGEST = 190  # bytes of a command; jericho cuts what is longer than 198
+LONGEST = 190  # bytes of a command; jericho truncates at 198
 COMMANDS = (
     "go {direction}",
     "look",
@@ -72,21 +72,21 @@ COMMANDS = (
 )
 
 
-def words_of(text: str) -> set[tuple[str, str]]:
-    """All words, in place of what jericho would ask a language model for; it drops those that a game does not know."""
+def extract_words(text: str) -> set[tuple[str, str]]:
+    """All words as nouns, in place of jericho's spaCy model; jericho drops the words unknown to the game."""
     return {(word, "NOUN") for word in re.findall(r"[a-z]+", text.lower())}
 
 
 def package_util() -> ModuleType:
-    """jericho's own `util`; its attribute of that name is ctypes' where somebody has imported ctypes.util before."""
+    """jericho's own `util`: its attribute of that name is ctypes' util if ctypes.util was imported before."""
     return importlib.import_module("jericho.util")
 
 
 class Jericho:
     """The user's games as a `World`.
 
-    `data`: the folder with the story files (default: $JERICHO_GAMES). Reward is the game's score over its greatest one,
-    0..1, progress the largest so far; a game is solved when it says so or all points are scored. Raises ImportError
+    `data`: the folder with the story files (default: $JERICHO_GAMES). Reward is the game's score over its maximum,
+    0..1; progress is the largest so far. A game is solved when it says so or all points are scored. Raises ImportError
     without jericho, FileNotFoundError without games.
     """
 
@@ -103,7 +103,7 @@ class Jericho:
         if not files:
             raise FileNotFoundError(
                 f"env 'jericho' needs games, and {given!r} holds none: expected a folder with story files such as "
-                "zork1.z5, of releases that jericho supports; name it by --data or $JERICHO_GAMES"
+                "zork1.z5, of releases that jericho supports; pass it as --data or $JERICHO_GAMES"
             )
         self._files = {file.stem: file for file in files}
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
@@ -112,12 +112,12 @@ class Jericho:
         self._progress, self._done = 0.0, False
 
     def tasks(self, split: str) -> Sequence[str]:
-        """Sorted ids: jericho_test, those of AgentBoard's 20 games that are there; jericho_all, all that are."""
+        """Sorted ids: those of AgentBoard's 20 games that exist (jericho_test), or all games (jericho_all)."""
         check_split(split, SPLITS)
         return [f"{split}/{name}" for name in sorted(self._files) if split == "jericho_all" or name in GAMES]
 
     def reset(self, task_id: str) -> Observation:
-        """Start a game. ValueError for an unknown id or a file that jericho does not support."""
+        """Start a game. Raises ValueError for an unknown id or a file that jericho does not support."""
         split, _, name = task_id.partition("/")
         if split not in SPLITS or task_id not in self.tasks(split):
             raise ValueError(
@@ -126,22 +126,22 @@ class Jericho:
             )
         import jericho
 
-        package_util().extract_objs = words_of
+        package_util().extract_objs = extract_words
         self._game = jericho.FrotzEnv(str(self._files[name]))
         if not self._game.is_fully_supported:
             raise ValueError(
-                f"jericho does not know {self._files[name]}, so that there is no score: expected the "
-                "release of the game that its documentation lists"
+                f"jericho does not know {self._files[name]}, so it has no score: expected the release "
+                "of the game that jericho's documentation lists"
             )
         if not self._game.bindings.get("seed"):
-            self._game.seed(1)  # without one it takes the time
+            self._game.seed(1)  # otherwise the game seeds itself from the clock
         text, _ = self._game.reset()
         self._progress, self._done = self._score(), False
         task = f"score as many of the {self._game.get_max_score()} points of {name} as you can"
         return Observation(text=f"{text.strip()}\nYour task is to {task}.", task=task)
 
     def step(self, action: str) -> Result:
-        """Do one action. What the game's parser does not understand is not valid."""
+        """Take one action. Commands that the game's parser does not understand are not valid."""
         if self._game is None or self._done:
             raise RuntimeError(f"{'the game is over' if self._done else 'no game yet'}: call reset(task_id)")
         command = " ".join(re.sub(r"[^ -~]", " ", action).split())
@@ -169,19 +169,19 @@ class Jericho:
         )
 
     def actions(self) -> list[str]:
-        """Commands that change the game's world, as jericho finds them by trying, and `look` and `inventory`; sorted.
-        Seconds in large games."""
+        """Sorted commands that change the game's state, which jericho finds by trial, and `look` and `inventory`.
+        Takes seconds in large games."""
         self._need_game()
         found = self._game.get_valid_actions(use_parallel=False)
         return sorted({*found, "look", "inventory"})
 
     def commands(self) -> list[str]:
-        """Templates of what games of this kind understand, most of them."""
+        """Templates of commands that most games of this kind understand."""
         self._need_game()
         return list(COMMANDS)
 
     def solution(self) -> list[str]:
-        """The walkthrough that jericho has of the game, from its start."""
+        """jericho's walkthrough of the game, from its start."""
         self._need_game()
         return self._game.get_walkthrough()
 

@@ -1,6 +1,7 @@
-"""Makes a world by its name. The only file of `envs/` that knows every world.
+"""Make a world by name. The only file in `envs/` that knows every world.
 
-Each world is imported on demand, so that one does not need another's packages."""
+Each world is imported on demand, so that playing one does not require another's packages.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ WORLDS = ("alfworld", "webshop", "synthetic", "pddl", "babyai", "scienceworld", 
 
 
 def make_world(env: str, *, perturb: str = "none", tell_commands: bool = False, **how: str | None) -> World:
-    """Make the world called `env` (see plain_world for `how`), perturbed or with its commands told (envs/wording.py).
+    """The world named `env` (plain_world describes `how`), optionally perturbed or listing its commands (wording.py).
 
-    Raises ValueError for an unknown name, FileNotFoundError where the world's data is missing.
+    Raises ValueError for an unknown name, FileNotFoundError if the world's data is missing.
     """
     from envs.wording import Perturbed, TellCommands
 
@@ -24,9 +25,9 @@ def make_world(env: str, *, perturb: str = "none", tell_commands: bool = False, 
 def plain_world(
     env: str, *, data: str | None = None, engine: str = "ours", grammar: str = "0.4", mode: str = "text"
 ) -> World:
-    """The world as it is; `data`, `engine`, `grammar` (ALFWorld) and `mode` (WebShop) mean what it says."""
+    """The world in its own wording. `engine` and `grammar` belong to ALFWorld, `mode` to WebShop; see their classes."""
     if env == "alfworld":
-        from envs.alfworld.world import AlfWorld  # on demand: one world must not need another's packages
+        from envs.alfworld.world import AlfWorld
 
         return AlfWorld(data=data, engine=engine, grammar=grammar)
     if env == "webshop":

@@ -1,31 +1,31 @@
 """Fixed lists of tasks, so that a score names exactly what was played.
 
-A panel is a file in envs/panels: sorted task ids, one a line. envs/panels/SHA256 records the sha256 of each file's
-bytes, in sha256sum's format; a panel that does not match it is refused.
+A panel is a file in envs/panels: sorted task ids, one per line. envs/panels/SHA256 records the sha256 of each file's
+bytes, in sha256sum's format; a panel that does not match is refused.
 
-    python -m envs.panel                              # what there is, checked
+    python -m envs.panel                              # list and verify the panels
     python -m envs.panel --make                       # make them again; real ones from $ALFWORLD_DATA, $WEBSHOP_DATA
 
-| panel | what |
+| panel | contents |
 |---|---|
-| train-600, valid-60 | drawn from the real train split: the A3T paper's numbers of tasks by type, disjoint |
+| train-600, valid-60 | disjoint draws from the real train split, with the A3T paper's counts by task type |
 | valid_seen-140, valid_unseen-134 | the whole evaluation splits |
 | gen_train-120, gen_valid-100 | the first games of the generated splits with the generator's default seed |
-| mini_train-120, mini_valid-100 | the same for the small rooms that replace them where the alfworld wheel is missing |
-| webshop_train-2300, webshop_eval-400 | drawn from WebShop's official splits: the A3T paper's numbers of tasks |
-| webshop_test-500 | the official test split, whole |
-| webshop_small_train-100, webshop_small_test-200 | drawn from the 1,000-product set, spread over its products |
+| mini_train-120, mini_valid-100 | the same with the small rooms used when the alfworld wheel is missing |
+| webshop_train-2300, webshop_eval-400 | draws from WebShop's official splits, with the A3T paper's counts |
+| webshop_test-500 | the whole official test split |
+| webshop_small_train-100, webshop_small_test-200 | draws from the 1,000-product set, spread over its products |
 | webshop_gen_train-100, webshop_gen_test-200 | the same for the generated catalogue with its default seed |
-| syn_valid-60, syn_held-60 | the first of the synthetic worlds in known words and of those in other words |
-| pddl_test-60 | 20 barman, 10 blocksworld, 20 gripper and 10 tyreworld problems, AgentBoard's numbers |
-| babyai_test-112 | AgentBoard's 28 levels of BabyAI (one exchanged, see envs/babyai.py) with its four seeds |
-| scienceworld_test-90 | three test variations of each of the 30 tasks: the first, the middle, the last |
-| jericho_test-20 | AgentBoard's 20 games; the user brings them |
+| syn_valid-60, syn_held-60 | the first synthetic worlds in training vocabulary and in held-out vocabulary |
+| pddl_test-60 | 20 barman, 10 blocksworld, 20 gripper and 10 tyreworld problems, AgentBoard's counts |
+| babyai_test-112 | AgentBoard's 28 levels of BabyAI (one replaced, see envs/babyai.py) with its four seeds |
+| scienceworld_test-90 | the first, middle and last test variation of each of the 30 tasks |
+| jericho_test-20 | AgentBoard's 20 games, supplied by the user |
 
-The official goals of WebShop are named by their place in the original's shuffle, so their panels need no data to be
-made; the others name what is wanted by its hash.
+WebShop's official goals are identified by their position in the original's shuffle, so making their panels needs no
+data; other goals are identified by their hash.
 
-Demonstrations and the training of a base model never use a task of any panel: `excluded_ids()`.
+Demonstrations and base-model training never use a task of any panel: `excluded_ids()`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from envs.webshop.goals import OFFICIAL
 
 PANELS = Path(__file__).with_name("panels")
 
-# Tasks by type, in the order of TASK_TYPES, as the paper draws them from train's 3,553 (A3T, appendix on ALFWorld).
+# Counts by type, in the order of TASK_TYPES, that the paper draws from train's 3,553 games (A3T, appendix on ALFWorld).
 DRAWN = {"train-600": (135, 98, 74, 92, 59, 142), "valid-60": (12, 10, 7, 14, 8, 9)}
 WHOLE = {"valid_seen-140": "valid_seen", "valid_unseen-134": "valid_unseen"}
 GENERATED = {"gen_train-120": 120, "gen_valid-100": 100, "mini_train-120": 120, "mini_valid-100": 100}
@@ -60,7 +60,7 @@ OFFICIAL_SHOP = {"webshop_train-2300": "train", "webshop_eval-400": "eval", "web
 SMALL_SHOP = {"webshop_small_train-100": "small_train", "webshop_small_test-200": "small_test"}
 GENERATED_SHOP = {"webshop_gen_train-100": "gen_train", "webshop_gen_test-200": "gen_test"}
 WEBSHOP = (*OFFICIAL_SHOP, *SMALL_SHOP, *GENERATED_SHOP)
-HELD_OUT = {  # worlds that are never trained on
+HELD_OUT = {  # worlds never trained on
     "pddl": "pddl_test-60",
     "babyai": "babyai_test-112",
     "scienceworld": "scienceworld_test-90",
@@ -71,7 +71,7 @@ NAMES = (*ALFWORLD, *WEBSHOP, *SYNTHETIC, *HELD_OUT.values())
 
 
 def panel_path(name: str, folder: Path = PANELS) -> Path:
-    """The panel's file. Raises ValueError for a name that is no panel."""
+    """The panel's file. Raises ValueError for an unknown name."""
     if name not in NAMES:
         raise ValueError(f"panel {name!r} is unknown: expected one of {', '.join(NAMES)}")
     return folder / f"{name}.txt"
@@ -89,36 +89,53 @@ def panel_sha256(name: str, folder: Path = PANELS) -> str:
 
 
 def read_panel(name: str, folder: Path = PANELS) -> list[str]:
-    """The panel's task ids, sorted. Raises ValueError where the name is unknown or the file was changed."""
+    """The panel's task ids, sorted. Raises ValueError if the name is unknown or the file was changed or is missing."""
     path, expected = panel_path(name, folder), panel_sha256(name, folder)
     if not path.is_file():
         raise ValueError(f"{path} is missing: restore it from the project, or run `python -m envs.panel --make`")
     content = path.read_bytes()
     if (found := hashlib.sha256(content).hexdigest()) != expected:
         raise ValueError(
-            f"{path} has sha256 {found}, expected {expected}: the panel was changed, so scores on it would not compare."
-            " Restore it from the project, or run `python -m envs.panel --make`."
+            f"{path} has sha256 {found}, expected {expected}: the panel was changed, so scores on it are not"
+            " comparable. Restore it from the project, or run `python -m envs.panel --make`."
         )
     return content.decode().splitlines()
 
 
 def pick_tasks(name: str, limit: int | None = None) -> tuple[list[str], str]:
-    """The panel's ids and its sha256; with a limit, so many ids spread evenly over the panel (it is sorted by type)."""
+    """The panel's ids and its sha256; with a limit, that many ids spread evenly over the panel (sorted by type)."""
     task_ids = read_panel(name)
     if limit is not None and limit < len(task_ids):
         task_ids = [task_ids[i] for i in np.linspace(0, len(task_ids) - 1, limit).round().astype(int)]
     return task_ids, panel_sha256(name)
 
 
-def default_panels(purpose: str, env: str, data: str | None) -> tuple[str, ...]:
-    """The panels that a stage plays unless told otherwise; `purpose` is train or evaluate.
+def require_tasks(world: World, task_ids: Iterable[str]) -> None:
+    """Raises ValueError unless the world has every task, so that a panel is never played in part."""
+    task_ids = list(task_ids)
+    known = {task for split in {task.split("/")[0] for task in task_ids} for task in world.tasks(split)}
+    missing = [task for task in task_ids if task not in known]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(task_ids)} tasks are not in the data, {missing[0]} for one; "
+            "give the data that the panel was made from (--data, or $ALFWORLD_DATA or $WEBSHOP_DATA)"
+        )
 
-    Real games (`data` or $ALFWORLD_DATA): train-600; valid_seen-140, and valid_unseen-134 where its games are there.
-    Generated ones: gen_train-120; gen_valid-100 (mini_* without the alfworld wheel). WebShop: those of the catalogue in
-    `data` or $WEBSHOP_DATA, official, small or generated. Worlds that are held out: evaluation only.
+
+def default_panels(purpose: str, env: str, data: str | None) -> tuple[str, ...]:
+    """The panels that a stage plays by default; `purpose` is train or evaluate.
+
+    Real ALFWorld games (`data` or $ALFWORLD_DATA): train-600; valid_seen-140, and valid_unseen-134 if its games exist.
+    Generated games: gen_train-120; gen_valid-100 (mini_* without the alfworld wheel). WebShop: the panels of the
+    catalogue in `data` or $WEBSHOP_DATA, official, small or generated. Synthetic and held-out worlds: evaluation only.
+    Raises ValueError if there is none.
     """
     if env == "webshop":
-        from envs.webshop.catalogue import data_folder, open_catalogue, prepare  # on demand: its packages are its own
+        from envs.webshop.catalogue import (
+            data_folder,
+            open_catalogue,
+            prepare,
+        )  # on demand: only WebShop needs its packages
 
         splits = open_catalogue(prepare(data_folder(data))).splits
         families = (OFFICIAL_SHOP, SMALL_SHOP, GENERATED_SHOP)
@@ -142,12 +159,12 @@ def default_panels(purpose: str, env: str, data: str | None) -> tuple[str, ...]:
 
 
 def excluded_ids() -> set[str]:
-    """Every task id of every panel. No demonstration and no training text of a base model may come from them."""
+    """All task ids of all panels. Demonstrations and base-model training text must not come from them."""
     return {task_id for name in NAMES for task_id in read_panel(name)}
 
 
 def write_panel(name: str, task_ids: Iterable[str], folder: Path = PANELS) -> None:
-    """Writes a panel and its line in SHA256. Raises ValueError where the number of ids is not the one in its name."""
+    """Writes a panel and its line in SHA256. Raises ValueError unless the number of ids is the one in its name."""
     content = "".join(f"{task_id}\n" for task_id in sorted(set(task_ids))).encode()
     if content.count(b"\n") != int(name.rpartition("-")[2]):
         raise ValueError(f"panel {name} would hold {content.count(bytes([10]))} different tasks: check the data")
@@ -160,7 +177,7 @@ def write_panel(name: str, task_ids: Iterable[str], folder: Path = PANELS) -> No
 
 
 def real_ids(data: Path, split: str) -> list[str]:
-    """Sorted ids of a real split's solvable games, those that the stock loader plays."""
+    """Sorted ids of the games of a real split that the stock loader plays, which are solvable."""
     folder = data / "json_2.1.1"
     ids = []
     for game in sorted((folder / split).glob("*/*/game.tw-pddl")):
@@ -170,45 +187,45 @@ def real_ids(data: Path, split: str) -> list[str]:
 
 
 def draw(task_ids: Sequence[str], seed: int) -> dict[str, list[str]]:
-    """The two panels drawn from train: for each type, a seeded shuffle dealt out first to train-600, then valid-60."""
+    """The two panels drawn from train. The games of each type are shuffled and dealt to train-600, then to valid-60."""
     panels = {name: [] for name in DRAWN}
-    for index, kind in enumerate(TASK_TYPES):
+    for type_index, kind in enumerate(TASK_TYPES):
         pool = [task_id for task_id in sorted(task_ids) if task_type(task_id) == kind]
         np.random.default_rng([seed, zlib.crc32(kind.encode())]).shuffle(pool)
         for name, counts in DRAWN.items():
-            if len(pool) < counts[index]:
+            if len(pool) < counts[type_index]:
                 raise ValueError(f"train has too few {kind} games for {name}: is the data complete?")
-            panels[name] += [pool.pop() for _ in range(counts[index])]
+            panels[name] += [pool.pop() for _ in range(counts[type_index])]
     return panels
 
 
 def official_ids(split: str, count: int, seed: int) -> list[str]:
-    """So many of WebShop's official goals, drawn without replacement."""
+    """`count` of WebShop's official goals, drawn without replacement."""
     low, high = next((low, high) for name, low, high in OFFICIAL if name == split)
     rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
-    return [f"{split}/{low + place:05d}" for place in rng.choice(high - low, count, replace=False)]
+    return [f"{split}/{low + position:05d}" for position in rng.choice(high - low, count, replace=False)]
 
 
 def draw_goals(task_ids: Iterable[str], split: str, count: int, seed: int) -> list[str]:
-    """So many goals of a split: one of each product, in a drawn order, then another one of each, and so on."""
+    """`count` goals of a split, in rounds: each takes one goal of every product that has any left, in a drawn order."""
     by_product: dict[str, list[str]] = {}
     for task_id in task_ids:
         by_product.setdefault(task_id.rpartition("-")[0], []).append(task_id)
     rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
     piles = [rng.permutation(by_product[product]).tolist() for product in rng.permutation(sorted(by_product))]
-    dealt = [pile[turn] for turn in range(max(map(len, piles))) for pile in piles if turn < len(pile)]
+    dealt = [pile[index] for index in range(max(map(len, piles))) for pile in piles if index < len(pile)]
     return dealt[:count]
 
 
 def make_shop_panels(seed: int) -> None:
-    """Writes WebShop's panels; those of the 1,000-product set where $WEBSHOP_DATA is it."""
+    """Writes WebShop's panels; those of the 1,000-product set only if $WEBSHOP_DATA holds it."""
     from envs.webshop.catalogue import open_catalogue, prepare
 
     for name, split in OFFICIAL_SHOP.items():
         write_panel(name, official_ids(split, int(name.rpartition("-")[2]), seed))
-    places = [(GENERATED_SHOP, ensure_catalogue())]
-    places += [(SMALL_SHOP, Path(os.environ["WEBSHOP_DATA"]))] if os.environ.get("WEBSHOP_DATA") else []
-    for family, folder in places:
+    sources = [(GENERATED_SHOP, ensure_catalogue())]
+    sources += [(SMALL_SHOP, Path(os.environ["WEBSHOP_DATA"]))] if os.environ.get("WEBSHOP_DATA") else []
+    for family, folder in sources:
         catalogue = open_catalogue(prepare(folder))
         for name, split in family.items():
             if split in catalogue.splits:
@@ -216,7 +233,7 @@ def make_shop_panels(seed: int) -> None:
 
 
 def held_out_ids(env: str) -> Sequence[str]:
-    """The tasks of the panel of a world that is held out; the worlds' packages are not needed for that."""
+    """The tasks of a held-out world's panel; listing them does not need the world's packages."""
     from envs import babyai, jericho, scienceworld
     from envs.pddl import world as pddl
 
@@ -230,11 +247,11 @@ def held_out_ids(env: str) -> Sequence[str]:
 @dataclass(frozen=True, kw_only=True)
 class Args:
     make: bool = False
-    """Make the panels again instead of checking them. Those whose games are not at hand stay as they are."""
+    """Make the panels again instead of verifying them. Panels whose games are missing stay unchanged."""
     data: Path | None = None
-    """The folder with the real games' json_2.1.1; default: $ALFWORLD_DATA."""
+    """(ALFWorld) Folder with the real games' json_2.1.1 (default: $ALFWORLD_DATA)."""
     seed: int = SEED
-    """Of the draws from train and of the generated games."""
+    """Seed of the draws from real splits and of the generated games."""
 
 
 def main(args: Args) -> None:
@@ -262,18 +279,6 @@ def main(args: Args) -> None:
         by_type = "/".join(str(sum(task_type(task_id) == kind for task_id in task_ids)) for kind in TASK_TYPES)
         print(f"{name}: {len(task_ids)} tasks, by type {by_type}, sha256 {panel_sha256(name)[:16]}")
     print("types:", ", ".join(TASK_TYPES))
-
-
-def require_tasks(world: World, task_ids: Iterable[str]) -> None:
-    """Raises ValueError unless the world has every task: a panel is played whole or not at all."""
-    task_ids = list(task_ids)
-    known = {task for split in {task.split("/")[0] for task in task_ids} for task in world.tasks(split)}
-    missing = [task for task in task_ids if task not in known]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(task_ids)} tasks are not in the data, {missing[0]} the first; "
-            "give the data that the panel was made from (--data, or $ALFWORLD_DATA or $WEBSHOP_DATA)"
-        )
 
 
 if __name__ == "__main__":

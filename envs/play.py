@@ -1,9 +1,9 @@
-"""Play any world from the shell, or list its tasks: one action a line on stdin, one JSON object a line on stdout.
+"""Play any world from the shell, or list its tasks: one action per line on stdin, one JSON object per line on stdout.
 
-The first object is the reset: {"observation", "reward", "success", "done", "valid", "actions"}, where `observation` is
-the whole opening and `actions` what may be done next (empty once the task is done); then one object per action. Reading
-ends with the input or with the task. An empty line is an action too: the world says what it makes of it. A bad argument
-gets one sentence on stderr and exit status 2.
+The first object is the reset, then one follows per action: {"observation", "reward", "success", "done", "valid",
+"actions"}. The first `observation` is the whole opening; `actions` are the next actions, none once the task is done. An
+empty line is an action too. Reading stops at the end of the input or of the task. A bad argument prints one sentence
+to stderr and exits with status 2.
 Left out: turn limits and thoughts.
 
 Run:  python -m envs.play --env alfworld --tasks --split valid_seen
@@ -33,23 +33,23 @@ class Args:
     task: str | None = None
     """Id of the task to play."""
     list_tasks: Annotated[bool, tyro.conf.arg(name="tasks"), tyro.conf.FlagCreatePairsOff] = False
-    """List the ids of --split, one a line, instead of playing."""
+    """List the task ids of --split, one per line, instead of playing."""
     split: str = "valid_seen"
     """Split that --tasks lists."""
     data: str | None = None
-    """Data folder. ALFWorld: the one that holds json_2.1.1 (default: $ALFWORLD_DATA, else generated games). WebShop:
-    the one that holds items_shuffle.json, or a product file (default: $WEBSHOP_DATA, else a generated catalogue).
-    Jericho: the one with the story files (default: $JERICHO_GAMES)."""
+    """(ALFWorld) Folder with json_2.1.1 (default: $ALFWORLD_DATA, else generated games). (WebShop) Folder with
+    items_shuffle.json, or a product file (default: $WEBSHOP_DATA, else a generated catalogue). (Jericho) Folder with
+    the story files (default: $JERICHO_GAMES)."""
     engine: str = "ours"
-    """ALFWorld: ours, or textworld (the reference)."""
+    """(ALFWorld) Game engine: ours, or textworld, the slow reference."""
     grammar: str = "0.4"
-    """ALFWorld: wording of alfworld 0.4 or 0.3."""
+    """(ALFWorld) Wording of alfworld 0.4 or 0.3."""
     mode: str = "text"
-    """WebShop: text (parts joined by [SEP]) or text_rich (a line each, buttons marked)."""
+    """(WebShop) Form of pages: text (parts joined by [SEP]) or text_rich (one part a line, buttons marked)."""
     perturb: str = "none"
-    """Wording of the commands: none (the world's own) or one of P1 to P5 (envs/wording.py)."""
+    """Perturbation of the commands: P1 to P5 (envs/wording.py), or none for the world's own wording."""
     tell_commands: bool = False
-    """List the commands at the end of the opening."""
+    """Append the list of the world's commands to the opening."""
 
 
 def say(**fields: object) -> None:
@@ -57,10 +57,12 @@ def say(**fields: object) -> None:
 
 
 def play(world: World, task_id: str) -> None:
-    """Play `task_id`, actions from stdin, until the input or the task ends."""
+    """Play `task_id` with actions from stdin until the input or the task ends."""
     opening = world.reset(task_id)
     say(observation=opening.text, reward=0.0, success=False, done=False, valid=True, actions=world.actions())
-    for line in open(sys.stdin.fileno(), encoding="utf-8", errors="replace", closefd=False):  # any bytes are an action
+    for line in open(
+        sys.stdin.fileno(), encoding="utf-8", errors="replace", closefd=False
+    ):  # any bytes are valid input
         result = world.step(line.rstrip("\r\n"))
         actions = [] if result.done else world.actions()
         say(
@@ -76,7 +78,7 @@ def play(world: World, task_id: str) -> None:
 
 
 def main(args: Args) -> int:
-    """Exit status: 0, or 2 with a sentence on stderr for a bad argument."""
+    """Returns the exit status: 0, or 2 after a sentence on stderr about a bad argument."""
     try:
         if args.list_tasks == bool(args.task):
             raise ValueError("expected either --task ID (play it) or --tasks (list the ids of --split)")
@@ -96,7 +98,7 @@ def main(args: Args) -> int:
     except (ValueError, FileNotFoundError, ImportError) as error:
         print(f"envs.play: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader, `head` for one, has had enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 

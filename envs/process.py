@@ -1,16 +1,16 @@
-"""A world that is not ours, in a process of its own: it may be slow, hang or crash, and nobody else waits for it.
+"""Third-party worlds in subprocesses: they may be slow, hang or crash, and no other attempt waits for them.
 
-A call is sent, and its answer taken when it has come; between the two the caller goes on with something else. A world
-asks for this by `isolated` (envs/base.py). The process is started afresh (never forked: JAX has threads) and imports
-nothing but the world. It is killed, and what it started with it, when its world hangs, when it is no longer wanted, and
-when the program that wanted it is gone, however that ended.
+Calls are asynchronous: `send` one, do other work, and take its `answer` once the world is `ready`. A world opts in with
+`isolated` (base.py). The subprocess is spawned, never forked (JAX has threads), and imports only the world. It is
+killed, with everything it started, when its world hangs, when it is no longer needed, and when its parent ends, however
+that happens.
 
     world = WorldProcess(partial(make_world, "alfworld", engine="textworld"), deadline=60)
     world.send("reset", task_id)
     ready([world], timeout=60)
     good, opening = world.answer()
 
-Left out: playing again what failed (agent/loop.py).
+Left out: retrying failed attempts (agent/loop.py).
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from typing import Any
 
 from envs.base import World
 
-ATTEMPTS = 20  # after which a process is replaced: TextWorld keeps memory and a copied library for every game
+ATTEMPTS = 20  # played by a subprocess before it is replaced: TextWorld leaks memory and a copied library per game
 
 
 def call(world: World, method: str, args: tuple) -> tuple[bool, Any]:
-    """(True, what the method returns), or (False, the traceback) of whatever a third-party world raised."""
+    """(True, the method's result), or (False, the traceback) if it raised."""
     try:
         return True, getattr(world, method)(*args)
-    except Exception:  # the one blanket except: the boundary to worlds that are not ours
+    except Exception:  # the only blanket except: the boundary to third-party worlds
         return False, traceback.format_exc()
 
 
 class WorldProcess:
-    """A world made by `make`, which is pickled, in a process of its own. `deadline`: seconds that a call may take."""
+    """A world in a subprocess, made there by `make`, which is pickled. `deadline`: seconds that a call may take."""
 
     def __init__(self, make: Callable[[], World], deadline: float):
         message = pickle.dumps(make)
         self.attempts = 0
         self._deadline, self._sent = deadline, time.monotonic()
-        self._folder = tempfile.TemporaryDirectory(prefix="world-", ignore_cleanup_errors=True)  # for what it leaves
+        self._folder = tempfile.TemporaryDirectory(prefix="world-", ignore_cleanup_errors=True)  # the world's TMPDIR
         self._connection, theirs = Pipe()
         with theirs:
             path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
@@ -67,56 +67,56 @@ class WorldProcess:
         self._write(message)
 
     def send(self, method: str, *args) -> None:
-        """Calls a method of the world; the answer to the call before must have been taken."""
+        """Calls a method of the world; the answer to the previous call must have been taken."""
         self._sent = time.monotonic()
         self._write(pickle.dumps((method, args)))
 
     def answer(self) -> tuple[bool, Any]:
-        """The answer that has come, as `call` gives it; (False, why) if the process has ended or is overdue."""
+        """The result that `call` returned; (False, the reason) if the process has exited or is overdue."""
         if not self._connection.poll():
             return False, f"the world has not answered in {self._deadline:g} s"
         try:
             return self._connection.recv()
         except (EOFError, OSError):
             self._end()
-            return False, f"the world's process has ended, exit status {self._process.returncode}"
+            return False, f"the world's process ended with exit status {self._process.returncode}"
 
     def overdue(self) -> bool:
         return time.monotonic() - self._sent > self._deadline
 
     def kill(self) -> None:
-        """Ends the process and all that it has started, whatever they are doing."""
+        """Kills the process and everything it started, whatever they are doing."""
         self._end()
         self._connection.close()
         self._folder.cleanup()
 
     def fileno(self) -> int:
-        """Of the connection, for `ready`."""
+        """The connection's file descriptor, for `ready`."""
         return self._connection.fileno()
 
     def _write(self, message: bytes) -> None:
-        with contextlib.suppress(OSError):  # a process that has ended is seen when the answer is read
+        with contextlib.suppress(OSError):  # `answer` notices a process that has exited
             self._connection.send_bytes(message)
 
     def _end(self) -> None:
-        if self._process.returncode is None:  # until it is waited for, nobody else can have its number
+        if self._process.returncode is None:  # not reaped yet, so no other process can have its pid
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
 
 def ready(worlds: Iterable[WorldProcess], timeout: float) -> list[WorldProcess]:
-    """Those that have answered, have ended or are overdue; waits at most so many seconds for the first answer."""
+    """Worlds that have answered, exited or are overdue; waits at most `timeout` seconds for the first answer."""
     worlds = list(worlds)
-    came = wait(worlds, timeout)
-    return [world for world in worlds if world in came or world.overdue()]
+    readable = wait(worlds, timeout)
+    return [world for world in worlds if world in readable or world.overdue()]
 
 
 class Worlds:
-    """The worlds of many attempts, used again and again: `take`, then `give_back`, or `drop` one that has failed.
+    """A pool of worlds for many attempts: `take` one, then `give_back`, or `drop` one that has failed.
 
-    Isolated ones are at most `limit` processes (default: two a core), others as many as are taken. The first world is
-    made here, to see of which kind it is: making one must be cheap, what is heavy belongs into its first reset.
+    At most `limit` isolated worlds run at once (default: two per core); other worlds are unlimited. The constructor
+    makes one to see whether it is isolated, so making a world must be cheap: heavy loading belongs in its first reset.
     """
 
     def __init__(self, make: Callable[[], World], deadline: float, limit: int | None = None):
@@ -159,24 +159,26 @@ class Worlds:
             world.kill()
 
 
-# ---- in the process --------------------------------------------------------------------------------------------------
+# ---- in the subprocess -----------------------------------------------------------------------------------------------
 
 
-def serve(number: int, folder: str) -> None:
-    """Makes the world that comes over the connection with this file number, and answers calls until that is closed."""
-    threading.Thread(target=end_with, args=[number, folder], daemon=True).start()
-    connection = Connection(number)
+def serve(descriptor: int, folder: str) -> None:
+    """Receives the world's `make` over the connection, makes the world, and answers calls until the parent hangs up."""
+    watcher = threading.Thread(target=exit_with_parent, args=[descriptor, folder], daemon=True)
+    watcher.start()
+    connection = Connection(descriptor)
     with contextlib.suppress(EOFError, ConnectionError):
         world = connection.recv()()
         while True:
             connection.send(call(world, *connection.recv()))
+    watcher.join()  # it sees the same hang-up, and removes the folder before it ends this process
 
 
-def end_with(number: int, folder: str) -> None:
-    """Waits until the other end of the connection is gone, which would have killed this process and what it has started
-    and removed its folder: does so in its stead."""
+def exit_with_parent(descriptor: int, folder: str) -> None:
+    """Waits until the parent hangs up, then removes the folder and kills this process and everything it started, as the
+    parent's `kill` would have done."""
     poller = select.poll()
-    poller.register(number, 0)  # hanging up is always told
+    poller.register(descriptor, 0)  # poll always reports a hang-up
     poller.poll()
     shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)

@@ -1,10 +1,10 @@
-"""ScienceWorld: elementary science in a house of ten rooms, played by its own simulator. Needs scienceworld and Java.
+"""ScienceWorld: elementary science in a house of ten rooms, on its own simulator. Needs scienceworld and Java.
 
-A task is `<split>/<task>-<variation>`. Texts are the simulator's; doors and containers are open, flower pots water
-themselves, and nothing is wired where the task does not ask for it, as in AgentBoard. Of a step only the answer, the
-score and the end are asked for: the package's own also lists all possible actions, which takes most of its time.
-`check valid actions` lists the templates. A virtual machine remembers what was played in it (the same task opens in
-another wording the second time), so each task has a new one, of 512 MiB at most.
+A task is `<split>/<task>-<variation>`. Texts are the simulator's. As in AgentBoard, doors and containers are open,
+flower pots water themselves, and there are electrical actions only if the task is about them. A step queries only the
+answer, the score and the end; the package's own step also lists all possible actions, which takes most of its time.
+`check valid actions` lists the templates. A virtual machine keeps state between tasks (a task replayed in it opens in
+another wording), so each task gets a new one, of 512 MiB at most.
 Left out: the turn limit (the runner's; AgentBoard's is 30), AgentBoard's subgoals, the action `reset task`.
 
 Play one: python -m envs.play --env scienceworld --tasks --split scienceworld_test
@@ -22,7 +22,7 @@ from typing import Any
 
 from envs.base import Observation, Result, check_split, check_task
 
-# Variations of each task in train, dev and test, which follow one another in this order.
+# Number of variations of each task in train, dev and test, which are numbered in this order.
 TASKS = {
     "boil": (14, 7, 9),
     "change-the-state-of-matter-of": (14, 7, 9),
@@ -59,10 +59,10 @@ SPLITS = ("scienceworld_train", "scienceworld_dev", "scienceworld_test")
 SIMPLE = "selfWateringFlowerPots,openContainers,openDoors"
 CHECK, RESET = "check valid actions", "reset task"
 UNKNOWN = "No known action matches that input."  # the simulator's
-# Small, few threads, a quick start. Objects have no hashes of their own: the simulator goes through sets of things in
-# the order of Java's, which come from numbers that each thread draws when it starts. So which threads a machine
-# happened to start decided the order of a room's things, and where a bee flew. All hashes alike, the order is that in
-# which things were put there.
+# Little memory, few threads, a quick start; and hashCode=2 for reproducibility. The simulator iterates over sets of
+# objects in the order of Java's identity hashes, which depend on a seed that each thread draws when it starts, so the
+# threads of a machine decided the order of a room's objects and where a bee flew. With equal hashes the order is that
+# of insertion.
 JAVA_OPTIONS = [
     "-Xmx512m",
     "-XX:+UseSerialGC",
@@ -74,18 +74,18 @@ JAVA_OPTIONS = [
 
 @lru_cache
 def ids_of(split: str) -> tuple[str, ...]:
-    place = SPLITS.index(split)
+    position = SPLITS.index(split)
     return tuple(
         sorted(
-            f"{split}/{task}-{sum(counts[:place]) + number:04d}"
+            f"{split}/{task}-{sum(counts[:position]) + index:04d}"
             for task, counts in TASKS.items()
-            for number in range(counts[place])
+            for index in range(counts[position])
         )
     )
 
 
 def panel_ids(split: str = "scienceworld_test") -> list[str]:
-    """The first, the middle and the last variation of each task in a split."""
+    """The first, middle and last variation of each task in a split."""
     chosen = []
     for task in TASKS:
         ids = [task_id for task_id in ids_of(split) if task_id.partition("/")[2].rpartition("-")[0] == task]
@@ -94,15 +94,15 @@ def panel_ids(split: str = "scienceworld_test") -> list[str]:
 
 
 def simplifications(task: str) -> str:
-    """Wiring is left in where a task is about it; the simulator insists."""
+    """The simulator's simplifications of a task. Tasks about electricity keep its actions; the simulator insists."""
     return SIMPLE if "power-component" in task or "conductivity" in task else f"{SIMPLE},noElectricalAction"
 
 
 class ScienceWorld:
     """ScienceWorld as a `World`.
 
-    Reward is the simulator's score, 0..1 (its 0..100; below 0, for a fatal mistake, 0), progress the largest so far; a
-    task is solved with the whole score. Raises ImportError where scienceworld or Java is missing.
+    Reward is the simulator's score, 0..1 (its 0..100; a negative score, for a fatal mistake, is 0). Progress is the
+    largest score so far; a task is solved at the full score. Raises ImportError if scienceworld or Java is missing.
     """
 
     isolated = True
@@ -110,11 +110,11 @@ class ScienceWorld:
     def __init__(self):
         missing = [
             name
-            for name, there in (
+            for name, found in (
                 ("scienceworld", importlib.util.find_spec("scienceworld")),
                 ("Java", shutil.which("java")),
             )
-            if not there
+            if not found
         ]
         if missing:
             raise ImportError(
@@ -127,12 +127,12 @@ class ScienceWorld:
         self._task_id, self._progress, self._done, self._actions = "", 0.0, False, []
 
     def tasks(self, split: str) -> Sequence[str]:
-        """Sorted ids: the simulator's splits, 3,592, 1,796 and 1,819 variations of 30 tasks."""
+        """Sorted ids: 3,592, 1,796 and 1,819 variations of 30 tasks in the simulator's three splits."""
         check_split(split, SPLITS)
         return ids_of(split)
 
     def reset(self, task_id: str) -> Observation:
-        """Start a task in a virtual machine of its own. ValueError for an unknown id."""
+        """Start a task in a new virtual machine. Raises ValueError for an unknown id."""
         check_task(task_id, "scienceworld", "<task>-<variation>", SPLITS, ids_of)
         self._task_id, self._done, self._actions = task_id, False, []
         self._load()
@@ -142,11 +142,11 @@ class ScienceWorld:
         return Observation(text=f"{task}\n{text}", task=task.removeprefix("Your task is to "))
 
     def step(self, action: str) -> Result:
-        """Do one action. What the simulator does not know, and `reset task`, is not valid."""
+        """Take one action. Actions unknown to the simulator, and `reset task`, are not valid."""
         if not self._task_id or self._done:
             raise RuntimeError(f"{'the task is over' if self._done else 'no task yet'}: call reset(task_id)")
         server = self._env.server
-        command = action.encode(errors="replace").decode().strip()  # nothing else goes through to Java
+        command = action.encode(errors="replace").decode().strip()  # Java receives only valid UTF-8
         if command == CHECK:
             text = f"You can {', '.join(self.commands())}."
         else:
@@ -166,8 +166,8 @@ class ScienceWorld:
         )
 
     def actions(self) -> list[str]:
-        """All actions with objects at hand that the simulator accepts, sorted; hundreds, and a tenth of a second. An
-        object has many names, of which the simulator takes one by chance: it is asked once in a state."""
+        """All actions on present objects that the simulator accepts, sorted: hundreds, in a tenth of a second. Queried
+        once per state, since the simulator picks one of an object's many names at random."""
         self._need_task()
         if not self._actions:
             self._actions = sorted({*self._env.get_valid_action_object_combinations(), CHECK} - {RESET})
@@ -176,11 +176,11 @@ class ScienceWorld:
     def commands(self) -> list[str]:
         """Templates of all commands."""
         self._need_task()
-        known = [one.replace("OBJ", "{object}") for one in self._env.get_possible_actions() if one != RESET]
-        return [*known, CHECK]
+        templates = [text.replace("OBJ", "{object}") for text in self._env.get_possible_actions() if text != RESET]
+        return [*templates, CHECK]
 
     def solution(self) -> list[str]:
-        """The simulator's own way to solve the task, which is started again; it is long, and now and then fails."""
+        """The simulator's own solution, which is long and sometimes fails. Restarts the task."""
         self._need_task()
         self._load(gold=True)
         path = self._env.get_gold_action_sequence()
@@ -188,7 +188,7 @@ class ScienceWorld:
         return path
 
     def close(self) -> None:
-        """Ends the virtual machine."""
+        """Stops the virtual machine."""
         if self._env is not None:
             self._env.close()
             self._env._gateway.java_process.wait(timeout=30)
@@ -199,7 +199,7 @@ class ScienceWorld:
         from scienceworld import scienceworld
 
         self.close()
-        scienceworld.launch_gateway = partial(launch_gateway, javaopts=JAVA_OPTIONS)  # the package gives it none
+        scienceworld.launch_gateway = partial(launch_gateway, javaopts=JAVA_OPTIONS)  # the package passes none
         self._env = scienceworld.ScienceWorldEnv()
         task, _, variation = self._task_id.partition("/")[2].rpartition("-")
         self._env.load(task, int(variation), simplifications(task), gold)

@@ -1,24 +1,23 @@
-"""The same world in other words: with its commands told, or with its commands perturbed.
+"""Wrappers that reword a world: `TellCommands` lists its commands in the opening, `Perturbed` perturbs them.
 
-`TellCommands` adds the list of commands to the opening. The sentence has one form for all worlds, and the world's own
-templates in it, as the scripts of AgentRefine name actions:
+The list has one form for all worlds and uses the world's own templates, as AgentRefine's scripts do:
 
     You can: go to {receptacle}, take {object} from {receptacle}, ..., look.
 
-`Perturbed` rewords the commands, both ways: what the agent says becomes the world's wording, and what quotes a command
-to the agent the perturbed one. What is said in the original wording is not a command any more, and is answered as the
-world answers an empty line. Five perturbations, after AgentRefine's test of robustness, of which only P3 is known from
-the paper; the others are ours after what is remembered of it.
+`Perturbed` translates both ways: the agent's perturbed commands into the world's wording, and commands quoted in the
+world's texts into the perturbed wording. A command in the original wording is no longer accepted; the world receives an
+empty line instead. The five perturbations follow AgentRefine's robustness test. Only P3 is known from the paper; the
+others are our reconstruction from memory.
 
 | | what changes | "clean mug 1 with sinkbasin 1", "go to desk 1", "take mug 1 from desk 1" |
 |---|---|---|
-| P1 | with and using change places | clean mug 1 using sinkbasin 1 |
-| P2 | go to -> move to ("move mug 1 to desk 1" stays: it names two things) | move to desk 1 |
-| P3 | the order of words in take | from desk 1 take mug 1 |
-| P4 | no blank between name and number, in all texts | clean mug1 with sinkbasin1, go to desk1, take mug1 from desk1 |
-| P5 | the form of a command: wrapped like a call, its words as they were | do(go to desk 1) |
+| P1 | with and using are swapped | clean mug 1 using sinkbasin 1 |
+| P2 | go to -> move to ("move mug 1 to desk 1" is unchanged: it names two things) | move to desk 1 |
+| P3 | the word order of take | from desk 1 take mug 1 |
+| P4 | no space between name and number, in all texts | clean mug1 with sinkbasin1, go to desk1, take mug1 from desk1 |
+| P5 | a command is wrapped like a call, its words unchanged | do(go to desk 1) |
 
-Left out: the task's words and the world's prose ("You clean the mug 1 using the sinkbasin 1."), except for P4's names.
+Left out: the task's words and the world's prose ("You clean the mug 1 using the sinkbasin 1."), except P4's names.
 
 Try one: python -m envs.play --env alfworld --perturb P3 --tell-commands --task gen_valid/<task>/<trial>
 """
@@ -33,13 +32,13 @@ from typing import NamedTuple
 
 from envs.base import Observation, Result, World
 
-_PLACE = re.compile(r"\{(\w+)\}")  # a placeholder of a template
-_QUOTED = re.compile(r"You can |[^\n,:;.'\"`]+")  # what may be a command where a text quotes or lists some
-_BRACKETED = re.compile(r"[({<].*[)}>]")  # what stands for an argument where a text explains a command
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")  # in a template
+_QUOTED = re.compile(r"You can |[^\n,:;.'\"`]+")  # a phrase that may be a quoted or listed command
+_BRACKETED = re.compile(r"[({<].*[)}>]")  # a placeholder where a text explains a command
 _NAME = re.compile(r"\b([A-Za-z]+) (\d+)\b(?! steps?\b)")
 _JOINED_NAME = re.compile(r"([A-Za-z])(\d+)\b")
 
-# From a template with numbered placeholders, "take {0} from {1}", to the perturbed one.
+# Each maps a template with numbered placeholders, "take {0} from {1}", to the perturbed template.
 RULES: dict[str, Callable[[str], str]] = {
     "P1": lambda t: re.sub(r"\b(with|using)\b", lambda word: {"with": "using", "using": "with"}[word[0]], t),
     "P2": lambda t: re.sub(r"^go to\b", "move to", t),
@@ -54,7 +53,7 @@ PERTURBATIONS = tuple(RULES)
 
 
 class Command(NamedTuple):
-    """A command's original and perturbed template, placeholders numbered, and what matches each."""
+    """A command's original and perturbed template, with numbered placeholders, and the pattern of each."""
 
     old: str
     new: str
@@ -63,25 +62,25 @@ class Command(NamedTuple):
 
 
 def numbered(template: str) -> str:
-    """The template with its placeholders numbered in order: "take {0} from {1}"."""
+    """The template with numbered placeholders: "take {0} from {1}"."""
     count = itertools.count()
-    return _PLACE.sub(lambda _: f"{{{next(count)}}}", template)
+    return _PLACEHOLDER.sub(lambda _: f"{{{next(count)}}}", template)
 
 
 def form(template: str) -> re.Pattern:
-    """What matches the commands of a numbered template; its groups are the arguments, p0, p1, ..."""
-    pieces = _PLACE.split(template)  # words and names of placeholders in turn
-    return re.compile("".join(f"(?P<p{x}>.+?)" if i % 2 else re.escape(x) for i, x in enumerate(pieces)))
+    """The pattern of a numbered template's commands; its groups p0, p1, ... are the arguments."""
+    parts = _PLACEHOLDER.split(template)  # alternately words and placeholder names
+    return re.compile("".join(f"(?P<p{part}>.+?)" if i % 2 else re.escape(part) for i, part in enumerate(parts)))
 
 
 def fill(template: str, arguments: re.Match) -> str:
-    return _PLACE.sub(lambda place: arguments[f"p{place[1]}"], template)
+    return _PLACEHOLDER.sub(lambda placeholder: arguments[f"p{placeholder[1]}"], template)
 
 
 class Wording:
-    """The commands of one task under a perturbation. ValueError for a perturbation that is none of PERTURBATIONS.
+    """The commands of one task under a perturbation. Raises ValueError unless it is one of PERTURBATIONS.
 
-    `perturbed` and `original` are inverses: `original(text)` is a command only where `perturbed` makes that text of it.
+    `perturbed` and `original` are inverses: `original(text)` is a command only if `perturbed` maps it back to `text`.
     """
 
     def __init__(self, commands: Sequence[str], perturbation: str):
@@ -89,37 +88,39 @@ class Wording:
             raise ValueError(f"unknown perturbation {perturbation!r}: expected one of {', '.join(RULES)}")
         self._joins = perturbation == "P4"
         self.commands: list[str] = []
-        found = []
+        pairs = []
         for template in commands:
             old = numbered(template)
             new = RULES[perturbation](old)
-            found.append(Command(old, new, form(old), form(new)))
-            names = _PLACE.findall(template)
-            self.commands.append(_PLACE.sub(lambda place, names=names: f"{{{names[int(place[1])]}}}", new))
-        # "use {0} on {1}" is tried before "use {0}", which it fits too.
-        self._commands = sorted(found, key=lambda command: -len(_PLACE.sub("", command.old)))
+            pairs.append(Command(old=old, new=new, old_form=form(old), new_form=form(new)))
+            names = _PLACEHOLDER.findall(template)
+            self.commands.append(_PLACEHOLDER.sub(lambda match, names=names: f"{{{names[int(match[1])]}}}", new))
+        # "use {0} on {1}" is tried before "use {0}", which matches its commands too.
+        self._commands = sorted(pairs, key=lambda command: -len(_PLACEHOLDER.sub("", command.old)))
 
     def perturbed(self, action: str) -> str | None:
-        """The perturbed wording of an original command; None for a text that is none."""
+        """The perturbed wording of an original command; None for any other text."""
         for command in self._commands:
             if arguments := command.old_form.fullmatch(action):
                 return self._join(fill(command.new, arguments))
         return None
 
     def original(self, action: str) -> str:
-        """The original wording of a perturbed command; the empty string for a text that is none."""
+        """The original wording of a perturbed command; the empty string for any other text."""
         action = action.strip()
         text = _JOINED_NAME.sub(r"\1 \2", action) if self._joins else action
         for command in self._commands:
             if arguments := command.new_form.fullmatch(text):
-                found = fill(command.old, arguments)
-                if self.perturbed(found) == action:
-                    return found
+                candidate = fill(command.old, arguments)
+                if self.perturbed(candidate) == action:
+                    return candidate
         return ""
 
     def told(self, text: str, actions: Callable[[], list[str]]) -> str:
-        """A text of the world as the agent reads it: with every quoted command, or name, in the perturbed wording. A
-        command is quoted where it stands between marks or line ends and is one of `actions()` or a template."""
+        """The world's text as the agent reads it, with quoted commands (P4: all names) in the perturbed wording.
+
+        A phrase between punctuation marks or line ends is a quoted command if it is one of `actions()` or a template.
+        """
         return self._join(_QUOTED.sub(lambda phrase: self._quoted(phrase[0], actions), text))
 
     def _quoted(self, phrase: str, actions: Callable[[], list[str]]) -> str:
@@ -139,12 +140,12 @@ class Wording:
 
 
 def told_commands(opening: str, commands: Iterable[str]) -> str:
-    """An opening that ends with the list of commands."""
+    """The opening with the list of commands appended."""
     return f"{opening}\n\nYou can: {', '.join(commands)}."
 
 
 class TellCommands:
-    """A world whose opening ends with the list of its commands."""
+    """A world whose opening ends with a list of its commands."""
 
     def __init__(self, world: World):
         self._world = world
@@ -168,8 +169,10 @@ class TellCommands:
 
 
 class Perturbed:
-    """A world under a perturbation, one of PERTURBATIONS. Raises ValueError for an unknown one; `actions` raises it in
-    a world that the perturbation cannot reword, and `require_change` for one in which it changes nothing."""
+    """A world under a perturbation, one of PERTURBATIONS. Raises ValueError for an unknown one.
+
+    `actions` raises it if the perturbation cannot be undone in this world, `require_change` if it changes nothing.
+    """
 
     def __init__(self, world: World, perturbation: str):
         self._world, self._name, self._wording = world, perturbation, Wording((), perturbation)
@@ -194,7 +197,7 @@ class Perturbed:
         return sorted(map(self._reworded, self._world.actions()))
 
     def _reworded(self, action: str) -> str:
-        end = "x]" * action.endswith("[")  # completes an open action
+        end = "x]" * action.endswith("[")  # complete an open action
         perturbed = self._wording.perturbed(action + end)
         if perturbed is None or self._wording.original(perturbed) != action + end or not perturbed.endswith(end):
             raise ValueError(
@@ -208,8 +211,8 @@ class Perturbed:
         return self._wording.commands
 
     def require_change(self, task_ids: Iterable[str]) -> None:
-        """Raises ValueError unless the perturbation rewords something at the start of one of these tasks, or where it
-        comes upon an action before that it cannot reword."""
+        """Raises ValueError unless the perturbation changes an action or a template at the start of one of these tasks.
+        Also raises it if the perturbation of an action found on the way cannot be undone."""
         for task_id in task_ids:
             self.reset(task_id)
             if self.actions() != self._world.actions() or self.commands() != self._world.commands():

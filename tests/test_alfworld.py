@@ -442,8 +442,8 @@ def test_index_is_reused_and_follows_changes(tmp_path, monkeypatch):
     first = write_game(tmp_path, "place")
     load_index(root)
     scans = []
-    scan = index._scan_split
-    monkeypatch.setattr(index, "_scan_split", lambda root, split: scans.append(split) or scan(root, split))
+    scan = index.scan_split
+    monkeypatch.setattr(index, "scan_split", lambda root, split: scans.append(split) or scan(root, split))
     assert load_index(root) == {"hand": (first,)} and scans == []
     times = [(f, f.stat().st_mtime_ns) for f in (root / "hand", (root / first).parent)]
     second = write_game(tmp_path, "place", trial="trial_2")
@@ -474,14 +474,14 @@ def test_index_goes_home_where_the_data_cannot_be_written(tmp_path, monkeypatch)
     (root / ".a3t_index.json").mkdir()  # stands for a folder that cannot be written: root may write anywhere
     load_index(root)
     assert len(list((tmp_path / "home" / ".cache" / "a3t").glob("*.json"))) == 1
-    monkeypatch.setattr(index, "_scan_split", None)
+    monkeypatch.setattr(index, "scan_split", None)
     assert load_index(root) == {"hand": (task_id,)}
 
 
 def test_generated_splits_stand_beside_the_given_data(tmp_path, monkeypatch):
     given = write_game(tmp_path / "given")
     made = write_game(tmp_path / "made", split="gen_valid")
-    monkeypatch.setattr(alfworld, "_generated_root", lambda: tmp_path / "made" / "json_2.1.1")
+    monkeypatch.setattr(alfworld, "generated_root", lambda: tmp_path / "made" / "json_2.1.1")
     world = AlfWorld(data=str(tmp_path / "given"))
     assert world.tasks("hand") == (given,) and world.tasks("gen_valid") == (made,)
     assert world.reset(made) == world.reset(given)

@@ -18,7 +18,8 @@ import pytest
 from envs.alfworld import generate, rooms
 from envs.alfworld.index import TASK_TYPES, task_type
 from envs.alfworld.world import AlfWorld
-from envs.panel import read_panel
+from envs.panel import PANELS, read_panel
+from envs.webshop import generate as webshop_generate
 
 ROOT = Path(__file__).parents[1]
 needs_wheel = pytest.mark.skipif(rooms.wheel_folder() is None, reason="the data of the alfworld wheel is not installed")
@@ -232,3 +233,10 @@ def test_two_processes_that_generate_at_once_end_with_one_split(tmp_path):
     kept = sorted(tmp_path.glob("json_2.1.1/mini_valid/*/*/*"))
     generate.write_split(tmp_path, "mini_valid", seed=1, count=2)  # the slower one finds the split in place
     assert sorted(tmp_path.glob("json_2.1.1/mini_valid/*/*/*")) == kept and not list(tmp_path.glob("building-*"))
+
+
+def test_generated_data_and_panels_are_where_the_project_keeps_them():
+    """Their paths are relative to their modules, so a module that moves takes them along unless its anchor follows."""
+    assert generate.FOLDER.parent == webshop_generate.FOLDER.parent == ROOT / "data"
+    assert generate.FOLDER != webshop_generate.FOLDER
+    assert PANELS == ROOT / "envs" / "panels" and (PANELS / "SHA256").is_file()

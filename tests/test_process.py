@@ -172,7 +172,7 @@ def test_a_killed_program_takes_its_worlds_along(tmp_path, number):
     folder = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0TMPDIR=")[1].split(b"\0")[0]
     assert not gone(pid) and os.path.isdir(folder)
     program.send_signal(number)
-    program.wait(20)
+    program.wait(60)
     assert gone(pid, 20) and not os.path.exists(folder)
 
 

@@ -1,1 +1,1 @@
-"""ALFWorld: household tasks in text; our own engine, TextWorld as its reference, generated games, a demonstrator."""
+"""ALFWorld: household tasks in text: our engine, TextWorld as the reference, generated games, a scripted player."""

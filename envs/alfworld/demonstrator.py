@@ -1,14 +1,14 @@
-"""A scripted player of ALFWorld that reads only the text, so that what it does can be imitated.
+"""A scripted ALFWorld player that reads only the text, so that a model can imitate it.
 
-It remembers what each receptacle showed, searches the rest in the order of how often receptacles of that type hold the
-wanted object (`places`, counted over games that are not evaluated on), and thinks briefly on every turn. A thought
-names what is wanted before it says whether that is in sight: what follows a name that was just read can be copied,
-which a small model learns long before it learns to compare a list with a wish. It can be displaced: told that another
-action was taken, it goes on from there, and `explain` writes the reason for such an action after the fact, which is the
-text that ActRe learns from. It can be careless: then it takes the shortcut of its task type (no cleaning, heating or
-cooling; one thing instead of two; a look without the lamp) and believes that it is done.
+It remembers the contents of each receptacle it has seen, and searches the others in the order of how often their type
+holds the wanted object (`hold_rates`, counted over games that are not evaluated on). Every turn has a short thought,
+which names the wanted object before it says whether that is in sight: what follows a name just read can be copied,
+which a small model learns long before it learns to compare a list with a goal. If another action is taken than its own,
+it continues from the new state; `explain` writes a reason for that action afterwards, the text that ActRe learns from.
+A careless player takes the shortcut of its task type (no cleaning, heating or cooling; one object instead of two;
+looking without the lamp) and believes that it is done.
 
-Left out: slicing (no task of the six types needs it). Used by models/pretrain.py and policy.ScriptedPolicy.
+Left out: slicing (no task of the six types needs it). Used by models/corpus/alfworld.py and agent/scripted.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TREATMENTS = {  # word in the goal: (verb, adjective, receptacle type)
 
 
 def kind(name: str) -> str:
-    """The type of a numbered thing: "mug 2" -> "mug"."""
+    """The type of a numbered object: "mug 2" -> "mug"."""
     return name.rsplit(" ", 1)[0]
 
 
@@ -41,48 +41,48 @@ def number(name: str) -> int:
 
 
 def things(text: str) -> list[str]:
-    """The numbered things that a sentence lists: "you see a mug 2, and a pen 1" -> ["mug 2", "pen 1"]."""
+    """The numbered objects listed in a sentence: "you see a mug 2, and a pen 1" -> ["mug 2", "pen 1"]."""
     return re.findall(r"\ba (\w+ \d+)", text)
 
 
 class Demonstrator:
-    """Plays one game. `places[object type][receptacle type]` is the share of such receptacles that hold such an object.
+    """Plays one game. `hold_rates[object type][receptacle type]`: the share of those receptacles with such an object.
 
-    decide() -> (thought, action); observe(action, observation) after every action, its own or another's;
-    explain(action) -> the reason for an action about to be taken by somebody else.
-    Raises ValueError for a goal that none of the six task types states.
+    decide() -> (thought, action); observe(action, observation) after every action, its own or another player's;
+    explain(action) -> the reason for another player's next action.
+    Raises ValueError for a goal that fits none of the six task types.
     """
 
-    def __init__(self, opening: str, places: Mapping[str, Mapping[str, float]] | None = None):
+    def __init__(self, opening: str, hold_rates: Mapping[str, Mapping[str, float]] | None = None):
         goal = re.search(r"Your task is to: (.*?)\.(?:\s|$)", opening)
         match = goal and next((m for p, *_ in GOALS if (m := re.fullmatch(p, goal[1]))), None)
         if not match:
             raise ValueError(f"no goal of the six task types in {opening[:200]!r}")
         groups = match.groupdict()
-        self.target, self.place, self.lamp = groups["object"], groups.get("place"), groups.get("lamp")
+        self.target, self.goal_type, self.lamp = groups["object"], groups.get("place"), groups.get("lamp")
         self.treatment = TREATMENTS.get(match[1]) if match.re.groups == 3 else None
         self.needed = 2 if " two " in f" {goal[1]} " else 1
         seen = opening[opening.index("you see") :].split("\n")[0].split("Your task is to")[0]
-        rates = (places or {}).get(self.target, {})
-        # Stable: receptacles of a type stay in the order of the list, so that the next one can be read off it.
+        rates = (hold_rates or {}).get(self.target, {})
+        # A stable sort keeps receptacles of one type in the listed order, so the next one can be read off the list.
         self.receptacles = sorted(things(seen), key=lambda r: (-rates.get(kind(r), 0.0), kind(r)))
-        self.contents: dict[str, list[str]] = {}  # receptacle -> what it showed last; absent: never seen inside
+        self.contents: dict[str, list[str]] = {}  # receptacle -> last contents seen; absent: never seen inside
         self.closed: set[str] = set()
-        self.at = self.holding = self.taken_from = self.goal_place = None
+        self.at = self.holding = self.taken_from = self.goal_receptacle = None
         self.treated: set[str] = set()
         self.placed: list[str] = []
-        self.careless = False  # set it to have the shortcut taken
-        self.examined = False  # the shortcut where a lamp is asked for
-        self.refused: set[tuple[str, str]] = set()  # (thing, receptacle) that cannot hold it
+        self.careless = False  # set by the caller; takes the shortcut
+        self.examined = False  # the shortcut of lamp tasks was taken
+        self.refused: set[tuple[str, str]] = set()  # (object, receptacle that cannot hold it)
 
-    # ---- what the text says ------------------------------------------------------------------------------------------
+    # ---- reading the text --------------------------------------------------------------------------------------------
 
     def observe(self, action: str, observation: str) -> None:
-        """Takes in what the world answered to `action`."""
+        """Updates the memory from the world's answer to `action`."""
         verb, _, rest = action.partition(" ")
         if observation.startswith("Nothing happens"):
             if verb == "go" and rest.removeprefix("to ") in self.receptacles:
-                self.at = rest.removeprefix("to ")  # it shares its place with where we are: we are there already
+                self.at = rest.removeprefix("to ")  # co-located with the current one: already there
             if verb == "move":
                 self.refused.add(tuple(rest.split(" to ", 1)))
             return
@@ -103,10 +103,10 @@ class Demonstrator:
             self.contents.setdefault(where, []).append(thing)
             self.holding = None
             ready = not self.treatment or thing in self.treated or self.careless
-            wanted = kind(where) == self.place and kind(thing) == self.target
-            if ready and wanted and self.goal_place in (None, where):
+            wanted = kind(where) == self.goal_type and kind(thing) == self.target
+            if ready and wanted and self.goal_receptacle in (None, where):
                 self.placed.append(thing)
-                self.goal_place = where
+                self.goal_receptacle = where
         elif verb in ("clean", "heat", "cool"):
             thing = rest.partition(" with ")[0]
             if self.treatment and verb == self.treatment[0]:
@@ -123,7 +123,7 @@ class Demonstrator:
             self.closed.discard(where)
             self.contents[where] = things(listed)
 
-    # ---- what to do --------------------------------------------------------------------------------------------------
+    # ---- acting ------------------------------------------------------------------------------------------------------
 
     def decide(self) -> tuple[str, str]:
         """The next (thought, action)."""
@@ -148,11 +148,11 @@ class Demonstrator:
 
     @property
     def done(self) -> bool:
-        """Whether a careless player believes that the task is done."""
+        """Whether a careless player believes the task is done."""
         return self.careless and bool(self.placed or self.examined)
 
     def _reach(self, where: str, thought: str) -> tuple[str, str] | None:
-        """The step towards standing at `where` with it open; None when that is so."""
+        """The next step towards standing at `where` with its contents seen; None once there."""
         if self.at != where:
             return thought, f"go to {where}"
         if where in self.closed:
@@ -162,7 +162,7 @@ class Demonstrator:
         return None
 
     def known(self, wanted: str) -> tuple[str, str] | None:
-        """A thing of the wanted type that was seen and still has to be moved, and where; here first."""
+        """An object of the wanted type seen and still to be moved, and its receptacle; the current one first."""
         spots = sorted(self.contents, key=lambda r: (r != self.at, kind(r), number(r)))
         done = [] if self.lamp else self.placed
         return next(((t, r) for r in spots for t in self.contents[r] if kind(t) == wanted and t not in done), None)
@@ -171,7 +171,7 @@ class Demonstrator:
         if self.at and self.at not in self.contents:
             return self._reach(self.at, "")
         hidden = [r for r in self.receptacles if r not in self.contents]
-        if not hidden:  # everything was seen: look again, something may have been missed
+        if not hidden:  # everything was seen: search again, something may have been missed
             self.contents.clear()
             hidden = [r for r in self.receptacles if r != self.at]
         return f"{self._need(wanted)}. I check the {hidden[0]}.", f"go to {hidden[0]}"
@@ -204,17 +204,19 @@ class Demonstrator:
             if self.at != where:
                 return f"I have the {thing}. I {verb} it at the {where}.", f"go to {where}"
             return f"I {verb} the {thing} with the {where}.", f"{verb} {thing} with {where}"
-        where = self.goal_place or next((r for r in self.receptacles if kind(r) == self.place), f"{self.place} 1")
+        where = self.goal_receptacle or next(
+            (r for r in self.receptacles if kind(r) == self.goal_type), f"{self.goal_type} 1"
+        )
         state = f"The {thing} is {self.treatment[1]}." if thing in self.treated else f"I have the {thing}."
         return self._reach(where, f"{state} I bring it to the {where}.") or (
             f"I put the {thing} in the {where}.",
             f"move {thing} to {where}",
         )
 
-    # ---- reasons after the fact --------------------------------------------------------------------------------------
+    # ---- reasons for given actions -----------------------------------------------------------------------------------
 
     def explain(self, action: str) -> str:
-        """One short sentence that motivates `action` here and now, written after the action was chosen."""
+        """One short sentence that motivates `action` in the current state, written after the action was chosen."""
         thought, own = self.decide()
         if action == own:
             return thought

@@ -1,8 +1,8 @@
-"""The ALFRED household as text: one game of ALFWorld as a plain state machine read from its `game.tw-pddl`.
+"""One ALFWorld game as a plain state machine, read from its `game.tw-pddl`.
 
-It says and accepts exactly what TextWorld 1.7.0 does with alfworld 0.4.2's domain and grammar, its quirks included, a
-thousand times faster: the domain's actions are written out below, so nothing is grounded, planned or rendered.
-Left out: other PDDL domains. Of a game file only the problem and the task line are read, not its domain and grammar.
+Accepts and prints exactly what TextWorld 1.7.0 does with alfworld 0.4.2's domain and grammar, quirks included, a
+thousand times faster: the domain's actions are hand-coded below, so nothing is grounded, planned or rendered.
+Left out: other PDDL domains. Only the problem and the task line of a game file are read, not its domain and grammar.
 
 Compare both engines: python -m bench.alfworld_engine
 """
@@ -58,7 +58,7 @@ COMMANDS = {"0.4": _COMMANDS, "0.3": tuple(c.replace("move {object} to", "put {o
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """One of ALFWorld's six goals; `kind` = place, clean, heat, cool, two or look, the rest ids that may satisfy it."""
+    """One of ALFWorld's six goals. `kind`: place, clean, heat, cool, two or look; the rest: ids that may satisfy it."""
 
     kind: str
     objects: frozenset[str]
@@ -67,9 +67,9 @@ class Goal:
 
 
 def names_of(ids: set[str]) -> dict[str, str]:
-    """The name of every id, numbered as by alfworld's Demangler: within a kind, descending along the sorted ids.
+    """{id: name}, numbered as by alfworld's Demangler: within a kind, descending along the sorted ids.
 
-    Locations have names too ("loc 12"), which the old wording says; a location that no fact mentions takes no number.
+    Locations have names too ("loc 12"), which the old wording prints; a location in no fact gets no number.
     """
     kinds = {i: i.split("_bar_", 1)[0] + ("basin" if "basin" in i else "") for i in sorted(ids) if "_bar_" in i}
     left = Counter(kinds.values())
@@ -81,22 +81,22 @@ def names_of(ids: set[str]) -> dict[str, str]:
 
 
 def listing(items: list[str]) -> str:
-    """TextWorld's enumeration: `a`, `a, and b`, `a, b, and c`, or `nothing`."""
+    """Items listed as TextWorld does: `a`, `a, and b`, `a, b, and c`, or `nothing`."""
     if len(items) < 2:
         return items[0] if items else "nothing"
     return ", ".join(items[:-1]) + ", and " + items[-1]
 
 
 class Game:
-    """One running game. Plain sets and lists, so it pickles and copies; ids are the PDDL's, lower-cased.
+    """One running game. Its state is plain sets and lists, so it pickles and copies; ids are the PDDL's, in lower case.
 
-    `text` is the opening (room, blank line, task line) without TextWorld's banner, `task` the goal in words. Commands
-    go to `act`. Source of the rules: alfworld 0.4.2, data/alfred.pddl and data/alfred.twl2, as TextWorld 1.7.0 plays
-    them, and for `grammar` "0.3" the alfred.twl2 of alfworld 0.3.5.
+    `text` is the opening (room, blank line, task line) without TextWorld's banner, `task` the goal in words. `act`
+    executes commands. Source of the rules: alfworld 0.4.2, data/alfred.pddl and data/alfred.twl2, as TextWorld 1.7.0
+    plays them, and for `grammar` "0.3" the alfred.twl2 of alfworld 0.3.5.
     """
 
     def __init__(self, data: dict[str, str], grammar: str = "0.4"):
-        """Read a game file's content; KeyError, IndexError or ValueError where it is not an ALFRED game."""
+        """Reads a game file's JSON. Raises KeyError, IndexError or ValueError if it is not an ALFRED game."""
         problem = str(data["pddl_problem"]).lower()
         start, end = problem.find("(:init"), problem.find("(:goal")
         task_line = _TASK_LINE.search(str(data["grammar"]))
@@ -136,14 +136,14 @@ class Game:
         for inner, outer in sorted(facts["inreceptacleobject"]):
             self.inside[outer].append(inner)
         self.inside = dict(self.inside)
-        # From here on: what changes.
+        # The state below changes during the game.
         self.here = facts["atlocation"][0][1]
         self.opened = having("opened")
         self.contents: dict[str, list[str]] = {receptacle: [] for receptacle in self.location}
         for thing, receptacle in sorted(set(facts["inreceptacle"])):
             self.contents[receptacle].append(thing)
-        self.places = set(facts["objectatlocation"])
-        self.taken_from: set[tuple[str, str]] = set()  # TextWorld keeps this as facts, and `look` asks for them
+        self.object_locations = set(facts["objectatlocation"])
+        self.taken_from: set[tuple[str, str]] = set()  # facts in TextWorld, which `look` reads
         self.held: str | None = None
         self.state = {name: having(f"is{name}") for name in ("clean", "hot", "cool", "sliced", "toggled")}
 
@@ -156,7 +156,7 @@ class Game:
             return Goal(kind="look", objects=of_type[types[thing]], lamps=lamps)
         wanted = re.search(r"\(receptacletype \?\w+ (\w+)\)", goal)
         if wanted is None or len(of_type) != 1:
-            raise ValueError(f"a goal that is none of ALFWorld's six: {' '.join(goal.split())[:200]}")
+            raise ValueError(f"the goal is none of ALFWorld's six: {' '.join(goal.split())[:200]}")
         (objects,) = of_type.values()
         receptacles = tuple(r for r in self.location if self.receptacle_type.get(r) == wanted[1])
         for kind, changed in (("clean", "isclean"), ("heat", "ishot"), ("cool", "iscool")):
@@ -165,10 +165,10 @@ class Game:
         return Goal(kind="two" if "(= " in goal else "place", objects=objects, receptacles=receptacles)
 
     def conditions(self) -> tuple[int, int]:
-        """How many of the goal's conditions hold now, for the best choice of objects, and how many there are.
+        """(conditions of the goal that hold now, for the best choice of objects; the goal's conditions).
 
-        place: an object in the receptacle (1). two: two of them in the same one (2). clean, heat, cool: changed, and in
-        the receptacle, counted on one object (2). look: lamp on and the agent at it, object in hand (2).
+        place: an object in the receptacle (1). two: two objects in the same receptacle (2). clean, heat, cool: one
+        object changed and in the receptacle (2). look: lamp on with the agent at it, object in hand (2).
         """
         goal = self.goal
         if goal.kind == "look":
@@ -188,7 +188,7 @@ class Game:
         return max(((o in changed) + (o in placed) for o in goal.objects), default=0), 2
 
     def actions(self) -> list[str]:
-        """Every command that `act` accepts now, sorted, as TextWorld's admissible commands."""
+        """Every command that `act` accepts now, sorted: TextWorld's admissible commands."""
         names, held, old = self.names, self.held, self.old_wording
         found = [f"go to {names[r]}" for r, location in self.location.items() if location != self.here]
         found += ["inventory", "look"] if old else ["help", "inventory", "look"]
@@ -214,13 +214,13 @@ class Game:
         if held and self._cuts(held):
             found += [
                 f"slice {names[o]} with {names[held]}"
-                for o, location in self.places
+                for o, location in self.object_locations
                 if location == self.here and o in self.sliceable
             ]
         return sorted(set(found))
 
     def act(self, command: str) -> str | None:
-        """Carry out one command and return TextWorld's answer; None, and no change, where it is not admissible."""
+        """Executes one command and returns TextWorld's answer; None, with no change, if it is not admissible."""
         match command.split(" "):
             case ["look"]:
                 return self.look()
@@ -249,12 +249,14 @@ class Game:
         return None
 
     def look(self) -> str:
-        """What `look` answers: where the agent stands, never what lies inside a receptacle."""
+        """The answer to `look`: the receptacles at the agent's location, never their contents."""
         if self.here not in self.at:
             return f"{_MIDDLE} nothing."
-        # Beside a receptacle is what was once taken out of it and now lies in another one at the same place.
+        # TextWorld lists here the objects once taken out of a receptacle that are now in another at the same location.
         beside = sorted(
-            (o, r) for o, r in self.taken_from if self.location[r] == self.here and (o, self.here) in self.places
+            (o, r)
+            for o, r in self.taken_from
+            if self.location[r] == self.here and (o, self.here) in self.object_locations
         )
         things = listing([f"a {self.names[o]}" for o, _ in beside])
         facing = listing([self.names[r] for r in self.at[self.here]])
@@ -288,7 +290,7 @@ class Game:
         return f"On the {name}, you see {things}."
 
     def _go(self, receptacle: str | None) -> str | None:
-        # Where the agent already stands the planner drops the action as one without effect, so it is not admissible.
+        # Going to the agent's own location has no effect, so the planner drops it and it is not admissible.
         if receptacle not in self.location or self._here(receptacle):
             return None
         self.here = self.location[receptacle]
@@ -310,7 +312,7 @@ class Game:
             return None
         self.contents[receptacle].remove(thing)
         self.taken_from.add((thing, receptacle))
-        self.places.discard((thing, self.here))
+        self.object_locations.discard((thing, self.here))
         self.held = thing
         return f"You pick up the {self.names[thing]} from the {self.names[receptacle]}."
 
@@ -319,10 +321,10 @@ class Game:
             return None
         if not self._fits(thing, receptacle):
             return None
-        if thing not in self.contents[receptacle]:  # a game may list an object in two receptacles, so it may still be
+        if thing not in self.contents[receptacle]:  # a game may list an object in two receptacles
             insort(self.contents[receptacle], thing)
         self.taken_from.discard((thing, receptacle))
-        self.places.add((thing, self.here))
+        self.object_locations.add((thing, self.here))
         self.held = None
         if self.old_wording:
             return f"You put the {self.names[thing]} in/on the {self.names[receptacle]}."
@@ -348,7 +350,7 @@ class Game:
     def _slice(self, thing: str | None, knife: str | None) -> str | None:
         if knife is None or knife != self.held or not self._cuts(knife):
             return None
-        if thing not in self.sliceable or (thing, self.here) not in self.places:
+        if thing not in self.sliceable or (thing, self.here) not in self.object_locations:
             return None
         self.state["sliced"].add(thing)
         return f"You sliced the {self.names[thing]} with the {self.names[knife]}."
@@ -356,7 +358,7 @@ class Game:
     def _examine(self, thing: str | None) -> str | None:
         if self._here(thing):
             return self._see(thing)
-        # The domain's "(?l - location, ?r - receptacle)" reads as an unknown type: only what is held can be examined.
+        # The domain's "(?l - location, ?r - receptacle)" parses as an unknown type: only a held object can be examined.
         if thing is None or thing != self.held:
             return None
         name = self.names[thing]

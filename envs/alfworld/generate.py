@@ -1,18 +1,19 @@
-"""ALFWorld games for a machine without the game files: new games, written exactly as the real ones are.
+"""Generate ALFWorld games in the format of the real ones, for machines without the game files.
 
     python -m envs.alfworld.generate --folder data/generated            # gen_train, gen_valid, gen_demo
     ALFWORLD_DATA=data/generated python -m envs.play --env alfworld --tasks --split gen_valid
 
-The alfworld wheel ships no games but everything they are made of: 120 rooms (the object types in each, and its
-receptacles with their places), which receptacle may hold what, the PDDL domain and the text grammar. A game puts
-objects into one of those rooms by the frequencies of the real training games, picks one of the six task types, and
-writes `game.tw-pddl` and `traj_data.json`, which the stock alfworld and TextWorld load and play. The rooms of the
-real unseen splits are left out. Where the wheel is missing, four small rooms of our own take their place; their
-splits are called mini_* and only our own engine can play them.
+The alfworld wheel ships no games but all their ingredients: 120 rooms (their object types, and their receptacles with
+positions), which receptacle may hold what, the PDDL domain and the text grammar. A game picks one of the six task
+types, fills a room with objects at the frequencies of the real training games, and is written as `game.tw-pddl` and
+`traj_data.json`, which the stock alfworld and TextWorld load and play. The rooms of the real unseen splits are not
+used. Without the wheel, four small rooms (mini_rooms.py) replace its rooms; their splits are named mini_* and only our
+engine can play them.
 
-Left out: objects that never lie in a receptacle (light switches, chairs, balls on the floor), objects inside other
-objects, sliced goals, and images. A game is a function of (seed, split, number) and of the rooms; its id ends in a
-hash of its problem text, so an id names one game only.
+A game is a function of (seed, split, index) and of the rooms; its id ends in a hash of its problem text, so an id
+identifies exactly one game.
+Left out: objects that are never in a receptacle (light switches, chairs, balls on the floor), objects inside other
+objects, sliced goals, and images.
 """
 
 from __future__ import annotations
@@ -50,13 +51,13 @@ from envs.alfworld.rooms import (
 )
 from envs.base import check_stamp
 
-SEED = 20240403  # of the panels in envs/panels
+SEED = 20240403  # the panels in envs/panels use it
 FOLDER = Path(__file__).parents[2] / "data/generated"
 SPLIT_SIZES = {"train": 600, "valid": 200, "demo": 300}
-STAMP = "generated.json"  # in a split's folder: what stamp_of says
+STAMP = "generated.json"  # in a split's folder: the result of make_stamp
 
-# How many objects one receptacle of a type attracts, beside others that may hold the same object (CounterTop = 10):
-# maximum likelihood over the places of all objects in the real training games.
+# Weight of one receptacle of a type among all that may hold the same object (CounterTop = 10): the maximum-likelihood
+# fit to the placements of all objects in the real training games.
 ATTRACTION = {
     "Bed": 36,
     "CoffeeMachine": 22,
@@ -91,7 +92,7 @@ FIXED_ONLY = {"DeskLamp", "HousePlant", "Television", "Sink", "Mirror", "Window"
 
 ONE_COPY = ("Box", "HandTowel", "Towel", "WateringCan")
 TWO_COPIES = ("Bread", "Kettle", "Laptop", "Pan", "Pillow", "Pot")
-TARGET_COPIES = {1: (37, 30, 20, 13), 2: (0, 46, 32, 22)}  # how often 1, 2, 3, 4 copies, by how many the task needs
+TARGET_COPIES = {1: (37, 30, 20, 13), 2: (0, 46, 32, 22)}  # weights of 1, 2, 3, 4 copies, by the number needed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ class Placed:
 def place_objects(
     rng: np.random.Generator, scene: Scene, holds: dict, task: str, target: str, goal: str
 ) -> list[Placed]:
-    """Objects of every type that the room may show, each in a receptacle that may hold it."""
+    """Objects of every type that can occur in the room, each in a receptacle that may hold it."""
     placed, full = [], set()
     for kind in scene.object_types:
         options = [one for one in scene.receptacles if kind in holds[one.kind]]
@@ -114,7 +115,7 @@ def place_objects(
             copies = int(rng.random() < chance)
         elif kind == target:
             copies = 1 + pick(rng, range(4), TARGET_COPIES[2 if task == "pick_two_obj_and_place" else 1])
-            if task not in CHANGES:  # else the task could be done already
+            if task not in CHANGES:  # otherwise the task could be solved at the start
                 options = [one for one in options if one.kind != goal]
         else:
             copies = 1 + int(rng.random() * (1 if kind in ONE_COPY else 2 if kind in TWO_COPIES else 3))
@@ -132,9 +133,9 @@ def goal_text(task: str, target: str, goal: str) -> str:
     """The goal in PDDL."""
     if task == "look_at_obj_in_light":
         lamp = f"(objectType ?ot {goal}Type) (toggleable ?ot) (isToggled ?ot)"
-        place = "(receptacleAtLocation ?r ?l) (atLocation ?a ?l) (inReceptacle ?ot ?r)"
+        nearby = "(receptacleAtLocation ?r ?l) (atLocation ?a ?l) (inReceptacle ?ot ?r)"
         return (
-            f"(and (exists (?ot - object ?r - receptacle ?a - agent ?l - location) (and {lamp} {place}))"
+            f"(and (exists (?ot - object ?r - receptacle ?a - agent ?l - location) (and {lamp} {nearby}))"
             f" (exists (?o - object ?a - agent) (and (objectType ?o {target}Type) (holds ?a ?o))))"
         )
     typed = f"(objectType ?{{0}} {target}Type) (receptacleType ?r {goal}Type) (inReceptacle ?{{0}} ?r)"
@@ -147,7 +148,7 @@ def goal_text(task: str, target: str, goal: str) -> str:
 
 
 def names(identifiers: Sequence[str]) -> dict[str, str]:
-    """{identifier: its name in the text}. As in alfworld, the first id of a name by alphabet has the highest number."""
+    """{identifier: name in the text}. As in alfworld, the alphabetically first id of a kind has the highest number."""
     named, counts = {}, {}
     for identifier in sorted(identifiers, key=str.lower, reverse=True):
         name = identifier.lower().split("_bar_")[0] + ("basin" if identifier.endswith("Basin") else "")
@@ -157,14 +158,14 @@ def names(identifiers: Sequence[str]) -> dict[str, str]:
 
 
 def walkthrough(scene: Scene, placed: list[Placed], task: str, target: str, goal: str) -> list[str]:
-    """Commands that win the game, from where the agent starts, which is no receptacle's place."""
+    """Commands that win the game from the agent's start, which is at no receptacle."""
     called = names([*(one.identifier for one in scene.receptacles), *(one.identifier for one in placed)])
     commands, opened, here = [], set(), None
 
     def visit(receptacle: Receptacle, inside: bool) -> str:
         nonlocal here
         name = called[receptacle.identifier]
-        if receptacle.location != here:  # one does not go to what is in reach already
+        if receptacle.location != here:  # going to the current location is not admissible
             commands.append(f"go to {name}")
             here = receptacle.location
         if inside and receptacle.opens and name not in opened:
@@ -192,7 +193,7 @@ def walkthrough(scene: Scene, placed: list[Placed], task: str, target: str, goal
 def problem_text(
     rng: np.random.Generator, scene: Scene, abilities: dict, placed: list[Placed], task: str, target: str, goal: str
 ) -> str:
-    """The PDDL problem: the facts that the real ones have, object by object."""
+    """The PDDL problem, with the same kinds of facts as the real ones, object by object."""
     facts, start = [], spot(rng)
     taken = {receptacle.location for receptacle in scene.receptacles}
     while start in taken:
@@ -209,26 +210,26 @@ def problem_text(
         if one.kind == "DeskLamp":
             facts.append(f"(toggleable {name})")
         facts += [f"({ability} {name})" for ability in ABILITIES if one.kind in abilities[ability]]
-        # What the fridge holds is cold, but the object to be cooled is not: so it is in the real games.
+        # As in the real games, an object in the fridge is cold unless it is the one to be cooled.
         if one.kind == target and receptacle.kind == "Fridge" and task != "pick_cool_then_place_in_recep":
             facts.append(f"(isCool {name})")
     things = lines([f"{one.identifier} - object" for one in placed])
-    places = lines([f"{location} - location" for location in sorted(taken | {start})])
+    locations = lines([f"{location} - location" for location in sorted(taken | {start})])
     return (
-        f"\n(define (problem plan_generated)\n(:domain alfred)\n(:objects\n{scene.objects}{things}{places})\n"
+        f"\n(define (problem plan_generated)\n(:domain alfred)\n(:objects\n{scene.objects}{things}{locations})\n"
         f"(:init\n{scene.facts}        (atLocation agent1 {start})\n{lines(facts)})\n"
         f"(:goal\n    {goal_text(task, target, goal)}\n)\n)\n"
     )
 
 
-def generate_game(seed: int, split: str, number: int) -> tuple[str, dict, dict]:
-    """Game `number` of a split: (task id, the contents of game.tw-pddl, the contents of traj_data.json).
+def generate_game(seed: int, split: str, index: int) -> tuple[str, dict, dict]:
+    """Game `index` of a split: (task id, contents of game.tw-pddl, contents of traj_data.json).
 
-    Raises ValueError for a split of another family, and FileNotFoundError for a gen_* split where the alfworld wheel
-    is missing.
+    Raises ValueError for a split that is neither gen_* nor mini_*, FileNotFoundError for gen_* without the alfworld
+    wheel.
     """
     known = catalogue(split.partition("_")[0])
-    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), number])
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
     while True:
         task = pick(rng, tuple(TASKS), [weight for weight, _, _ in TASKS.values()])
         _, by_room, phrases = TASKS[task]
@@ -251,7 +252,7 @@ def generate_game(seed: int, split: str, number: int) -> tuple[str, dict, dict]:
         "walkthrough": walkthrough(scene, placed, task, target, goal),
     }
     parent, lamp = ("", goal) if task == "look_at_obj_in_light" else (goal, "")
-    trial = f"trial_{number:06d}_{hashlib.sha256((phrase + problem).encode()).hexdigest()[:10]}"
+    trial = f"trial_{index:06d}_{hashlib.sha256((phrase + problem).encode()).hexdigest()[:10]}"
     parameters = {
         "object_target": target,
         "parent_target": parent,
@@ -270,21 +271,21 @@ def generate_game(seed: int, split: str, number: int) -> tuple[str, dict, dict]:
 
 
 def generate_games(seed: int, split: str, count: int, start: int = 0) -> Iterator[tuple[str, dict, dict]]:
-    """Games start .. start + count - 1 of a split, one at a time, nothing written: what generate_game returns."""
-    for number in range(start, start + count):
-        yield generate_game(seed, split, number)
+    """Games start .. start + count - 1 of a split, as returned by generate_game; writes nothing."""
+    for index in range(start, start + count):
+        yield generate_game(seed, split, index)
 
 
-# -------------------------------------------------------------------------------------------- games in files
+# ---- games in files --------------------------------------------------------------------------------------------------
 
 
 def make_stamp(split: str, seed: int, count: int) -> dict:
-    """What a split's folder must have been made from. The first game's id tells generators apart."""
+    """The settings that a split's folder was made with. The first game's id identifies the generator's version."""
     return {"seed": seed, "count": count, "first": generate_game(seed, split, 0)[0]}
 
 
 def write_split(folder: Path, split: str, seed: int, count: int) -> None:
-    """Writes <folder>/json_2.1.1/<split> whole or not at all: it is built aside and then renamed."""
+    """Writes <folder>/json_2.1.1/<split> atomically: it is built in a temporary folder and then renamed."""
     final = folder / "json_2.1.1" / split
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = tempfile.mkdtemp(prefix=f"building-{split}-", dir=folder)
@@ -299,7 +300,7 @@ def write_split(folder: Path, split: str, seed: int, count: int) -> None:
         (building / STAMP).write_text(json.dumps(make_stamp(split, seed, count)))
         os.replace(building, final)
     except OSError:
-        if not (final / STAMP).is_file():  # else another process has just written the same games
+        if not (final / STAMP).is_file():  # otherwise another process has just written the same games
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -308,11 +309,11 @@ def write_split(folder: Path, split: str, seed: int, count: int) -> None:
 def ensure_generated(
     folder: Path = FOLDER, seed: int = SEED, demo_games: int = SPLIT_SIZES["demo"], splits: Sequence[str] = ()
 ) -> Path:
-    """The folder that contains json_2.1.1, with the train, valid and demo splits of this machine's family in it.
+    """The folder that contains json_2.1.1, once it has the train, valid and demo splits of this machine's family.
 
-    What is there already is kept; `splits` chooses other ones than the family's three. A folder called building-*
-    is what a killed run left; it is never read and may be deleted. Raises ValueError where a split was made from
-    another seed, with another number of games or by another version of the generator.
+    Existing splits are kept. `splits`: make these instead of the family's three. Folders named building-* are left by
+    killed runs; they are never read and may be deleted. Raises ValueError if a split was made with another seed, number
+    of games or version of the generator.
     """
     folder = Path(folder)
     for split in splits or [f"{family()}_{name}" for name in SPLIT_SIZES]:
@@ -320,24 +321,25 @@ def ensure_generated(
         if name not in SPLIT_SIZES:
             raise ValueError(f"split {split!r} is unknown: expected gen_ or mini_ and one of {', '.join(SPLIT_SIZES)}")
         count = demo_games if name == "demo" else SPLIT_SIZES[name]
-        wanted = make_stamp(split, seed, count)
+        stamp = make_stamp(split, seed, count)
         final = folder / "json_2.1.1" / split
         if not final.exists():
             write_split(folder, split, seed, count)
-        check_stamp(final, STAMP, wanted)
+        check_stamp(final, STAMP, stamp)
     return folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
     folder: Path = FOLDER
-    """Where json_2.1.1 goes; set ALFWORLD_DATA to it to play the games."""
+    """Output folder of json_2.1.1. To play the games, set ALFWORLD_DATA to it."""
     seed: int = SEED
-    """Every game is a function of seed, split and number. The panels in envs/panels belong to the default."""
+    """Seed of the games. The panels in envs/panels need the default."""
     demo_games: int = SPLIT_SIZES["demo"]
-    """Games in the split for demonstrations."""
+    """Number of games in the demo split, for demonstrations."""
     splits: tuple[str, ...] = ()
-    """Which to make: gen_train gen_valid gen_demo, or the mini_ ones. Default: gen_ where the alfworld wheel is."""
+    """Splits to make: gen_train gen_valid gen_demo, or their mini_ versions (default: all three, gen_ if the alfworld
+    wheel is installed, else mini_)."""
 
 
 def main(args: Args) -> None:

@@ -1,13 +1,13 @@
-"""Four small rooms of our own, for games where the alfworld wheel is missing. Data only; read by generate.py.
+"""Four small hand-written rooms, for generating games without the alfworld wheel. Data only; read by rooms.py.
 
-They use ALFWorld's names, so that the same words do, but not its rooms: few receptacles, few objects.
+They use ALFWorld's names, so the vocabulary is the same, but have fewer receptacles and objects than its rooms.
 
-    python -c "from envs import mini_rooms; print(sorted(mini_rooms.HOLDS['Desk']))"
+    python -c "from envs.alfworld import mini_rooms; print(sorted(mini_rooms.HOLDS['Desk']))"
 """
 
-# Room: (number, receptacles and how many of each, types of objects). The numbers are outside ALFWorld's.
 from __future__ import annotations
 
+# Room: (number, receptacles with their counts, object types). The numbers are outside ALFWorld's range.
 ROOMS = {
     "Kitchen": (
         90,

@@ -1,11 +1,11 @@
-"""The rooms and rules that ALFWorld games are made of, read from the alfworld wheel's data or from our mini_rooms.
+"""Rooms and rules for generated ALFWorld games, read from the alfworld wheel's data or from mini_rooms.py.
 
-The wheel (0.4.2) ships 120 rooms, for each the object types and the receptacles with their places, the table of which
-receptacle may hold what, the PDDL domain and the text grammar. `catalogue` turns them into what generate.py needs:
-for every room the text that all its games share, and for every task type the rooms and goals that are possible.
-Left out: the rooms of the real unseen splits, and sizes (any number of objects fits where the table allows them).
+The wheel (0.4.2) ships 120 rooms with their object types and their receptacles with positions, the table of which
+receptacle may hold what, the PDDL domain and the text grammar. From these, `catalogue` builds the input of generate.py:
+for each room the text shared by all its games, and for each task type the possible rooms and goals.
+Left out: the rooms of the real unseen splits, and sizes (a receptacle holds any number of the objects it may hold).
 
-    python -c "from envs import rooms; print(rooms.wheel_folder(), len(rooms.catalogue(rooms.family()).holds))"
+    python -c "from envs.alfworld import rooms; print(rooms.wheel_folder(), len(rooms.catalogue(rooms.family()).holds))"
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import numpy as np
 
 from envs.alfworld import mini_rooms
 
-# Rooms that the real training games do not use: the unseen splits are made of them.
+# Rooms of the real unseen splits, which the real training games do not use.
 UNSEEN_SCENES = {9, 10, 29, 215, 219, 226, 308, 315, 325, 404, 424, 425}
 
-# Task type: games in the real training split, the same by room, the two phrases of the task line.
+# Task type: games in the real training split, their number by room, the two phrases of the task line.
 TASKS = {
     "pick_and_place_simple": (
         790,
@@ -61,14 +61,14 @@ TASKS = {
     ),
 }
 
-# Task type with a state change: what the object must be, what it then is, the command, the receptacle that does it.
+# Task type with a state change: the ability the object needs, its new state, the command, the receptacle that does it.
 CHANGES = {
     "pick_clean_then_place_in_recep": ("cleanable", "isClean", "clean", "SinkBasin"),
     "pick_heat_then_place_in_recep": ("heatable", "isHot", "heat", "Microwave"),
     "pick_cool_then_place_in_recep": ("coolable", "isCool", "cool", "Fridge"),
 }
 
-# Things that cannot be taken but stand on receptacles: how often the real games show one, and where.
+# Objects that stand on receptacles, most of them fixed: the share of real games with one, and the receptacle types.
 FIXTURES = {
     "DeskLamp": (1.0, ("SideTable", "Desk", "Dresser", "Shelf")),
     "HousePlant": (0.84, ("CounterTop", "SideTable", "DiningTable", "Shelf", "CoffeeTable", "Desk", "Dresser")),
@@ -103,13 +103,13 @@ class Scene:
     number: int
     receptacles: tuple[Receptacle, ...]
     object_types: tuple[str, ...]
-    objects: str  # the lines that all games in this room share: the objects of the PDDL problem
-    facts: str  # and its facts: types of receptacles, what they may hold, which open, where they are
+    objects: str  # PDDL lines shared by all games in this room: the problem's objects
+    facts: str  # and its facts: the receptacles' types, contents they may hold, which open, locations
 
 
 @dataclass(frozen=True, kw_only=True)
 class Catalogue:
-    """What games are made of, read once from the wheel or from our own small rooms."""
+    """The ingredients of games, read once from the wheel or from mini_rooms.py."""
 
     domain: str
     grammar: str
@@ -119,7 +119,7 @@ class Catalogue:
 
 
 def pick(rng: np.random.Generator, options: Sequence, weights: Sequence[float] | None = None):
-    """One of `options`. Only rng.random() is used, whose stream numpy keeps from version to version."""
+    """Draws one of `options`. Uses only rng.random(), whose stream is the same in all numpy versions."""
     if weights is None:
         return options[int(rng.random() * len(options))]
     cumulative = list(accumulate(weights))
@@ -127,19 +127,20 @@ def pick(rng: np.random.Generator, options: Sequence, weights: Sequence[float] |
 
 
 def mangle(text: str) -> str:
+    """An identifier of the simulator in its PDDL spelling."""
     for mark, word in (("|", "_bar_"), ("+", "_plus_"), ("-", "_minus_"), (".", "_dot_")):
         text = text.replace(mark, word)
     return text
 
 
 def somewhere(rng: np.random.Generator, kind: str) -> str:
-    """An identifier at a random place, written as the simulator writes it: Apple|+00.49|-01.20|+02.33, mangled."""
+    """An identifier with a random position, in the simulator's form, Apple|+00.49|-01.20|+02.33, mangled."""
     name = kind.removesuffix("Basin") + "".join(f"|{6 * rng.random() - 3:+06.2f}" for _ in "xyz")
     return mangle(f"{name}|{kind}" if kind.endswith("Basin") else name)
 
 
 def spot(rng: np.random.Generator) -> str:
-    """A place to stand: x and z in quarters of a metre, the direction, the camera's angle."""
+    """A random location of the agent: x and z in quarters of a metre, the direction, the camera's angle."""
     x, z = (int(rng.random() * 25) - 12 for _ in "xz")
     return mangle(f"loc|{x}|{z}|{int(rng.random() * 4)}|{pick(rng, (30, 45, 60))}")
 
@@ -149,7 +150,7 @@ def lines(items: Sequence[str]) -> str:
 
 
 def wheel_folder() -> Path | None:
-    """The installed alfworld package, or None. It is found, never imported: its import makes a cache folder."""
+    """The installed alfworld package, or None. It is located but not imported: importing it makes a cache folder."""
     spec = importlib.util.find_spec("alfworld")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -158,7 +159,7 @@ def wheel_folder() -> Path | None:
 
 
 def family() -> str:
-    """`gen` where the wheel's data is there, `mini` where our own small rooms must do: the prefix of the splits."""
+    """The prefix of the splits: `gen` with the wheel's data, else `mini`."""
     return "gen" if wheel_folder() else "mini"
 
 
@@ -180,7 +181,7 @@ def catalogue(name: str) -> Catalogue:
     tables = literals(folder / "gen/constants.py", ("VAL_RECEPTACLE_OBJECTS", "VAL_ACTION_OBJECTS"))
     holds = {kind: frozenset(types) for kind, types in tables["VAL_RECEPTACLE_OBJECTS"].items()}
     holds |= {kind: holds["TableTop"] for kind in ("DiningTable", "CoffeeTable", "SideTable")}
-    unused = (*MOVABLE_RECEPTACLES, "TableTop")  # no game puts an object into an object, and no goal is sliced
+    unused = (*MOVABLE_RECEPTACLES, "TableTop")  # no object is inside another one, and no goal is sliced
     holds = {k: frozenset(t for t in types if "Sliced" not in t) for k, types in holds.items() if k not in unused}
     able = tables["VAL_ACTION_OBJECTS"].items()
     abilities = {name.lower(): frozenset(t for t in types if "Sliced" not in t) for name, types in able}
@@ -193,7 +194,7 @@ def catalogue(name: str) -> Catalogue:
 
 
 def literals(path: Path, names: Sequence[str]) -> dict:
-    """The values of the literal assignments `name = ...` in a Python file, which is parsed and not executed."""
+    """{name: value} of literal assignments `name = ...` in a Python file, which is parsed but not executed."""
     found = {}
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in names:
@@ -204,10 +205,10 @@ def literals(path: Path, names: Sequence[str]) -> dict:
 
 
 def wheel_scene(folder: Path, number: int, holds: dict[str, frozenset[str]]) -> tuple:
-    """Number, room, receptacles and object types of one of the wheel's rooms.
+    """(number, room type, receptacles, object types) of one of the wheel's rooms.
 
-    The wheel lists the receptacles that the simulator's robot can reach and open. The real games have more: what
-    stands in every room of its kind, and a fifth more cabinets and drawers, which do not open.
+    The wheel lists the receptacles that the simulator's robot can reach and open. The real games have more: one of each
+    other type found in the room (four burners), and a fifth more cabinets and drawers, which do not open.
     """
     types = json.loads((folder / f"FloorPlan{number}-objects.json").read_text())
     receptacles = []
@@ -230,9 +231,9 @@ def mini_scene(room: str, number: int, counts: dict[str, int], types: Sequence[s
 def add_receptacles(
     number: int, given: list[Receptacle], counts: dict[str, int], opens: Sequence[str]
 ) -> list[Receptacle]:
-    """`given` and, at random places, as many more as `counts` asks for; those of the types `opens` can be opened.
+    """`given` plus `counts` more of each type at random locations, openable if their type is in `opens`.
 
-    As in the real rooms, burners come two to a place, and small machines often stand where a countertop is.
+    As in the real rooms, burners share a location in pairs, and small machines often share a countertop's location.
     """
     rng = np.random.default_rng(number)
     receptacles = list(given)
@@ -251,7 +252,7 @@ def add_receptacles(
 
 
 def build_catalogue(rooms: list[tuple], holds: dict, abilities: dict, domain: str, grammar: str) -> Catalogue:
-    """Everything that is the same in all games of a room, written once, and the tasks that are possible in it."""
+    """The catalogue of `rooms`: the text shared by all games of each room, and the tasks possible in it."""
     goals = {task: {room: [] for room in by_room} for task, (_, by_room, _) in TASKS.items()}
     rtypes = sorted(holds)
     otypes = sorted(set().union(*holds.values(), *abilities.values(), FIXTURES, MOVABLE_RECEPTACLES))
@@ -281,7 +282,7 @@ def build_catalogue(rooms: list[tuple], holds: dict, abilities: dict, domain: st
 
 
 def possible_goals(task: str, kinds: set, lying: list, standing: list, holds: dict, abilities: dict) -> dict:
-    """{type of receptacle to end in: object types to bring there}; for the light, {DeskLamp: objects to hold}."""
+    """{goal receptacle type: object types that can be brought there}; for look_at_obj_in_light {DeskLamp: objects}."""
     if task == "look_at_obj_in_light":
         return {"DeskLamp": lying} if "DeskLamp" in standing else {}
     ability, _, _, tool = CHANGES.get(task, (None, None, None, None))
@@ -291,7 +292,7 @@ def possible_goals(task: str, kinds: set, lying: list, standing: list, holds: di
     for goal in sorted(kinds - {*NEVER_A_GOAL, tool}):
         if task == "pick_two_obj_and_place" and goal in HOLDS_ONE:
             continue
-        # An object lies elsewhere at first, unless a change of state keeps the goal open.
+        # Without a state change, the object must start outside the goal receptacles.
         starts = kinds - {*HOLDS_ONE} if tool else kinds - {goal, *HOLDS_ONE}
         fitting = [name for name in lying if name in holds[goal] and (not tool or name in abilities[ability])]
         if fitting := [name for name in fitting if any(name in holds[kind] for kind in starts)]:

@@ -1,4 +1,8 @@
-"""The reference engine: TextWorld with alfworld's names, behind the same methods as `engine.Game`."""
+"""The reference engine: TextWorld with alfworld's names and grammar. Needs alfworld with TextWorld.
+
+It takes seconds per game and cannot be pickled; our engine (engine.py) is tested against it.
+Left out: progress towards the goal: a game is only won or not.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,15 @@ import os
 import re
 from pathlib import Path
 
-_BANNER = "-= Welcome to TextWorld, ALFRED! =-\n\n"
+BANNER = "-= Welcome to TextWorld, ALFRED! =-\n\n"
 
 
-class _TextWorldGame:
-    """One game on the reference engine, TextWorld with alfworld's names, behind the same methods as `alfred.Game`."""
+class TextWorldGame:
+    """One game, with the methods of `engine.Game`."""
 
     def __init__(self, data: dict[str, str], grammar: str):
         environment = dict(os.environ)
-        # Importing alfworld makes the folder that $ALFWORLD_DATA names and sets the variable: neither is wanted.
+        # Importing alfworld sets $ALFWORLD_DATA and makes that folder: name an existing one, then restore the variable.
         os.environ["ALFWORLD_DATA"] = str(Path(__file__).parent)
         try:
             import textworld
@@ -30,9 +34,9 @@ class _TextWorldGame:
         finally:
             os.environ.clear()
             os.environ.update(environment)
-        self._env.load(_as_old_game(data) if grammar == "0.3" else data)
+        self._env.load(old_wording(data) if grammar == "0.3" else data)
         self._state = self._env.reset()
-        self.text = self._state.feedback.removeprefix(_BANNER)
+        self.text = self._state.feedback.removeprefix(BANNER)
         self.task = self.text.partition("Your task is to: ")[2].strip().removesuffix(".")
 
     def act(self, command: str) -> str | None:
@@ -47,8 +51,8 @@ class _TextWorldGame:
         return int(self._state["won"]), 1
 
 
-def _as_old_game(data: dict[str, str]) -> dict[str, str]:
-    """The game as alfworld 0.3.5 writes it: three wordings are other ones, and there is no `help`."""
+def old_wording(data: dict[str, str]) -> dict[str, str]:
+    """The game as alfworld 0.3.5 writes it: three wordings differ, and there is no `help`."""
     words = data["grammar"].replace('"You arrive at {r.name}.', '"You arrive at {lend.name}.')
     words = words.replace("You move the {o.name} to the {r.name}.", "You put the {o.name} in/on the {r.name}.")
     words = words.replace('"move {o} to {r}"', '"put {o} in/on {r}"')
