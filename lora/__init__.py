@@ -1,1 +1,1 @@
-"""A Mistral language model in JAX whose 4-bit base stays frozen while LoRA adapters are trained and sampled from."""
+"""Language models in JAX: a frozen base, optionally 4-bit, with trainable LoRA adapters, and a sampling engine."""

@@ -1,14 +1,15 @@
-"""Causal attention over packed rows: `attention`, by the best implementation of the device.
+"""Causal attention over packed rows: `attention`, with an implementation for each device.
 
-Several texts share a row: `segments` numbers them from 1, 0 is padding; a query sees its own segment only, up to
-itself, and no further back than the window if there is one. What is computed at padding is of no account.
+A row packs several sequences: `segments` numbers them from 1, 0 is padding. A query attends only to its own segment, up
+to itself and, with a sliding window, no further back than the window. Outputs at padding are meaningless.
 
-    blocks   pairs of blocks one after another, scores never whole (FlashAttention-2, arXiv 2307.08691): for a CPU
-    splash   the Pallas kernel that JAX brings for TPUs
+    blocks   one pair of blocks at a time, without the full scores (FlashAttention-2, arXiv 2307.08691): for a CPU
+    splash   JAX's Pallas kernel for TPUs
     cudnn    cuDNN's fused kernel, for 16-bit activations on a GPU
-    xla      all scores at once: any device, memory quadratic in the row's length
+    xla      all scores at once: any device, memory quadratic in the row length
 
-Shapes: B rows, L tokens, M keys, N blocks of T tokens, H heads, K kv heads, Q queries of a kv head's block, C head dim.
+Shapes: B rows, L tokens, M keys, N blocks of T tokens, H heads, K kv heads, Q queries of a block per kv head, C head
+dim.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 Implementation = Literal["blocks", "splash", "cudnn", "xla"]
-# Queries and keys that `blocks` takes at a time: the scores of a pair of blocks stay in a CPU's cache.
+# Queries and keys per block of `blocks`: the scores of a pair of blocks fit in a CPU's cache.
 ATTENTION_BLOCK = 64
-# Largest tile of `splash`; a row is filled up to a multiple of the smallest.
+# Largest and smallest tile of `splash`; rows are padded to a multiple of the smallest.
 SPLASH_TILE, SPLASH_STEP = 512, 128
 
 
@@ -43,7 +44,7 @@ def attention(
     window: int | None,
     implementation: Implementation,
 ) -> jax.Array:
-    """Causal attention inside segments, H/K query heads on each key head, softmax in float32. Returns [B, L, H * C]."""
+    """Causal attention within segments, H/K query heads per kv head, softmax in float32. Returns [B, L, H * C]."""
     if implementation == "blocks":
         return attend_in_blocks(q_BLHC, k_BLKC, v_BLKC, segments_BL, window)
     if implementation == "splash":
@@ -59,16 +60,16 @@ def attention(
 
 
 def positions_in(segments_BL: jax.Array) -> jax.Array:
-    """Position of each token inside its own segment [B, L] int32: a new segment number starts again at 0."""
+    """Position of each token within its segment [B, L] int32: restarts at 0 where the segment number changes."""
     index_L = jnp.arange(segments_BL.shape[1], dtype=jnp.int32)
     new_BL = jnp.diff(segments_BL, axis=1, prepend=segments_BL[:, :1] - 1) != 0
     return index_L - jax.lax.cummax(jnp.where(new_BL, index_L, 0), axis=1)
 
 
 def visible(queries_BL: jax.Array, keys_BM: jax.Array, offset: int, window: int | None) -> jax.Array:
-    """Which key each query sees [B, L, M] bool: same segment number, not later than itself, inside the window.
+    """The attention mask [B, L, M] bool: keys of the same segment, not later than the query, inside the window.
 
-    `offset` is the place of the first query among the keys. Padding sees padding, so that no row of scores is empty.
+    `offset` is the position of the first query among the keys. Padding sees padding, so no row of scores is empty.
     """
     distance_LM = jnp.arange(queries_BL.shape[1])[:, None] + offset - jnp.arange(keys_BM.shape[1])
     near_LM = distance_LM >= 0 if window is None else (distance_LM >= 0) & (distance_LM < window)
@@ -79,12 +80,12 @@ def visible(queries_BL: jax.Array, keys_BM: jax.Array, offset: int, window: int 
 
 
 def attend_splash(q_BLHC, k_BLKC, v_BLKC, segments_BL, window, *, interpret: bool = False) -> jax.Array:
-    """`attention` by the TPU kernel; `interpret` runs it on a CPU, for tests."""
+    """`attention` with the TPU kernel; `interpret` runs it on a CPU, for tests."""
     B, L, H, C = q_BLHC.shape
-    filled = -(-L // SPLASH_STEP) * SPLASH_STEP
-    tile = next(size for size in range(min(SPLASH_TILE, filled), 0, -SPLASH_STEP) if filled % size == 0)
-    seen = (filled, filled)
-    mask = splash_mask.CausalMask(seen) if window is None else splash_mask.LocalMask(seen, (window - 1, 0), 0)
+    padded = -(-L // SPLASH_STEP) * SPLASH_STEP
+    tile = next(size for size in range(min(SPLASH_TILE, padded), 0, -SPLASH_STEP) if padded % size == 0)
+    shape = (padded, padded)
+    mask = splash_mask.CausalMask(shape) if window is None else splash_mask.LocalMask(shape, (window - 1, 0), 0)
     sizes = splash_kernel.BlockSizes(
         block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile
     )
@@ -93,8 +94,8 @@ def attend_splash(q_BLHC, k_BLKC, v_BLKC, segments_BL, window, *, interpret: boo
     )
 
     def attend(q_LHC, k_LKC, v_LKC, segments_L):
-        q, k, v = (jnp.pad(x, ((0, filled - L), (0, 0), (0, 0))).swapaxes(0, 1) for x in (q_LHC, k_LKC, v_LKC))
-        segments = jnp.pad(segments_L, (0, filled - L))
+        q, k, v = (jnp.pad(x, ((0, padded - L), (0, 0), (0, 0))).swapaxes(0, 1) for x in (q_LHC, k_LKC, v_LKC))
+        segments = jnp.pad(segments_L, (0, padded - L))
         out_HLC = kernel(q * C**-0.5, k, v, segment_ids=splash_kernel.SegmentIds(segments, segments))
         return out_HLC.swapaxes(0, 1)[:L].reshape(L, H * C)
 
@@ -105,7 +106,7 @@ def attend_splash(q_BLHC, k_BLKC, v_BLKC, segments_BL, window, *, interpret: boo
 
 
 def attend_in_blocks(q_BLHC, k_BLKC, v_BLKC, segments_BL, window) -> jax.Array:
-    """`attention` a row at a time, in blocks of T tokens: `attend_row`. Padding sees nothing outside its own block."""
+    """`attention` one row at a time, in blocks of T tokens (`attend_row`). Padding sees nothing outside its block."""
     L, H, C = q_BLHC.shape[1:]
     K, T = k_BLKC.shape[2], min(ATTENTION_BLOCK, L)
     N = -(-L // T)
@@ -123,7 +124,7 @@ def attend_in_blocks(q_BLHC, k_BLKC, v_BLKC, segments_BL, window) -> jax.Array:
 
 
 def block_scores(q_KQC, k_KTC, segments_T, segments_M, offset, window):
-    """Scores [K, Q, T] float32 of a block of queries on keys `offset` places before it; hidden ones the smallest."""
+    """Scores [K, Q, T] float32 of a query block on the key block `offset` positions earlier; masked ones are lowest."""
     K, Q, T = *q_KQC.shape[:2], len(segments_M)
     scores_KXTM = jnp.einsum("kqc,kmc->kqm", q_KQC, k_KTC, preferred_element_type=jnp.float32).reshape(K, -1, T, T)
     seen_TM = visible(segments_T[None], segments_M[None], offset, window)[0]
@@ -134,8 +135,8 @@ def block_scores(q_KQC, k_KTC, segments_T, segments_M, offset, window):
 def attend_row(q_NKQC, k_NKTC, v_NKTC, segments_NT, first_N, window):
     """Attention of one row, whose query block n reads key blocks first_N[n] to n. Returns [N, K, Q, C].
 
-    Scores exist for one pair of blocks at a time, in the backward pass too, which makes them again with the
-    logarithm of each query's sum. Source: FlashAttention-2 (arXiv 2307.08691), as loops for a CPU.
+    Holds the scores of one pair of blocks at a time; the backward pass recomputes them from each query's log-sum-exp.
+    Source: FlashAttention-2 (arXiv 2307.08691), as loops for a CPU.
     """
     return attend_row_forward(q_NKQC, k_NKTC, v_NKTC, segments_NT, first_N, window)[0]
 
@@ -154,7 +155,7 @@ def attend_row_forward(q_NKQC, k_NKTC, v_NKTC, segments_NT, first_N, window):
             total_KQ1 = total_KQ1 * shrink_KQ1 + weights_KQT.sum(axis=-1, keepdims=True)
             return higher_KQ1, total_KQ1, out_KQC * shrink_KQ1 + read
 
-        # A block in which a query sees nothing counts as if it saw all of it, until its own place outweighs that.
+        # A query that is fully masked in a block weights its keys equally; the first visible key rescales that to 0.
         start = jnp.full((K, Q, 1), -jnp.inf), jnp.zeros((K, Q, 1)), jnp.zeros((K, Q, C))
         top_KQ1, total_KQ1, out_KQC = jax.lax.fori_loop(first_N[n], n + 1, key_block, start)
         return (out_KQC / total_KQ1).astype(q_NKQC.dtype), top_KQ1 + jnp.log(total_KQ1)

@@ -1,4 +1,10 @@
-"""The configuration of a base model: the fields of a Hugging Face `config.json` that change what is computed."""
+"""The configuration of a base model: the fields of a Hugging Face `config.json` that affect the computation.
+
+    config = Config.read("mistral-7b")              # refuses architectures that model.py does not implement
+    json.dumps(config.to_json())                    # what save_model writes next to the weights
+
+Left out: fields that only matter to transformers (dtype, cache, initialisation), RoPE scaling, other architectures.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +15,7 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The fields of a Hugging Face Mistral `config.json` that change what is computed."""
+    """A Mistral model's sizes and constants, named as in its `config.json`."""
 
     vocab_size: int
     hidden_size: int
@@ -28,9 +34,9 @@ class Config:
 
     @classmethod
     def read(cls, model_dir: str | Path) -> Config:
-        """Reads `model_dir/config.json` of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
+        """Reads `model_dir/config.json` as written by transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
 
-        Raises ValueError for a model that this file does not compute: another architecture, activation or RoPE.
+        Raises ValueError for an unsupported architecture, activation or RoPE type.
         """
         path = Path(model_dir) / "config.json"
         raw = json.loads(path.read_text())
@@ -38,17 +44,17 @@ class Config:
         found = (raw.get("model_type"), raw.get("hidden_act", "silu"), rope.get("rope_type", "default"))
         if found != ("mistral", "silu", "default"):
             raise ValueError(
-                f"{path}: model_type, hidden_act, rope_type are {found}, expected ('mistral', 'silu', 'default'): "
-                "only plain Mistral models can be read."
+                f"{path}: model_type, hidden_act and rope_type are {found}, expected ('mistral', 'silu', 'default'): "
+                "only plain Mistral models are supported."
             )
-        given = {field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw}
-        given["rope_theta"] = float(rope.get("rope_theta", raw.get("rope_theta", cls.rope_theta)))
-        if given.get("head_dim") is None:
-            given["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
-        return cls(**given)
+        fields = {field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw}
+        fields["rope_theta"] = float(rope.get("rope_theta", raw.get("rope_theta", cls.rope_theta)))
+        if fields.get("head_dim") is None:
+            fields["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
+        return cls(**fields)
 
     def to_json(self) -> dict:
-        """The content of a `config.json` that transformers 4 and 5 read."""
+        """The contents of a `config.json` that transformers 4 and 5 can read."""
         return dataclasses.asdict(self) | {
             "architectures": ["MistralForCausalLM"],
             "model_type": "mistral",

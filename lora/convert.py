@@ -1,17 +1,12 @@
-"""Weights in and out: base models into JAX, LoRA adapters in PEFT's layout, and the command that converts folders.
+"""Converts model folders: quantises a base to NF4, changes its dtype, or merges a LoRA adapter into it.
 
-A base is read tensor by tensor (`lora/checkpoint.py`) and quantised on the way when it is to be NF4. An adapter
-remembers the sha256 of the base it was trained on and is refused on any other. Files are written beside their place and
-then moved into it.
+    python -m lora.convert --model mistral-7b --out base-nf4 --weights nf4          # quantise once
+    python -m lora.convert --model mistral-7b --adapter ADAPTER --out merged        # dense, adapter merged
 
-    model = load_model("models/tiny-alfworld", weights="nf4", lora=LoRAConfig(rank=16, alpha=32.0, targets=("q", "v")))
-    save_adapter("runs/a3t/round_0/train_pg/adapter", model, "models/tiny-alfworld")
-    model = load_adapter("models/tiny-alfworld", "runs/a3t/round_0/train_pg/adapter", weights="nf4")
+The output is a Hugging Face folder that transformers can load. Tensors are converted one at a time (checkpoint.py), and
+config.json is written last, so an interrupted run leaves no complete model.
 
-    python -m lora.convert --model mistral-7b --out base-nf4 --weights nf4          # quantised once
-    python -m lora.convert --model mistral-7b --adapter ADAPTER --out merged        # dense, the adapter in it
-
-Shapes: N layers, O out-features, I in-features, G NF4 blocks of an in-row, M blocks of absmax, V vocabulary, D model.
+Left out: loading into JAX (load.py), writing adapters (adapter.py), merging straight into NF4.
 """
 
 from __future__ import annotations
@@ -39,26 +34,33 @@ from lora.checkpoint import (
 )
 from lora.load import DTYPES, Weights
 
-# ---- into JAX --------------------------------------------------------------------------------------------------------
 
-
-# ---- adapters --------------------------------------------------------------------------------------------------------
-
-
-# ---- out -------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    model: Path
+    """Hugging Face folder: safetensors in bf16, fp16, fp32, or bitsandbytes NF4."""
+    out: Path
+    """Folder to write; refused if it already holds a model."""
+    weights: Weights = "nf4"
+    """Form of the linear layers: bitsandbytes NF4, NF4 with double quantisation (nf4-dq), or dense."""
+    adapter: Path | None = None
+    """LoRA adapter to merge into the weights; the output is then dense, and --weights is the form that the adapter was
+    trained on, whose decoded values it is added to. Unset: nothing is merged."""
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    """Dtype of unquantised weights. Unset: bf16 or fp32 if --weights is, else the dtype of the input's embeddings."""
 
 
 def convert(model_dir: Path, out_dir: Path, weights: Weights, adapter_dir: Path | None, dtype: str | None) -> str:
-    """Writes a base in another form, or a dense model with an adapter merged into it; returns what was done.
+    """Writes a base in another form, or a dense model with an adapter merged; returns a summary line.
 
-    A merged model's weights are those of the base in the form `weights`, decoded, plus alpha/r B A, summed in float32
-    and rounded to `dtype`.
+    Merged weights are the base's in the form `weights`, decoded, plus alpha/r B A, summed in float32 and rounded to
+    `dtype`.
     """
     checkpoint = Checkpoint(model_dir)
     config = json.loads((Path(model_dir) / "config.json").read_text())
     quantise = weights.startswith("nf4")
     stored_dtype = str(checkpoint.dense("model.embed_tokens.weight").dtype)
-    kept = np.dtype(DTYPES[dtype]) if dtype else np.dtype(stored_dtype)
+    dense_dtype = np.dtype(DTYPES[dtype]) if dtype else np.dtype(stored_dtype)
     lora, adapter = (None, {}) if adapter_dir is None else read_adapter(checkpoint, adapter_dir)
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
@@ -68,17 +70,17 @@ def convert(model_dir: Path, out_dir: Path, weights: Weights, adapter_dir: Path 
             else:
                 stored = checkpoint.nf4(name, weights == "nf4-dq")
                 if lora is None:
-                    yield from bitsandbytes_tensors(name, stored, shape, str(kept)).items()
+                    yield from bitsandbytes_tensors(name, stored, shape, str(dense_dtype)).items()
                     continue
                 array = decoded(stored).reshape(shape)
-            yield name, merge_into(array, name).astype(kept)
+            yield name, merge_into(array, name).astype(dense_dtype)
 
     def merge_into(array: np.ndarray, name: str) -> np.ndarray:
-        place = name.split(".")
         target = next((t for t, theirs in HF_NAMES.items() if name.endswith(f"{theirs}.weight")), None)
         if (target, "a") not in adapter:
             return array
-        a, b = (adapter[target, side][int(place[2])] for side in "ab")
+        layer = int(name.split(".")[2])
+        a, b = (adapter[target, side][layer] for side in "ab")
         return array.astype(np.float32) + np.float32(lora.alpha / lora.rank) * (b @ a)
 
     config.pop("quantization_config", None)
@@ -90,33 +92,18 @@ def convert(model_dir: Path, out_dir: Path, weights: Weights, adapter_dir: Path 
                 "load_in_4bit": True,
                 "bnb_4bit_quant_type": "nf4",
                 "bnb_4bit_use_double_quant": weights == "nf4-dq",
-                "bnb_4bit_compute_dtype": str(kept),
+                "bnb_4bit_compute_dtype": str(dense_dtype),
             }
     else:
         config.pop(BASE_SHA, None)
-    write_checkpoint(out_dir, tensors(), config | {"dtype": str(kept)})
+    write_checkpoint(out_dir, tensors(), config | {"dtype": str(dense_dtype)})
     copy_companions(model_dir, out_dir)
-    return f"{model_dir} -> {out_dir}: {weights}" + ("" if lora is None else f" + {adapter_dir}, {kept}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Args:
-    model: Path
-    """Hugging Face folder: safetensors in bf16, fp16, fp32, or bitsandbytes NF4."""
-    out: Path
-    """Folder to write; it must not hold a model yet."""
-    weights: Weights = "nf4"
-    """Form of the linear layers: NF4 as bitsandbytes writes it, with double quantisation (nf4-dq), or dense."""
-    adapter: Path | None = None
-    """Merge this LoRA adapter into the weights and write a dense model; --weights is then the form that it was trained
-    on, and its values are what is merged with."""
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    """Dtype of what is not quantised (default: as --weights says, or that of the input's embeddings)."""
+    return f"{model_dir} -> {out_dir}: {weights}" + ("" if lora is None else f" + {adapter_dir}, {dense_dtype}")
 
 
 def main(args: Args) -> None:
     if (args.out / "config.json").exists():
-        raise ValueError(f"{args.out} holds a model already; remove it or give another --out.")
+        raise ValueError(f"{args.out} already holds a model; remove it or give another --out.")
     dtype = args.dtype or (args.weights if args.weights in DTYPES else None)
     print(convert(args.model, args.out, args.weights, args.adapter, dtype))
 

@@ -1,7 +1,11 @@
-"""What a device can do and what a training step asks of it: FLOPs, peaks, memory.
+"""FLOPs of a training step, peak FLOP/s of devices, peak memory: the inputs of MFU (model FLOPs utilisation).
 
-Peaks are the makers' figures for dense bfloat16 (float32 accumulation), without sparsity. A device that is not listed,
-every CPU among them, has none, and no MFU (model FLOPs utilisation) is said of it.
+    mfu = lora_step_flops(config, tokens) / seconds / peak_flops(devices)       # where peak_flops is known
+
+Peaks are the vendors' figures for dense bfloat16 with float32 accumulation, without sparsity. Devices that are not
+listed, including every CPU, have no peak, and no MFU is reported for them.
+
+Left out: FLOPs of attention scores, of the adapters and of recomputation.
 """
 
 from __future__ import annotations
@@ -27,27 +31,27 @@ PEAK_FLOPS = {
 
 
 def matmul_weights(config: Config) -> int:
-    """How many weights each token is multiplied with: linear layers and head."""
+    """Number of weights that multiply each token: linear layers and head."""
     D, F, C = config.hidden_size, config.intermediate_size, config.head_dim
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads  # q and o, k and v
     return config.num_hidden_layers * (heads * C * D + 3 * D * F) + config.vocab_size * D
 
 
 def lora_step_flops(config: Config, tokens: int) -> float:
-    """Model FLOPs of a training step with a frozen base: 4 a weight and token, forward and gradient of the input.
+    """Model FLOPs of a training step with a frozen base: 4 per weight and token, for the forward and input gradient.
 
-    Left out, as in the usual count: attention's products, the adapters, what remat computes again.
+    As usual, attention's products, the adapters and rematerialised computation are not counted.
     """
     return 4.0 * matmul_weights(config) * tokens
 
 
 def peak_flops(devices: int = 1) -> float | None:
-    """FLOP/s of so many of the devices in use; None if they are not known."""
-    one = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    return None if one is None else one * devices
+    """Peak FLOP/s of this number of the devices in use; None if unknown."""
+    per_device = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    return None if per_device is None else per_device * devices
 
 
 def peak_memory() -> int:
-    """The most bytes that were in use on the first device since the start; on a CPU the process's largest size."""
+    """Peak bytes in use on the first local device since the start; on a CPU, the process's peak resident size."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -1,12 +1,11 @@
-"""Linear layers without bias, their NF4 form, and LoRA adapters beside either: y = x W^T + alpha/r (x A^T) B^T.
+"""Linear layers without bias, dense or NF4, with LoRA adapters: y = x W^T + alpha/r (x A^T) B^T.
 
-Layers that read the same input are one here: q|k|v and gate|up, which NF4 holds as one weight, bit by bit the weights
-that they were; a part's adapter is its own. Weights keep the [out, in] layout of Hugging Face files, A [r, in] and
-B [out, r] that of PEFT. The base is frozen when it is NF4 (`Quantized`), and by choosing `LoRAParam` for the optimizer
-when it is dense.
+Projections that share an input are fused (q|k|v, gate|up); fusing leaves the quantised bits unchanged, and each part
+keeps its own adapter. Weights use the [out, in] layout of Hugging Face files, A [r, in] and B [out, r] that of PEFT. An
+NF4 base (`Quantized`) is always frozen; a dense base is frozen by giving the optimizer only `LoRAParam`.
 Left out: rank-stabilised scaling.
 
-Shapes: N layers, O out-features, I in-features, R LoRA rank, G NF4 blocks of an in-row, M blocks of absmax; "..." is
+Shapes: N layers, O out-features, I in-features, R LoRA rank, G NF4 blocks in a weight row, M blocks of absmax; "..." is
 rows of tokens.
 """
 
@@ -28,15 +27,15 @@ from lora import nf4
 from lora.sharding import gather, local_shard
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-# The linear layers of a decoder layer, and what they are made of.
+# The linear layers of a decoder layer and the parts fused into each.
 FUSED = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """Rank and alpha of the adapters, and the linear layers that get one (A3T: r 16, alpha 32 on q and v).
+    """Rank and alpha of the adapters, and the projections that get one (A3T: r 16, alpha 32 on q and v).
 
-    `dropout` is the share of an adapter's input that is left out in training, where a key is given.
+    `dropout` is the dropout rate of the adapters' inputs, applied in training only (when a key is given).
     """
 
     rank: int = 16
@@ -54,7 +53,7 @@ class LoRAConfig:
 
 
 class LoRAParam(nnx.Param):
-    """A or B of an adapter: what is trained when the base is frozen."""
+    """A or B of an adapter: the trainable parameters when the base is frozen."""
 
 
 class Quantized(nnx.Variable):
@@ -62,9 +61,10 @@ class Quantized(nnx.Variable):
 
 
 class NF4(NamedTuple):
-    """A weight in NF4: codes uint4 [O, G, 64], and absmax float32 [O, G] or, double-quantised, None.
+    """A weight in NF4: codes uint4 [O, G, 64] and absmax float32 [O, G].
 
-    Then absmax_codes are uint8 [M, 256], nested and offset float32 [M]. Stacked over layers there is an N before all.
+    Double-quantised, absmax is None, absmax_codes is uint8 [M, 256], nested and offset are float32 [M]. Arrays stacked
+    over layers have a leading N.
     """
 
     codes: jax.Array
@@ -86,7 +86,7 @@ def _dense_forward(x, weight):
 
 def _dense_backward(residuals, dy):
     x, weight = residuals
-    # Without the barrier XLA:CPU fuses the transpose of dy into whatever made dy and runs a third slower.
+    # Without the barrier XLA:CPU fuses the transpose of dy into the producer of dy and runs a third slower.
     dy = jax.lax.optimization_barrier(dy)
     return dy @ weight, jnp.einsum("...o,...i->oi", dy, x)
 
@@ -95,22 +95,23 @@ dense_matmul.defvjp(_dense_forward, _dense_backward)
 
 
 def all_gather_base(base: NF4, rows: tuple[int, ...], groups: int) -> tuple[jax.Array, jax.Array]:
-    """Codes [O, G, 64] and absmax [O, G] of an NF4 base of parts with `rows` out-features and `groups` blocks in a row.
+    """Codes [O, G, 64] and absmax [O, G] of an NF4 base whose parts have `rows` out-features of `groups` blocks each.
 
-    On a mesh base and result are this device's share of them; along `fsdp` the codes are gathered, not the weight.
+    On a mesh, `base` is this device's shard: the codes, not the decoded weight, are gathered along `fsdp`, and the
+    result stays sharded along `tensor`.
     """
     base = jax.tree.map(gather, base)
     absmax = base.absmax
     if absmax is None:
-        share = sum(rows) // len(base.codes)  # devices along `tensor`, where they split out-features
+        share = sum(rows) // len(base.codes)  # devices along `tensor`, if out-features are sharded
         local = [count // share for count in rows]
         absmax = nf4.decode_absmax(base.absmax_codes, base.nested, base.offset, local, groups)
         absmax = local_shard(absmax, base.codes.shape[1], axis=1)
     return base.codes, absmax
 
 
-def decode_whole(codes: jax.Array, absmax: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The weight [O, I], in memory: a CPU decodes faster so than into the order that the product would ask for."""
+def decode_weight(codes: jax.Array, absmax: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Materialises the weight [O, I]: on a CPU faster than decoding into the layout that the matmul would choose."""
     return jax.lax.optimization_barrier(nf4.dequantize(codes, absmax, dtype).reshape(len(codes), -1))
 
 
@@ -118,18 +119,18 @@ def decode_whole(codes: jax.Array, absmax: jax.Array, dtype: jnp.dtype) -> jax.A
 def nf4_matmul(x, base, rows, groups):
     """x W^T for x [..., I] and a frozen W in NF4 (see `all_gather_base`).
 
-    W is decoded again in the backward pass: decoded weights as residuals would keep the whole base in full precision.
-    On a TPU it never lies in memory: the product decodes its blocks, and keeps them, as XLA decodes inside no other.
+    The backward pass decodes W again: decoded weights as residuals would keep the whole base in full precision. On a
+    TPU W is never materialised: the matmul keeps the block axis, the only form into which XLA fuses the decoding.
     """
 
-    def in_blocks(x, codes, absmax):
+    def by_block(x, codes, absmax):
         x_GK = x.reshape(*x.shape[:-1], *codes.shape[1:])
         return jnp.einsum("...gk,ogk->...o", x_GK, nf4.dequantize(codes, absmax, x.dtype))
 
     def plain(x, codes, absmax):
-        return x @ decode_whole(codes, absmax, x.dtype).T
+        return x @ decode_weight(codes, absmax, x.dtype).T
 
-    return jax.lax.platform_dependent(x, *all_gather_base(base, rows, groups), tpu=in_blocks, default=plain)
+    return jax.lax.platform_dependent(x, *all_gather_base(base, rows, groups), tpu=by_block, default=plain)
 
 
 def _nf4_forward(x, base, rows, groups):
@@ -137,18 +138,18 @@ def _nf4_forward(x, base, rows, groups):
 
 
 def _nf4_backward(rows, groups, base, dy):
-    # Remat computes the forward product again beside this one: XLA would decode once for both and keep it in memory.
+    # Remat recomputes the forward matmul here: without the barrier XLA would decode once for both and keep the weight.
     base, dy = jax.lax.optimization_barrier((base, dy))
 
-    def in_blocks(dy, codes, absmax):
+    def by_block(dy, codes, absmax):
         weight_OGK = nf4.dequantize(codes, absmax, dy.dtype)
         dx_GTK = jnp.einsum("to,ogk->gtk", dy.reshape(-1, dy.shape[-1]), weight_OGK)
         return jax.lax.optimization_barrier(dx_GTK).swapaxes(0, 1).reshape(*dy.shape[:-1], -1)
 
     def plain(dy, codes, absmax):
-        return dy @ decode_whole(codes, absmax, dy.dtype)
+        return dy @ decode_weight(codes, absmax, dy.dtype)
 
-    return jax.lax.platform_dependent(dy, *all_gather_base(base, rows, groups), tpu=in_blocks, default=plain), None
+    return jax.lax.platform_dependent(dy, *all_gather_base(base, rows, groups), tpu=by_block, default=plain), None
 
 
 nf4_matmul.defvjp(_nf4_forward, _nf4_backward)
@@ -160,10 +161,10 @@ def adapter_matmul(x, a, b, scale):
 
 
 class Linear(nnx.Module):
-    """One (fused) linear layer of every decoder layer: arrays are [N, ...], or without N inside the scan over layers.
+    """One (fused) linear layer of all decoder layers: arrays are [N, ...], or without N inside the scan over layers.
 
-    Made dense and trainable, a weight for each part ({"q": O, "k": O, ...}). `quantize` swaps the weights for NF4;
-    `add_adapter` adds A and B to some parts.
+    Starts dense and trainable, with one weight per part ({"q": O, "k": O, ...}). `quantize` replaces the weights by
+    NF4; `add_adapter` adds A and B to a part.
     """
 
     def __init__(self, layers: int, parts: dict[str, int], inputs: int, *, std: float, rngs: nnx.Rngs):
@@ -184,7 +185,7 @@ class Linear(nnx.Module):
         return self.codes is not None
 
     def quantize(self, base: NF4) -> None:
-        """Replaces the weights by an NF4 base [N, ...] of all parts one after the other."""
+        """Replaces the weights by an NF4 base [N, ...], the parts concatenated."""
         self.weight = nnx.Dict()
         for field, array in base._asdict().items():
             setattr(self, field, nnx.data(None) if array is None else Quantized(array))
@@ -195,81 +196,83 @@ class Linear(nnx.Module):
         return NF4(**{field: None if variable is None else variable[...] for field, variable in fields})
 
     def add_adapter(self, part: str, a: jax.Array, b: jax.Array, lora: LoRAConfig) -> None:
-        """Puts A [N, R, I] and B [N, O, R] beside a part."""
+        """Adds A [N, R, I] and B [N, O, R] to a part."""
         self.a[part], self.b[part] = LoRAParam(a), LoRAParam(b)
         self.scale, self.dropout = lora.alpha / lora.rank, lora.dropout
 
     def dense(self, dtype: jnp.dtype, *, merge: bool) -> Dense:
-        """One layer, whose arrays have no N, with a dense base in `dtype` for sampling; this one stays as it is.
+        """A copy for sampling of a single layer (arrays without N), with a dense base in `dtype`.
 
-        With `merge` the adapters are added to the base, else they stay beside it.
+        With `merge` the adapters are merged into the base, else they stay separate.
         """
         weight, a, b = ({part: x[...] for part, x in holder.items()} for holder in (self.weight, self.a, self.b))
         base = self.base() if self.quantized else weight
-        made = Dense(merged_weight(base, a if merge else {}, b, self.scale, self.parts, self.rows, dtype), self)
+        layer = Dense(merged_weight(base, a if merge else {}, b, self.scale, self.parts, self.rows, dtype), self)
         if not merge:
-            made.a, made.b = self.a, self.b
-        return made
+            layer.a, layer.b = self.a, self.b
+        return layer
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> list[jax.Array]:
-        """What each part makes of x [..., I]; with a key, the adapters see x with some of it dropped."""
+        """The output of each part for x [..., I]; with a key, the adapters see x after dropout."""
         if self.quantized:
             y = nf4_matmul(x, self.base(), self.rows, self.inputs // nf4.BLOCK)
             share = sum(self.rows) // y.shape[-1]
             out = split(y, [count // share for count in self.rows])
         else:
             out = [dense_matmul(x, gather(self.weight[part][...])) for part in self.parts]
-        return adapted(out, x, self, key)
+        return add_adapter_outputs(out, x, self, key)
 
 
-def adapted(out: list[jax.Array], x: jax.Array, layer: Linear | Dense, key: jax.Array | None = None):
-    """What each part makes of x, with that of its adapter, if it has one, added."""
+def add_adapter_outputs(out: list[jax.Array], x: jax.Array, layer: Linear | Dense, key: jax.Array | None = None):
+    """Adds the outputs of the adapters to `out`, the base's output for each part."""
     for index, part in enumerate(layer.parts):
         if part in layer.a:
-            seen = x if key is None else drop(x, layer.dropout, jax.random.fold_in(key, index))
-            out[index] += adapter_matmul(seen, layer.a[part][...], layer.b[part][...], layer.scale)
+            dropped = x if key is None else drop(x, layer.dropout, jax.random.fold_in(key, index))
+            out[index] += adapter_matmul(dropped, layer.a[part][...], layer.b[part][...], layer.scale)
     return out
 
 
 def split(x: jax.Array, sizes: Sequence[int], axis: int = -1) -> list[jax.Array]:
-    """An axis cut into pieces of those sizes."""
+    """Splits an axis into parts of the given sizes."""
     return jnp.split(x, np.cumsum(sizes)[:-1], axis)
 
 
 def drop(x: jax.Array, share: float, key: jax.Array) -> jax.Array:
-    """x with a share of its numbers set to 0 and the others raised to keep the mean."""
+    """Inverted dropout: zeroes a share of x at random and scales the rest to keep the mean."""
     return jnp.where(jax.random.bernoulli(key, 1 - share, x.shape), x / (1 - share), 0).astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("parts", "rows", "dtype"))
 def merged_weight(base, a, b, scale, parts, rows, dtype: jnp.dtype) -> jax.Array:
-    """All parts for `tiled_matmul`, from an NF4 base or dense weights by part [O, I], the given adapters merged."""
+    """The fused weight for `tiled_matmul`, from an NF4 base or dense parts [O, I], with the given adapters merged."""
     if isinstance(base, NF4):
         weight_OGK = nf4.dequantize(*all_gather_base(base, rows, base.codes.shape[1]))
-        pieces = split(weight_OGK.reshape(len(weight_OGK), -1), rows, axis=0)
+        weights = split(weight_OGK.reshape(len(weight_OGK), -1), rows, axis=0)
     else:
-        pieces = [base[part] for part in parts]
-    pieces = [w + scale * (b[part] @ a[part]) if part in a else w for part, w in zip(parts, pieces, strict=True)]
-    return tile_for_cpu(jnp.concatenate(pieces).astype(dtype))
+        weights = [base[part] for part in parts]
+    weights = [w + scale * (b[part] @ a[part]) if part in a else w for part, w in zip(parts, weights, strict=True)]
+    return tile_for_cpu(jnp.concatenate(weights).astype(dtype))
 
 
-LARGE = 2**18  # numbers of a weight
+LARGE = 2**18  # elements of a weight from which tiling pays
 
 
 @functools.cache
 def tile_width() -> int:
-    """Out-features of a tile: two vector registers of this CPU, as XLA's kernels have them; with AVX2, tiles twice as
-    wide take nearly twice as long."""
+    """Out-features per tile: two of the vector registers that XLA uses on this CPU.
+
+    With AVX2, tiles twice as wide take nearly twice as long.
+    """
     cpu = Path("/proc/cpuinfo")
     return 32 if cpu.exists() and "avx512f" in cpu.read_text() else 16
 
 
 def tile_for_cpu(weight_OI: jax.Array) -> jax.Array:
-    """A dense weight as `tiled_matmul` reads it: W^T [I, O], or, large and for a CPU in float32, tiles [T, I, O / T].
+    """Lays out a dense weight for `tiled_matmul`: W^T [I, O], or, if large and float32 on a CPU, tiles [T, I, O / T].
 
-    XLA:CPU lays W or W^T out anew whenever it multiplies few rows by it, which takes longer than the product. It reads
-    tiles as they lie, in one thread, and a row's bits do not depend on how many rows there are (up to 128, the least
-    of out-features here).
+    XLA:CPU re-lays out W or W^T for every product with few rows, which takes longer than the product. It reads tiles in
+    place, in one thread, and a row's bits do not depend on the number of rows (up to 128, the minimum of out-features
+    here).
     """
     outputs, inputs = weight_OI.shape
     tiled = jax.default_backend() == "cpu" and weight_OI.dtype == jnp.float32 and weight_OI.size >= LARGE
@@ -279,23 +282,23 @@ def tile_for_cpu(weight_OI: jax.Array) -> jax.Array:
 
 
 def tiled_matmul(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-    """x W^T [..., O] for x [..., I] and a weight that `tile_for_cpu` laid out; accumulated, and given, in `dtype`."""
+    """x W^T [..., O] for x [..., I] and a weight from `tile_for_cpu`; accumulated and returned in `dtype`."""
     if weight.ndim == 2:
         return jnp.dot(x, weight, preferred_element_type=dtype)
     rows_RI = x.reshape(-1, x.shape[-1])
-    rows_RI = jnp.pad(rows_RI, ((0, len(rows_RI) == 1), (0, 0)))  # XLA multiplies a single row in another, slower way
-    rows_RI = jax.lax.optimization_barrier(rows_RI)  # else what makes x is computed anew for every tile
-    out_RTC = (rows_RI[:, None, :, None] * weight).sum(axis=2)  # which XLA makes a product of
+    rows_RI = jnp.pad(rows_RI, ((0, len(rows_RI) == 1), (0, 0)))  # XLA uses a slower kernel for a single row
+    rows_RI = jax.lax.optimization_barrier(rows_RI)  # else the producer of x is recomputed for every tile
+    out_RTC = (rows_RI[:, None, :, None] * weight).sum(axis=2)  # XLA turns this into a matmul
     return out_RTC.reshape(len(rows_RI), -1)[: math.prod(x.shape[:-1])].reshape(*x.shape[:-1], -1)
 
 
 class Dense(nnx.Module):
-    """A layer for sampling, made by `Linear.dense` from a base that is laid out for products of few rows."""
+    """A layer for sampling, built by `Linear.dense`; its base is laid out for matmuls with few rows."""
 
     def __init__(self, weight: jax.Array, source: Linear):
         self.weight, self.parts, self.rows = nnx.Variable(weight), source.parts, source.rows
         self.a, self.b, self.scale = nnx.Dict(), nnx.Dict(), source.scale
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> list[jax.Array]:
-        """What each part makes of x; nothing is trained here, so nothing is dropped."""
-        return adapted(split(tiled_matmul(x, self.weight[...]), self.rows), x, self)
+        """The output of each part; sampling applies no dropout, so `key` is ignored."""
+        return add_adapter_outputs(split(tiled_matmul(x, self.weight[...]), self.rows), x, self)

@@ -1,4 +1,14 @@
-"""Base models into JAX: tensor by tensor, quantised on the way, each device its shard; and dense ones out again."""
+"""Loads base models into JAX and saves dense ones.
+
+Tensors are read one at a time, quantised on the host if NF4 is wanted, and sharded over the mesh if there is one.
+
+    model = load_model("models/tiny-alfworld", weights="nf4", lora=LoRAConfig(rank=16, alpha=32.0, targets=("q", "v")))
+    model = load_adapter("models/tiny-alfworld", "runs/a3t/round_0/train_pg/adapter", weights="nf4")
+    save_model(model, "models/mine")                # dense weights without an adapter only
+
+Left out: saving adapters (adapter.py), writing NF4 or merged folders (convert.py).
+Shapes: N layers, O out-features, G NF4 blocks of an in-row.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from lora import nf4
 from lora.adapter import add_adapters, fresh_adapter, read_adapter
-from lora.checkpoint import (
-    HF_NORMS,
-    Checkpoint,
-    layer_tensor,
-    write_checkpoint,
-)
+from lora.checkpoint import HF_NORMS, Checkpoint, layer_tensor, write_checkpoint
 from lora.linear import FUSED, NF4, LoRAConfig
 from lora.model import Mistral
 from lora.sharding import COLUMN, fused_order, partition_spec, put
@@ -39,34 +44,33 @@ def load_model(
     dtype=None,
     mesh: Mesh | None = None,
 ) -> Mistral:
-    """The model of a folder, or of a Checkpoint that is open already; embeddings, head and norms are never quantised.
+    """Loads a model from a folder or an open Checkpoint; embeddings, head and norms are never quantised.
 
-    `weights`: linear layers in "nf4" (block 64), "nf4-dq" (double-quantised), "bf16" or "fp32". `dtype` is that of
-    activations and of what is not quantised: bfloat16 for "bf16", else float32 unless it is given. `lora` adds fresh
-    adapters drawn from `seed`. On a `mesh` each device gets its shard. Raises ValueError naming every missing,
-    unexpected or misshapen tensor, a layer whose width NF4 cannot cut into blocks of 64, or one that the mesh cannot
-    divide.
+    `weights`: form of the linear layers, "nf4" (blocks of 64), "nf4-dq" (double-quantised), "bf16" or "fp32". `dtype`:
+    dtype of activations and unquantised weights; None means bfloat16 for "bf16", else float32. `lora` adds new adapters
+    drawn from `seed`. On a `mesh` each device gets its shard. Raises ValueError for missing, unexpected or misshapen
+    tensors, for a layer whose width is not a multiple of NF4's block of 64, and for one that the mesh cannot divide.
     """
     if weights not in ("nf4", "nf4-dq", "bf16", "fp32"):
         raise ValueError(f"load_model got weights={weights!r}, expected 'nf4', 'nf4-dq', 'bf16' or 'fp32'.")
-    own = {"bf16": jnp.bfloat16, "fp32": jnp.float32}.get(weights)
-    dtype = np.dtype(dtype or own or jnp.float32)
-    if own not in (None, dtype):
-        raise ValueError(f"load_model got weights={weights!r} with activations in {dtype}; leave one of them out.")
+    dense_dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}.get(weights)
+    dtype = np.dtype(dtype or dense_dtype or jnp.float32)
+    if dense_dtype not in (None, dtype):
+        raise ValueError(f"load_model got weights={weights!r} with dtype {dtype}; give only one of them.")
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint(base)
     config = checkpoint.config
     model = nnx.eval_shape(lambda: Mistral(config, rngs=nnx.Rngs(0)))
 
-    def whole(name: str) -> nnx.Param:
+    def replicated(name: str) -> nnx.Param:
         return nnx.Param(put(checkpoint.dense(name).astype(dtype), mesh, P(), name))
 
     def stacked(ours: str) -> np.ndarray:
         names = (layer_tensor(layer, ours) for layer in range(config.num_hidden_layers))
         return np.stack([checkpoint.dense(name).astype(dtype) for name in names])
 
-    model.embed, model.norm = whole("model.embed_tokens.weight"), whole("model.norm.weight")
+    model.embed, model.norm = replicated("model.embed_tokens.weight"), replicated("model.norm.weight")
     if not config.tie_word_embeddings:
-        model.head = whole("lm_head.weight")
+        model.head = replicated("lm_head.weight")
     for ours in HF_NORMS:
         setattr(model.layers, ours, nnx.Param(put(stacked(ours), mesh, P(), ours)))
     for name, parts in FUSED.items():
@@ -86,7 +90,7 @@ def load_model(
 def load_adapter(
     model_dir: str | Path, adapter_dir: str | Path, weights: Weights = "nf4", *, dtype=None, mesh: Mesh | None = None
 ) -> Mistral:
-    """The base of `model_dir` (see `load_model`) with an adapter in PEFT's layout (see `read_adapter`)."""
+    """Loads the base in `model_dir` (see `load_model`) with an adapter in PEFT's layout (see `read_adapter`)."""
     checkpoint = Checkpoint(model_dir)
     lora, adapter = read_adapter(checkpoint, adapter_dir)
     model = load_model(checkpoint, weights=weights, dtype=dtype, mesh=mesh)
@@ -97,29 +101,29 @@ def load_adapter(
 def check_width(model_dir: str | Path, name: str, inputs: int) -> None:
     if inputs % nf4.BLOCK:
         raise ValueError(
-            f"{model_dir}: layer {name!r} has {inputs} inputs, but NF4 needs a multiple of {nf4.BLOCK}: make the "
-            "model's sizes multiples of it, or load it with weights='fp32'."
+            f"{model_dir}: layer {name!r} has {inputs} inputs, but NF4 needs a multiple of {nf4.BLOCK}: change the "
+            "model's sizes, or load it with weights='fp32'."
         )
 
 
 def read_nf4(checkpoint: Checkpoint, name: str, double: bool, mesh: Mesh | None) -> NF4:
-    """The NF4 base of one fused linear layer of all decoder layers, on the device or spread over the mesh.
+    """The NF4 weights of one fused linear layer for all decoder layers, on the device or sharded over the mesh.
 
-    Host memory: the packed codes of the layer, and the largest tensor while it is quantised.
+    Host memory: the layer's packed codes, plus the largest tensor while it is being quantised.
     """
     parts, layers = FUSED[name], checkpoint.config.num_hidden_layers
     rows = [checkpoint.shapes[layer_tensor(0, part)][0] for part in parts]
     arrays: list[np.ndarray] = []
     for layer in range(layers):
         stored = [checkpoint.nf4(layer_tensor(layer, part), double) for part in parts]
-        if double:  # every block of absmax keeps the mean of the tensor that it is of
+        if double:  # fused tensors have different means, so every absmax block stores its own
             stored = [s._replace(offset=np.full(len(s.nested), s.offset, np.float32)) for s in stored]
         fused = [np.concatenate(field) for field in zip(*stored, strict=True) if field[0] is not None]
         arrays = arrays or [np.empty((layers, *array.shape), array.dtype) for array in fused]
         for array, part in zip(arrays, fused, strict=True):
             array[layer] = part
     devices = mesh.shape["tensor"] if mesh is not None and name in COLUMN else 1
-    if devices > 1:  # each device's rows of all parts lie together, and its blocks of absmax
+    if devices > 1:  # reorder so that each device's rows of all parts, and their absmax blocks, are contiguous
         orders = [fused_order(rows, devices)] * 2
         if double:
             groups = arrays[0].shape[2]
@@ -133,22 +137,22 @@ def read_nf4(checkpoint: Checkpoint, name: str, double: bool, mesh: Mesh | None)
     packed, *statistics = arrays
     fields = ("absmax_codes", "nested", "offset") if double else ("absmax",)
     codes = to_uint4(put(packed, mesh, partition_spec(name, "codes"), f"{name}.codes"))
-    placed = zip(fields, statistics, strict=True)
-    placed = {field: put(array, mesh, partition_spec(name, field), f"{name}.{field}") for field, array in placed}
-    return NF4(codes, placed.pop("absmax", None), **placed)
+    sharded = zip(fields, statistics, strict=True)
+    sharded = {field: put(array, mesh, partition_spec(name, field), f"{name}.{field}") for field, array in sharded}
+    return NF4(codes=codes, absmax=sharded.pop("absmax", None), **sharded)
 
 
 @jax.jit
 def to_uint4(packed: jax.Array) -> jax.Array:
-    """uint4 codes [N, O, G, 64] of packed uint8 [N, O, G, 32]."""
+    """Unpacks uint8 [N, O, G, 32] into uint4 codes [N, O, G, 64]."""
     halves = packed[..., None] >> jnp.array([4, 0], jnp.uint8) & 15
     return halves.astype(jnp.uint4).reshape(*packed.shape[:-1], -1)
 
 
 def save_model(model: Mistral, model_dir: str | Path) -> None:
-    """Writes `config.json` and `model.safetensors` (float32) as `MistralForCausalLM.from_pretrained` reads them.
+    """Writes `config.json` and float32 `model.safetensors` for `MistralForCausalLM.from_pretrained`.
 
-    Dense weights without an adapter only: raises ValueError otherwise, because either would be lost.
+    Raises ValueError for a model with NF4 weights or an adapter, which would be lost.
     """
     for name in FUSED:
         linear = getattr(model.layers, name)

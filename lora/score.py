@@ -1,9 +1,11 @@
-"""Log-probabilities of a text under a model: for parity tests, and to compare bases, precisions and adapters.
+"""Prints a text's log-probabilities under a model, for parity tests and to compare bases, precisions and adapters.
 
     python -m lora.score --model models/tiny-alfworld --weights nf4 --text FILE
 
-Prints one JSON object: `ids` of the text (with what the tokenizer puts before it, such as <s>), `logprobs` of each id
-after the first, natural logarithms, and their `sum`.
+Prints one JSON object: `ids` of the text (including the tokenizer's prefix, such as <s>), `logprobs` of every id after
+the first (natural logarithm), and their `sum`.
+
+Left out: several texts at once, texts longer than the model's positions.
 """
 
 from __future__ import annotations
@@ -29,17 +31,17 @@ class Args:
     model: Path
     """Hugging Face folder."""
     text: Path
-    """File of UTF-8 text, taken whole, its last newline included."""
+    """UTF-8 file, scored as it is, including a final newline."""
     adapter: Path | None = None
-    """LoRA adapter in PEFT's layout."""
+    """LoRA adapter in PEFT's layout. Unset: the base without an adapter."""
     weights: Weights = "nf4"
-    """Form of the linear layers: fp32, bf16 (activations too), NF4, or NF4 with double quantisation."""
+    """Form of the linear layers: fp32, bf16 (also for activations), NF4, or NF4 with double quantisation (nf4-dq)."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Activations (default: bfloat16 for --weights bf16, else float32)."""
+    """Dtype of activations. Unset: bfloat16 for --weights bf16, else float32."""
 
 
 def score(args: Args) -> dict:
-    """The JSON object. Raises ValueError for a text of fewer than two tokens or more than the model's positions."""
+    """The JSON object. Raises ValueError for a text of fewer than two tokens, or of more than the model's positions."""
     ids = load_tokenizer(args.model).encode(args.text.read_text(encoding="utf-8")).ids
     dtype = None if args.dtype is None else jnp.dtype(args.dtype)
     if args.adapter is None:
@@ -48,7 +50,7 @@ def score(args: Args) -> dict:
         model = load_adapter(args.model, args.adapter, args.weights, dtype=dtype)
     if not 2 <= len(ids) <= model.config.max_position_embeddings:
         raise ValueError(
-            f"{args.text} is {len(ids)} tokens, expected 2 to {model.config.max_position_embeddings}, the model's "
+            f"{args.text} has {len(ids)} tokens, expected 2 to {model.config.max_position_embeddings}, the model's "
             "max_position_embeddings."
         )
     graph, state = nnx.split(model)

@@ -1,15 +1,15 @@
-"""One mesh for training: rows of the batch over `data` and `fsdp`, the base over `fsdp` and `tensor`.
+"""The training mesh: batch rows are sharded over `data` and `fsdp`, the base over `fsdp` and `tensor`.
 
 The training step is one program that every device runs on its own shards (`jax.shard_map`). Along `fsdp` a device holds
-a part of each linear layer's out-features and gathers the others just before it needs them: 4-bit codes, not decoded
-weights. Along `tensor` it computes its own part of each layer (its heads, its feed-forward units) and adds what it gets
-to the others' (Megatron-LM, arXiv 1909.08053). Outside of a mesh the same functions do nothing.
-Left out: embeddings and head are held whole by every device; expert, sequence and pipeline axes.
+a shard of each linear layer's out-features and gathers the rest just before use, as 4-bit codes rather than decoded
+weights. Along `tensor` it computes its share of each layer (its heads, its feed-forward units), and the results are
+summed (Megatron-LM, arXiv 1909.08053). Outside a mesh the same functions are no-ops.
+Left out: sharding of the embeddings and the head, which every device holds in full; expert, sequence and pipeline axes.
 
     mesh = make_mesh((1, 4, 2))                       # data, fsdp, tensor: 8 devices
     model = load_model(folder, weights="nf4", mesh=mesh)
 
-Shapes: N layers, O out-features, I in-features, G NF4 blocks of an in-row, M blocks of absmax, R LoRA rank.
+Shapes: N layers, O out-features, I in-features, G NF4 blocks in a weight row, M blocks of absmax, R LoRA rank.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = P(("data", "fsdp"))  # of a batch
+ROWS = P(("data", "fsdp"))  # sharding of batch rows
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of (data, fsdp, tensor) devices; one number may be -1: as many as there are left.
+    """Makes a mesh of (data, fsdp, tensor) devices; one axis may be -1, which takes all remaining devices.
 
-    Raises ValueError if there are not as many devices as the shape says, or if a process would have none of them.
+    Raises ValueError if the shape needs more devices than exist, or would leave a process without one.
     """
     devices = jax.devices() if devices is None else devices
     known = int(np.prod([size for size in shape if size != -1]))
-    filled = [max(1, len(devices) // known) if size == -1 else size for size in shape]
-    count = int(np.prod(filled))
-    if len(filled) != len(AXES) or min(filled) < 1 or count > len(devices):
+    sizes = [max(1, len(devices) // known) if size == -1 else size for size in shape]
+    count = int(np.prod(sizes))
+    if len(sizes) != len(AXES) or min(sizes) < 1 or count > len(devices):
         raise ValueError(
             f"a mesh of {' x '.join(map(str, shape))} ({' x '.join(AXES)}) needs {count} devices, found "
-            f"{len(devices)}: give three numbers whose product is at most that."
+            f"{len(devices)}. Give three numbers whose product is at most that."
         )
     idle = {device.process_index for device in devices} - {device.process_index for device in devices[:count]}
     if idle:
         raise ValueError(
-            f"a mesh of {' x '.join(map(str, filled))} takes {count} of {len(devices)} devices and leaves processes "
-            f"{sorted(idle)} without one: make the mesh larger (--batch-rows sets how far data can go), or start fewer."
+            f"a mesh of {' x '.join(map(str, sizes))} uses {count} of {len(devices)} devices and leaves processes "
+            f"{sorted(idle)} without one. Make the mesh larger (--batch-rows limits the data axis), or start fewer."
         )
-    return Mesh(np.array(devices[:count]).reshape(filled), AXES)
+    return Mesh(np.array(devices[:count]).reshape(sizes), AXES)
 
 
 def join_processes() -> int:
-    """Joins the processes that the environment names, before JAX is used: several hosts then are one mesh.
+    """Joins the processes that the environment names, so that several hosts form one mesh. Call before using JAX.
 
-    COORDINATOR=host:port of the first process, PROCESSES their number, PROCESS this one's, from 0; or COORDINATOR=auto
-    where JAX finds them by itself (TPU pods, Slurm). Without COORDINATOR there is one process. Returns PROCESSES, or 1
-    where that is not given.
+    COORDINATOR is host:port of the first process, PROCESSES the number of processes and PROCESS this one's index, from
+    0; or COORDINATOR=auto where JAX discovers them (TPU pods, Slurm). Without COORDINATOR, runs as a single process.
+    Returns PROCESSES, or 1 if COORDINATOR is unset or auto.
     """
     coordinator = os.environ.get("COORDINATOR")
     if coordinator == "auto":
@@ -70,7 +70,7 @@ def join_processes() -> int:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that writes files."""
+    """Whether this is the process that writes files."""
     return jax.process_index() == 0
 
 
@@ -78,17 +78,17 @@ def is_first_process() -> bool:
 
 
 def axis_size(axis: str) -> int:
-    """The size of a mesh axis in the program that is being traced; 1 outside of a mesh."""
+    """The size of a mesh axis in the program being traced; 1 outside a mesh."""
     return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
 
 
 def gather(x: jax.Array) -> jax.Array:
-    """All of an array whose first axis is spread over `fsdp`."""
+    """All-gathers an array whose first axis is sharded over `fsdp`."""
     return x if axis_size("fsdp") == 1 else jax.lax.all_gather(x, "fsdp", axis=0, tiled=True)
 
 
 def local_shard(x: jax.Array, size: int, axis: int) -> jax.Array:
-    """This device's `size` places of an axis that is spread over `tensor`; all of it if it has no more."""
+    """This device's slice, of length `size`, of an axis to be split over `tensor`; all of it if it is no longer."""
     if x.shape[axis] == size:
         return x
     return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("tensor") * size, size, axis)
@@ -96,13 +96,13 @@ def local_shard(x: jax.Array, size: int, axis: int) -> jax.Array:
 
 @jax.custom_vjp
 def copy_to_tensor_parallel(x: jax.Array) -> jax.Array:
-    """x, which every device along `tensor` has, before each computes something else of it: gradients are summed."""
+    """x, replicated along `tensor`, as input to sharded computation: identity forward, gradients summed backward."""
     return x
 
 
 @jax.custom_vjp
 def reduce_from_tensor_parallel(x: jax.Array) -> jax.Array:
-    """The sum over `tensor` of what each device has computed; the gradient of each is that of the sum."""
+    """The sum over `tensor` of each device's partial result: all-reduce forward, identity backward."""
     return _sum(x)
 
 
@@ -114,11 +114,11 @@ copy_to_tensor_parallel.defvjp(lambda x: (x, None), lambda _, dy: (_sum(dy),))
 reduce_from_tensor_parallel.defvjp(lambda x: (_sum(x), None), lambda _, dy: (dy,))
 
 
-# ---- where arrays lie ------------------------------------------------------------------------------------------------
+# ---- shardings of arrays ---------------------------------------------------------------------------------------------
 
-# Layers that split their out-features over `tensor`; the others split their in-features and add up.
+# Layers that shard out-features over `tensor`; the others shard in-features and sum the partial results.
 COLUMN = ("qkv", "gate_up")
-# The fields of a linear layer (lora/linear.py) -> the axis of out-features (or blocks of them), that of in-features.
+# Field of a linear layer (linear.py) -> its axis of out-features (or their blocks), its axis of in-features.
 FIELDS = {
     "weight": (1, 2),
     "codes": (1, 2),
@@ -132,10 +132,10 @@ FIELDS = {
 
 
 def partition_spec(layer: str, field: str) -> P:
-    """How a field [N, ...] of a linear layer ("qkv", "o", "gate_up", "down") lies on the mesh.
+    """The PartitionSpec of a field [N, ...] of a linear layer ("qkv", "o", "gate_up", "down").
 
-    Adapters are whole along `fsdp`, as their gradients and optimizer state are small. The statistics of double
-    quantisation run over whole in-rows, so layers that split in-features have all of them and take their part.
+    Adapters are not sharded along `fsdp`: their gradients and optimizer state are small. Double-quantisation statistics
+    span whole weight rows, so layers that shard in-features hold all of them and slice what they need.
     """
     out_axis, in_axis = FIELDS[field]
     axes: list = [None, None, None]
@@ -151,7 +151,7 @@ def partition_spec(layer: str, field: str) -> P:
 
 
 def fused_order(rows: Sequence[int], devices: int) -> np.ndarray:
-    """The order of the rows of fused weights in which each of so many devices has its part of every weight: q|k|v."""
+    """The order of the rows of fused weights (q|k|v) that gives each of `devices` shards its part of every weight."""
     starts = np.cumsum([0, *rows[:-1]])
     return np.concatenate(
         [
@@ -163,9 +163,9 @@ def fused_order(rows: Sequence[int], devices: int) -> np.ndarray:
 
 
 def put(array: np.ndarray, mesh: Mesh | None, spec: P, name: str) -> jax.Array:
-    """A host array on the devices of a mesh, each its shard, or whole on the first device without a mesh.
+    """Puts a host array on a mesh, one shard per device, or without a mesh unsharded on the default device.
 
-    Raises ValueError, naming the array, if an axis cannot be divided.
+    Raises ValueError, naming the array, if an axis is not divisible.
     """
     if mesh is None:
         return jax.numpy.asarray(array)
@@ -174,24 +174,24 @@ def put(array: np.ndarray, mesh: Mesh | None, spec: P, name: str) -> jax.Array:
 
 
 def partition_specs(tree):
-    """The PartitionSpec of every array of a tree that lies on a mesh."""
+    """The PartitionSpec of every array in a tree that is on a mesh."""
     return jax.tree.map(lambda x: x.sharding.spec, tree)
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """All of an array, whichever devices and processes hold its parts. All processes must call it."""
+    """Collects an array from all devices and processes. Every process must call it."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)
 
 
 def check_divisible(name: str, shape: Sequence[int], spec: P, sizes: Mapping[str, int]) -> None:
-    """Raises ValueError unless every axis of the array can be cut into as many equal parts as its mesh axes have."""
+    """Raises ValueError unless every axis of the array divides evenly over its mesh axes."""
     for size, axes in zip(shape, spec, strict=False):
         axes = (axes,) if isinstance(axes, str) else axes or ()
         parts = int(np.prod([sizes[axis] for axis in axes]))
         if size % parts:
             raise ValueError(
-                f"{name} of shape {tuple(shape)} cannot be spread over {' x '.join(f'{a}={sizes[a]}' for a in axes)}: "
-                f"{size} is no multiple of {parts}. Choose mesh axes that divide it."
+                f"{name} of shape {tuple(shape)} cannot be sharded over {' x '.join(f'{a}={sizes[a]}' for a in axes)}: "
+                f"{size} is not a multiple of {parts}. Choose mesh axes that divide it."
             )

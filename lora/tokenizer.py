@@ -1,9 +1,9 @@
-"""Text to ids: the tokenizer of a Hugging Face folder, and Mistral's chat form.
-
-Left out: other models' chat templates, tools, images.
+"""Tokenises text and chats: loads the tokenizer of a Hugging Face folder and applies Mistral's chat format.
 
     tokenizer = load_tokenizer("mistral-7b")
     ids = chat_ids(tokenizer, [{"role": "user", "content": "Hello"}])       # <s> [INST] Hello [/INST]
+
+Left out: other models' chat templates, tools, images.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from tokenizers import Tokenizer, normalizers
 
 
 def load_tokenizer(model_dir: str | Path) -> Tokenizer:
-    """The tokenizer.json of a folder, or what transformers makes of its SentencePiece tokenizer.model (without torch).
+    """Loads a folder's tokenizer.json, or converts its SentencePiece tokenizer.model (transformers, without torch).
 
-    Raises FileNotFoundError, or ValueError if the file is none.
+    Raises FileNotFoundError if there is neither, and ValueError for an invalid file.
     """
     path = Path(model_dir) / "tokenizer.json"
-    pieces = path.with_name("tokenizer.model")
-    if not path.exists() and not pieces.exists():
+    sentencepiece_path = path.with_name("tokenizer.model")
+    if not path.exists() and not sentencepiece_path.exists():
         raise FileNotFoundError(f"no {path}; expected a Hugging Face folder with tokenizer.json or tokenizer.model")
     try:
         if path.exists():
             return Tokenizer.from_file(str(path))
         return from_sentencepiece(model_dir)
     except Exception as error:  # the libraries raise nothing narrower
-        path = path if path.exists() else pieces
-        raise ValueError(f"{path} is not a whole tokenizer ({error}); copy it from the model again") from error
+        path = path if path.exists() else sentencepiece_path
+        raise ValueError(f"{path} is not a valid tokenizer ({error}); copy it from the model again") from error
 
 
 def from_sentencepiece(model_dir: str | Path) -> Tokenizer:
-    """Mistral's tokenizer.model as transformers converts it, with SentencePiece's own ids where spaces meet.
+    """Mistral's tokenizer.model as converted by transformers, corrected to give SentencePiece's ids for runs of spaces.
 
-    SentencePiece merges runs of spaces last (their scores are lowest) and puts a space before every text, which is what
-    Mistral's tokenizer.json does too; the conversion merges them first, and leaves the space out before another.
+    SentencePiece, like Mistral's tokenizer.json, merges runs of spaces last (their scores are lowest) and prepends a
+    space to every text. The conversion merges them first and prepends none to a text that starts with a space.
     """
-    from transformers import LlamaTokenizer  # here, because it takes a second
+    from transformers import LlamaTokenizer  # imported here because the import takes a second
 
     fields = json.loads(LlamaTokenizer.from_pretrained(str(model_dir), add_bos_token=True).backend_tokenizer.to_str())
     fields["model"]["merges"].sort(key=lambda pair: set(pair[0] + pair[1]) == {"▁"})
@@ -50,26 +50,26 @@ def from_sentencepiece(model_dir: str | Path) -> Tokenizer:
 
 
 def encode_piece(tokenizer: Tokenizer, text: str, first: bool) -> list[int]:
-    """Ids of a piece of a longer text that is made piece by piece: those that it has there.
+    """Ids of one piece of a longer text that is encoded piece by piece.
 
-    The `first` one has what the tokenizer puts before a text (Mistral: <s> and a space); a later one has not, as if it
-    came after a newline. Ids of all pieces are those of the whole text where no token spans two of them. Raises
-    ValueError for a tokenizer that makes a newline and what follows one token.
+    The `first` piece gets the tokenizer's prefix (Mistral: <s> and a space); later ones are encoded as if they followed
+    a newline. Concatenated, the pieces have the ids of the full text if no token spans two of them. Raises ValueError
+    for a tokenizer that joins a newline with the text after it.
     """
     if first:
         return tokenizer.encode(text).ids
     newline, ids = (tokenizer.encode(t, add_special_tokens=False).ids for t in ("\n", "\n" + text))
     if ids[: len(newline)] != newline:
-        raise ValueError(f"the tokenizer joins a newline with {text[:20]!r}; expected lines that begin with own tokens")
+        raise ValueError(f"the tokenizer joins a newline with {text[:20]!r}; expected every line to start a new token")
     return ids[len(newline) :]
 
 
 def prompt_ids(tokenizer: Tokenizer, model_dir: str | Path, text: str) -> list[int]:
-    """Ids of an example that stands before a text whose own ids follow, without what the tokenizer puts before them.
+    """Ids of an example to put before a text; the text's own ids are appended without the tokenizer's prefix.
 
-    For a model of `model_dir` that is instructed in Mistral's form (its chat template says [INST]) the example is the
-    user's message and the text is the assistant's: <s> [INST] example [/INST] text. Any other model has the example as
-    it is: <s> example text.
+    For an instruction-tuned model in Mistral's format (the chat template in `model_dir` contains [INST]), the example
+    is the user's message and the text the assistant's: <s> [INST] example [/INST] text. Other models get the plain
+    example: <s> example text.
     """
     path = Path(model_dir) / "tokenizer_config.json"
     template = json.loads(path.read_text()).get("chat_template") if path.exists() else None
@@ -81,10 +81,11 @@ def prompt_ids(tokenizer: Tokenizer, model_dir: str | Path, text: str) -> list[i
 
 
 def chat_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """Ids of a chat in the form of Mistral-7B-Instruct v0.1 and v0.2: <s> [INST] user [/INST] assistant</s> [INST] ...
+    """Ids of a chat in the format of Mistral-7B-Instruct v0.1 and v0.2: <s> [INST] user [/INST] assistant</s> ...
 
-    Every piece is encoded by itself, as mistral-common does: ids of earlier messages never change. A system prompt is
-    folded into the first user turn, an empty line between. Raises ValueError unless user and assistant alternate.
+    Each message is encoded separately, as in mistral-common, so the ids of earlier messages never change. A system
+    prompt is prepended to the first user message with an empty line between them. Raises ValueError unless user and
+    assistant alternate.
     """
     messages = list(messages)
     if messages and messages[0]["role"] == "system":
@@ -92,7 +93,9 @@ def chat_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> lis
         messages = [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
     roles = [message["role"] for message in messages]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
-        raise ValueError(f"got messages of {roles}; expected an optional system, then user and assistant in turn.")
+        raise ValueError(
+            f"got messages with roles {roles}; expected an optional system, then user and assistant in turn."
+        )
     ids = [tokenizer.token_to_id("<s>")]
     for message in messages:
         text = f"[INST] {message['content']} [/INST]" if message["role"] == "user" else message["content"]

@@ -1,9 +1,11 @@
 """The jitted optimizer step on a mesh: gradients are accumulated over microbatches and summed over devices.
 
+    mesh = training_mesh((-1, 1, 1), batch_rows=8, device_rows=1)
     update = make_update(objective, graph, optimizer, mesh, adapter, frozen)
+    state = initial_state(optimizer, adapter, mesh)
     adapter, state, metrics = update(adapter, state, frozen, rate, shard_rows(rows, mesh, 1), trajectories, key)
 
-Left out: which rows, which weights, the schedule (train_pg.py).
+Left out: the objective, the choice of rows and weights, the learning-rate schedule (all in train_pg.py).
 Shapes: S microbatches of B rows, L tokens.
 """
 
@@ -32,27 +34,31 @@ class Batch(NamedTuple):
 
 
 def shard_rows(rows: Batch, mesh: Mesh, device_rows: int) -> Batch:
-    """Rows [S * B, L] of a step as microbatches [S, B, L] on the mesh; B is `device_rows` on every data shard."""
-    at_once = mesh.shape["data"] * mesh.shape["fsdp"] * device_rows
+    """Shards a step's rows [S * B, L] as microbatches [S, B, L], where each data shard holds `device_rows` of the B."""
+    microbatch_rows = mesh.shape["data"] * mesh.shape["fsdp"] * device_rows
     sharding = NamedSharding(mesh, P(None, *ROWS))
-    microbatches = (x.reshape(-1, at_once, x.shape[-1]) for x in rows)
-    return Batch(*(jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index]) for x in microbatches))
+
+    def shard(x: jax.Array) -> jax.Array:
+        x = x.reshape(-1, microbatch_rows, x.shape[-1])
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return Batch(ids=shard(rows.ids), segments=shard(rows.segments), weights=shard(rows.weights))
 
 
 def training_mesh(shape: tuple[int, int, int], batch_rows: int, device_rows: int) -> Mesh:
-    """A mesh of (data, fsdp, tensor) devices; a data axis of -1 becomes as many as divide the rows of a step.
+    """A mesh of (data, fsdp, tensor) devices; a data axis of -1 becomes the largest that divides rows and devices.
 
-    Raises ValueError if the devices, or the rows of a step, cannot be divided so.
+    Raises ValueError if the mesh does not divide a step's rows or does not fit the devices.
     """
     data, fsdp, tensor = shape
     if data == -1:
         rows, devices = batch_rows // (device_rows * fsdp), jax.device_count() // (fsdp * tensor)
         data = max(1, math.gcd(rows, devices))
-    at_once = data * fsdp * device_rows
-    if batch_rows % at_once:
+    microbatch_rows = data * fsdp * device_rows
+    if batch_rows % microbatch_rows:
         raise ValueError(
-            f"--batch-rows {batch_rows} is no multiple of data x fsdp x --device-rows = {data} x {fsdp} x "
-            f"{device_rows}: give a multiple of {at_once}."
+            f"--batch-rows {batch_rows} is not a multiple of data x fsdp x --device-rows = {data} x {fsdp} x "
+            f"{device_rows}: give a multiple of {microbatch_rows}."
         )
     return make_mesh((data, fsdp, tensor))
 
@@ -60,13 +66,13 @@ def training_mesh(shape: tuple[int, int, int], batch_rows: int, device_rows: int
 def make_update(
     objective: Callable, graph, optimizer: optax.GradientTransformation, mesh: Mesh, adapter, frozen
 ) -> Callable:
-    """The jitted step: (adapter, state, frozen, rate, batch, trajectories, key) -> (adapter, state, metrics).
+    """Builds the jitted step (adapter, state, frozen, rate, batch, trajectories, key) -> (adapter, state, metrics).
 
     `objective(model, batch, trajectories, key=...)` returns a value to maximise and two further sums; metrics are the
-    loss, those sums and the norm of the gradient. `batch` is [S, B, L]: every device takes its share of the B rows, one
-    S after the other, and the gradients are summed. `adapter` and `frozen` tell their shardings. The rate is an
-    argument, not part of the optimizer: the schedule differs from round to round and would recompile the step. `key`
-    is that of LoRA dropout, or None.
+    loss, those sums and the norm of the gradient. `batch` is [S, B, L]: every device processes its share of the B rows
+    for each microbatch in turn, and gradients are summed. Shardings are taken from `adapter` and `frozen`. The rate is
+    an argument rather than part of the optimizer, since a schedule that differs by round would recompile the step.
+    `key` is the random key of LoRA dropout, or None.
     """
     adapter_specs = partition_specs(adapter)
 
@@ -82,17 +88,17 @@ def make_update(
         def add(total, rows_and_index):
             return jax.tree.map(jnp.add, total, jax.value_and_grad(loss, has_aux=True)(adapter, *rows_and_index)), None
 
-        nothing = ((0.0, (0.0, 0.0)), jax.tree.map(jnp.zeros_like, adapter))
+        zeros = ((0.0, (0.0, 0.0)), jax.tree.map(jnp.zeros_like, adapter))
         indices = jnp.arange(len(batch.ids))
-        (sums, gradient), _ = jax.lax.scan(add, jax.tree.map(jnp.asarray, nothing), (batch, indices))
+        (sums, gradient), _ = jax.lax.scan(add, jax.tree.map(jnp.asarray, zeros), (batch, indices))
 
-        def over_devices(gradient, spec):
-            """Devices that hold the same shard of an adapter each have a part of its gradient."""
+        def sum_replicas(gradient, spec):
+            """Sums over the devices that hold the same shard of an adapter and a part of its gradient each."""
             return jax.lax.psum(gradient, tuple(axis for axis in AXES if axis not in spec))
 
-        return jax.lax.psum(sums, ("data", "fsdp")), jax.tree.map(over_devices, gradient, adapter_specs)
+        return jax.lax.psum(sums, ("data", "fsdp")), jax.tree.map(sum_replicas, gradient, adapter_specs)
 
-    # check_vma would add psums of its own to the gradient of shared arrays; here they are explicit.
+    # check_vma would insert further psums into the gradient of replicated arrays; ours are explicit.
     batch_step = jax.shard_map(
         device_step,
         mesh=mesh,
@@ -124,5 +130,5 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, adapter, mesh: 
 
 
 def initial_state(optimizer: optax.GradientTransformation, adapter, mesh: Mesh):
-    """The optimizer state before the first step."""
+    """The sharded optimizer state before the first step."""
     return jax.jit(optimizer.init, out_shardings=optimizer_shardings(optimizer, adapter, mesh))(adapter)

@@ -1,11 +1,12 @@
-"""Writes demonstrations of ALFWorld games, real ones where they are and generated ones, as a finished stage.
+"""Writes demonstrations of ALFWorld games as a finished stage, an input for train_pg.py.
 
     python -m models.demonstrations --out runs/refine/demo --count 600
     python train_pg.py --run runs/refine --inputs runs/refine/demo
 
-By the scripted demonstrator; no panel's game is among them. Openings end with the list of commands, as with
---tell-commands.
-Left out: ActRe, careless players (models/pretrain.py learns from those).
+The scripted demonstrator plays generated games and, if the data is available, real ones; no game is in a panel.
+Openings end with the list of commands, as with --tell-commands.
+
+Left out: ActRe, careless players (models/pretrain.py trains on both).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Args:
     out: Path = Path("runs/refine/demo")
     """Directory of the stage."""
     count: int = 600
-    """How many games."""
+    """Number of games."""
     seed: int = 0
     """Seeds the games and their order."""
 
@@ -43,9 +44,9 @@ def main(args: Args) -> None:
     corpus = CorpusArgs(generated=args.count, displaced=(0.0,), careless=(0.0,), seed=args.seed)
     games = itertools.islice(alfworld.demonstrations(corpus), args.count)
     trajectories = []
-    for number, game in enumerate(tqdm(games, total=args.count, unit="game")):
+    for index, game in enumerate(tqdm(games, total=args.count, unit="game")):
         opening = told_commands(game.first_observation, COMMANDS["0.4"])
-        trajectories.append(msgspec.structs.replace(game, first_observation=opening, trial=number))
+        trajectories.append(msgspec.structs.replace(game, first_observation=opening, trial=index))
     write_file(args.out / "trajectories.jsonl", trajectories)
     stage.finish({"trajectories": len(trajectories), "success": sum(t.success for t in trajectories)})
     print(f"{len(trajectories)} demonstrations -> {args.out}")

@@ -1,17 +1,16 @@
-"""Trains a tiny base from scratch, all parameters, on demonstrations of one world: the stand-in for a pretrained LLM.
+"""Trains a tiny base from scratch, all parameters, on demonstrations in one world: a stand-in for a pretrained LLM.
 
-A scripted demonstrator plays tasks that no panel holds (models/corpus/),
-displaced now and then by a random action whose reason is written after the fact, and the base learns both formats:
-ReAct (the agent) and ActRe (the one who explains). Like the text that an LLM is trained on, the demonstrations are of
-uneven skill: for some kinds of task most players are careless, take a shortcut and fail.
-What it writes is a Hugging Face folder: config.json, model.safetensors, tokenizer.json, and training.json with the
-command, seeds and losses.
+A scripted demonstrator plays tasks that are in no panel (models/corpus/). Now and then a random action displaces it,
+whose reason is written after the fact, so the base learns both formats: ReAct (the agent) and ActRe (the explainer). As
+in an LLM's training data, skill varies: for some kinds of task most players are careless, take a shortcut and fail.
+The output is a Hugging Face folder: config.json, model.safetensors, tokenizer.json, and training.json with the command,
+seeds and losses.
 
     python -m models.pretrain                                        # models/tiny-alfworld
-    make base-webshop                                                # models/tiny-webshop, with flags of its own
+    make base-webshop                                                # models/tiny-webshop, with its own flags
 
-Left out: LoRA and rewards (train_pg.py), resuming (a run is short), scoring (evaluate.py does that).
-Shapes: B rows, L tokens.
+Left out: LoRA and rewards (train_pg.py), resuming (a run is short), scoring (evaluate.py).
+Shapes: N layers, B rows, L tokens.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,77 +50,77 @@ from models.corpus.args import CorpusArgs
 from models.initial_weights import embeddings, induction_heads, match_like_with_like
 from models.tokenizer import train_tokenizer, train_tokenizer_blanks_last
 
+STEP_TOKENS = 4_096  # of one optimizer step, padding included
+DEVICES = 2  # share the rows of a step: a CPU attends with one core per row; fewer if JAX has only one device
+# Each module has a world's demonstrations, spellings, PRETOKENIZER, READING, LENGTHS and SHORT.
+CORPORA = {"alfworld": alfworld, "webshop": webshop, "neutral": neutral}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Args(CorpusArgs):
     env: Literal["alfworld", "webshop", "neutral"] = "alfworld"
-    """World whose demonstrations are learnt (models/corpus/); neutral: random walks, without solutions, in two."""
+    """World whose demonstrations are learnt (models/corpus/). neutral: random walks in two worlds, no solutions."""
     out: Path = Path("models/tiny-alfworld")
-    """Folder to write; an existing model there is refused."""
+    """Folder to write; refused if it already holds a model."""
     tokens: int = 10_000_000
-    """Tokens to train on, padding included. 4,096 of them make one optimizer step."""
+    """Tokens to train on, padding included; 4,096 per optimizer step."""
     width: int = 128
     """Hidden size; a multiple of 64."""
     layers: int = 4
     """Decoder layers."""
     heads: tuple[int, int, int] = (4, 4, 32)
-    """Attention heads, key-value heads, and the size of one."""
+    """Attention heads, key-value heads, and the size of a head."""
     rope_theta: float = 1e5
-    """Base of the rotary angles: the longer the texts, the larger."""
+    """Base of the rotary angles; longer texts need a larger one."""
     vocabulary: int = 1536
-    """Size of the byte-level BPE vocabulary, 256 bytes included; smaller where the texts have fewer pieces."""
+    """Size of the byte-level BPE vocabulary, 256 bytes included; smaller if the texts have fewer pieces."""
     learning_rate: float = 0.02
-    """Peak rate of Muon (matrices); Adam (embeddings, head, norms) takes 0.15 of it. Cosine decay."""
+    """Peak learning rate of Muon (matrices); Adam (embeddings, head, norms) uses 0.15 of it. Cosine decay."""
     actre_share: float = 0.2
-    """Share of texts in the ActRe format."""
+    """Share of texts in the ActRe format; the others are in the ReAct format."""
     world_weight: float = 0.05
-    """Weight of the tokens that the world wrote; the agent's have 1. What a room holds cannot be predicted, and at full
-    weight its noise drowns the few tokens that decide a game."""
+    """Weight of the world's tokens; the agent's have 1. The contents of a room cannot be predicted, and at full weight
+    their noise drowns the few tokens that decide a game."""
     reading_weight: float = 5.0
-    """Weight of the words in which a thought says whether the wanted thing is in sight, and which: they are few, hold
-    half of the loss, and win or lose a game."""
+    """Weight of the words in which a thought says whether the wanted thing is in sight, and which one: few tokens with
+    half of the loss, which win or lose a game."""
 
 
-STEP_TOKENS = 4_096
-DEVICES = 2  # that share the rows of a step: a CPU attends with one core a row (one device where there is but one)
-
-
-# Modules with a world's demonstrations, the pieces that its texts are cut into, and how long they are.
-CORPORA = {"alfworld": alfworld, "webshop": webshop, "neutral": neutral}
-
-
-# ---- tokens and where they start -------------------------------------------------------------------------------------
+# ---- texts and batches -----------------------------------------------------------------------------------------------
 
 
 def weighted(trajectory: Trajectory, actre: bool, args: Args) -> list[tuple[str, float]]:
-    """A demonstration as (text, weight): 1 on what the agent or ActRe writes, args.reading_weight on its words that say
-    what a list holds, args.world_weight on the world's text, 0 on ReAct turns with a random action."""
+    """A demonstration as (text, weight) pieces.
+
+    The agent's and ActRe's text has weight 1, except args.reading_weight for words that say what a list contains and 0
+    for ReAct turns with a random action; the world's text has args.world_weight.
+    """
     pieces, reading = [], CORPORA[args.env].READING
     for segment in (actre_segments if actre else react_segments)(trajectory):
         if not segment.agent:
             pieces.append((segment.text, args.world_weight))
         elif not actre and trajectory.turns[segment.turn].action_by == "sampled":
             pieces.append((segment.text, 0.0))
-        else:  # re.split: text, what was read, text, ...
+        else:  # re.split alternates: text, match of the READING pattern, text, ...
             parts = re.split(reading, segment.text)
             pieces += [(part, args.reading_weight if i % 2 else 1.0) for i, part in enumerate(parts) if part]
     return pieces
 
 
 def texts(args: Args) -> Iterator[list[tuple[str, float]]]:
-    """An endless stream of weighted texts, ReAct and ActRe in their shares."""
-    for number, trajectory in enumerate(CORPORA[args.env].demonstrations(args)):
-        actre = generator(args.seed, "format", number).random() < args.actre_share
+    """An endless stream of weighted texts, a share `args.actre_share` of them in the ActRe format."""
+    for index, trajectory in enumerate(CORPORA[args.env].demonstrations(args)):
+        actre = generator(args.seed, "format", index).random() < args.actre_share
         yield weighted(trajectory, actre, args)
 
 
 def batches(args: Args, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(ids_BL, segments_BL, weights_BL) of about STEP_TOKENS tokens, one text a row, rows of like length together.
+    """(ids_BL, segments_BL, weights_BL) of about STEP_TOKENS tokens; one text per row, rows of similar length together.
 
-    The first third of the steps has short texts only: what to look for is found more easily among less.
+    The first third of the steps has only short texts, in which it is easier to learn what to attend to.
     """
     step, corpus = 0, CORPORA[args.env]
-    waiting: dict[int, list[tuple[list[int], list[float]]]] = {length: [] for length in corpus.LENGTHS}
+    pending: dict[int, list[tuple[list[int], list[float]]]] = {length: [] for length in corpus.LENGTHS}
     for text in texts(args):
         pieces = [(tokenizer.encode(piece, add_special_tokens=False).ids, weight) for piece, weight in text]
         ids = [i for piece, _ in pieces for i in piece]
@@ -129,61 +128,34 @@ def batches(args: Args, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.n
         length = next((n for n in corpus.LENGTHS if n >= len(ids)), None)
         if length is None or (step < args.tokens // STEP_TOKENS // 3 and length > corpus.SHORT):
             continue
-        waiting[length].append((ids, weights))
+        pending[length].append((ids, weights))
         rows = max(1, STEP_TOKENS // length // DEVICES) * DEVICES
-        if len(waiting[length]) == rows:
+        if len(pending[length]) == rows:
             ids_BL = np.zeros((rows, length), np.int32)
             segments_BL, weights_BL = np.zeros_like(ids_BL), np.zeros(ids_BL.shape, np.float32)
-            for row, (ids, weights) in enumerate(waiting[length]):
+            for row, (ids, weights) in enumerate(pending[length]):
                 ids_BL[row, : len(ids)] = ids
                 segments_BL[row, : len(ids)] = 1
                 weights_BL[row, : len(ids)] = weights
-            waiting[length] = []
+            pending[length] = []
             yield ids_BL, segments_BL, weights_BL
             step += 1
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- the model before training ---------------------------------------------------------------------------------------
 
 
-def through_nf4(weight: jax.Array) -> jax.Array:
-    """The weight [N, out, in] rounded to NF4, with the gradient of the weight itself: the base is only used so."""
-    blocks = weight.reshape(*weight.shape[:-1], -1, nf4.BLOCK)
-    absmax = jnp.maximum(jnp.abs(blocks).max(axis=-1), 1e-38)
-    scaled = blocks / absmax[..., None]
-    codes = sum((scaled > border).astype(jnp.uint8) for border in (nf4.VALUES[:-1] + nf4.VALUES[1:]) / 2)
-    rounded = nf4.dequantize(codes, absmax).reshape(weight.shape)
-    return weight + jax.lax.stop_gradient(rounded - weight)
-
-
-def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """Muon on the layers' matrices (stacked over layers, [N, out, in]), Adam on the rest, warm-up and cosine decay."""
-
-    def schedule(peak: float) -> optax.Schedule:
-        return optax.warmup_cosine_decay_schedule(0.0, peak, min(50, steps // 10), steps, 0.02 * peak)
-
-    def matrices(params):
-        return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(2, 1) if x.ndim == 3 else None, params)
-
-    muon = optax.contrib.muon(
-        schedule(learning_rate),
-        adam_learning_rate=schedule(0.15 * learning_rate),
-        muon_weight_dimension_numbers=matrices,
-        weight_decay=0.01,
-    )
-    return optax.chain(optax.clip_by_global_norm(1.0), muon)
-
-
-def main(args: Args) -> None:
-    if (args.out / "model.safetensors").exists():
-        raise SystemExit(f"{args.out} holds a model already; remove it or give another --out")
-    args.out.mkdir(parents=True, exist_ok=True)
+def build_tokenizer(args: Args) -> Tokenizer:
+    """A tokenizer trained on the first 2,000 demonstrations of the corpus."""
     corpus = CORPORA[args.env]
     sample = list(itertools.islice(corpus.demonstrations(args), 2000))
     spellings = [text for trajectory in sample for text in corpus.spellings(trajectory)]
     make_tokenizer = train_tokenizer_blanks_last if args.env == "webshop" else train_tokenizer
-    tokenizer = make_tokenizer(spellings, args.vocabulary, corpus.PRETOKENIZER)
-    tokenizer.save(str(args.out / "tokenizer.json"))
+    return make_tokenizer(spellings, args.vocabulary, corpus.PRETOKENIZER)
+
+
+def build_model(args: Args, tokenizer: Tokenizer) -> Mistral:
+    """A Mistral of the given sizes with the initial weights of models/initial_weights.py."""
     config = Config(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=args.width,
@@ -202,11 +174,42 @@ def main(args: Args) -> None:
         match_like_with_like(model, plain_D, numbered_D)
     else:
         induction_heads(model, embeddings(tokenizer, args.heads[2] - 1, generator(args.seed, "embeddings"))[0])
-    graph, params = nnx.split(model)
-    steps = args.tokens // STEP_TOKENS
-    optimizer = make_optimizer(args.learning_rate, steps)
-    state = optimizer.init(params)
+    return model
 
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def through_nf4(weight: jax.Array) -> jax.Array:
+    """The weight [N, out, in] rounded to NF4, the form the base is used in, with a straight-through gradient."""
+    blocks = weight.reshape(*weight.shape[:-1], -1, nf4.BLOCK)
+    absmax = jnp.maximum(jnp.abs(blocks).max(axis=-1), 1e-38)
+    scaled = blocks / absmax[..., None]
+    codes = sum((scaled > border).astype(jnp.uint8) for border in (nf4.VALUES[:-1] + nf4.VALUES[1:]) / 2)
+    rounded = nf4.dequantize(codes, absmax).reshape(weight.shape)
+    return weight + jax.lax.stop_gradient(rounded - weight)
+
+
+def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    """Muon on the layers' matrices (stacked, [N, out, in]) and Adam on the rest, with warm-up and cosine decay."""
+
+    def schedule(peak: float) -> optax.Schedule:
+        return optax.warmup_cosine_decay_schedule(0.0, peak, min(50, steps // 10), steps, 0.02 * peak)
+
+    def matrices(params):
+        return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(2, 1) if x.ndim == 3 else None, params)
+
+    muon = optax.contrib.muon(
+        schedule(learning_rate),
+        adam_learning_rate=schedule(0.15 * learning_rate),
+        muon_weight_dimension_numbers=matrices,
+        weight_decay=0.01,
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), muon)
+
+
+def make_update(graph, optimizer: optax.GradientTransformation) -> Callable:
+    """Builds the jitted step (params, state, batch) -> (params, state, loss), with rows sharded over the devices."""
     mesh = Mesh(jax.devices()[:DEVICES], "rows")
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("rows")), out_specs=P(), check_vma=False)
@@ -225,32 +228,54 @@ def main(args: Args) -> None:
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, value
 
+    return update
+
+
+def train(update: Callable, params, state, stream: Iterator, steps: int) -> tuple[Any, dict[str, int | float]]:
+    """Runs `steps` updates on a stream of batches; returns the parameters and the figures for training.json."""
     start, real_tokens, losses = time.time(), 0, []
-    bar = tqdm(itertools.islice(batches(args, tokenizer), steps), total=steps, desc="pretrain", unit="step")
+    bar = tqdm(itertools.islice(stream, steps), total=steps, desc="pretrain", unit="step")
     for batch in bar:
         params, state, loss = update(params, state, batch)
-        losses.append(loss)  # not read yet: the next batch is made while this one is computed
+        losses.append(loss)  # not read yet, so that the next batch is made while this step runs
         real_tokens += int((batch[1] != 0).sum())
         if len(losses) % 20 == 0 or len(losses) == steps:
             recent = float(np.mean(losses[-20:]))
             if not np.isfinite(recent):
-                raise SystemExit(f"loss {recent} before step {len(losses)}; lower --learning-rate")
+                raise SystemExit(f"loss {recent} at or before step {len(losses)}; lower --learning-rate")
             bar.set_postfix(loss=f"{recent:.4f}", tokens_per_s=f"{real_tokens / (time.time() - start):.0f}")
+    return params, {"tokens": real_tokens, "steps": steps, "first_loss": float(losses[0]), "last_loss": recent}
 
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> None:
+    if (args.out / "model.safetensors").exists():
+        raise SystemExit(f"{args.out} already holds a model; remove it or give another --out")
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer(args)
+    tokenizer.save(str(args.out / "tokenizer.json"))
+    graph, params = nnx.split(build_model(args, tokenizer))
+    steps = args.tokens // STEP_TOKENS
+    optimizer = make_optimizer(args.learning_rate, steps)
+    state = optimizer.init(params)
+    update = make_update(graph, optimizer)
+    start = time.time()
+    params, figures = train(update, params, state, batches(args, tokenizer), steps)
     save_model(nnx.merge(graph, params), args.out)
     record = {
         "command": " ".join(["python -m models.pretrain", *sys.argv[1:]]),
         "args": {k: str(v) for k, v in asdict(args).items()},
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "tokens": real_tokens,
-        "steps": steps,
-        "first_loss": float(losses[0]),
-        "last_loss": recent,
+        **figures,
         "seconds": round(time.time() - start),
         "device": jax.devices()[0].device_kind,
     }
     (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(f"{args.out}: {record['parameters']:,} parameters, {real_tokens:,} tokens, loss {record['last_loss']:.4f}")
+    print(
+        f"{args.out}: {record['parameters']:,} parameters, {record['tokens']:,} tokens, loss {record['last_loss']:.4f}"
+    )
 
 
 if __name__ == "__main__":

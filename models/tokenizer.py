@@ -1,4 +1,10 @@
-"""Byte-level BPE tokenizers for tiny bases, trained on the texts they will read."""
+"""Byte-level BPE tokenizers for tiny bases, trained on the corpus that the base will read.
+
+    tokenizer = train_tokenizer(texts, vocabulary=1536, split=alfworld.PRETOKENIZER)
+    tokenizer.save("models/tiny-alfworld/tokenizer.json")
+
+Left out: special tokens, normalisation.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 
 def empty_tokenizer(bpe: models.BPE, split: str) -> Tokenizer:
-    """A byte-level BPE within the pieces of the pattern `split`; any text survives encoding and decoding."""
+    """A tokenizer that applies `bpe` to the bytes of the pieces cut by the pattern `split`; any text round-trips."""
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -23,7 +29,7 @@ def empty_tokenizer(bpe: models.BPE, split: str) -> Tokenizer:
 
 
 def train_tokenizer(texts: list[str], vocabulary: int, split: str) -> Tokenizer:
-    """A byte-level BPE made from texts."""
+    """Trains a byte-level BPE of at most `vocabulary` tokens on texts cut by the pattern `split`."""
     tokenizer = empty_tokenizer(models.BPE(), split)
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
@@ -33,17 +39,18 @@ def train_tokenizer(texts: list[str], vocabulary: int, split: str) -> Tokenizer:
 
 
 def train_tokenizer_blanks_last(texts: list[str], vocabulary: int, split: str) -> Tokenizer:
-    """One where a word has the same tokens behind a blank and without it, but that the first has the blank in it: so an
-    action's words are copied token by token from a text. A third of the vocabulary are tokens with a blank."""
+    """Like `train_tokenizer`, but a word has the same tokens with and without a leading space, except that the first
+    includes the space. An action's words can thus be copied token by token from a text. A third of the vocabulary is
+    reserved for tokens with a leading space."""
     bare = train_tokenizer(texts, 2 * vocabulary // 3, split.replace(" ?", ""))
     bpe = json.loads(bare.to_str())["model"]
     words = Counter(piece for text in texts for piece in re.findall(split, text) if re.match(r" \S", piece))
     firsts: Counter[str] = Counter()
     for word, count in words.items():
         firsts[bare.encode(word[1:]).tokens[0]] += count
-    blank = "Ġ"  # how a byte-level BPE spells it
+    space = "Ġ"  # the byte-level spelling of a space
     for first, _ in firsts.most_common(vocabulary - len(bpe["vocab"])):
-        if blank + first not in bpe["vocab"]:
-            bpe["vocab"][blank + first] = len(bpe["vocab"])
-            bpe["merges"].append((blank, first))
+        if space + first not in bpe["vocab"]:
+            bpe["vocab"][space + first] = len(bpe["vocab"])
+            bpe["merges"].append((space, first))
     return empty_tokenizer(models.BPE(vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]]), split)

@@ -149,17 +149,17 @@ def test_a_bfloat16_copy_keeps_the_adapter_beside_it(tmp_path):
     """An adapter of small numbers, which a sum in bfloat16 would round away, still does all that it does."""
     source, ids = adapted(tmp_path, "nf4"), prompt(9)
     one = engine(model=source, weights="bf16")
-    base = one._view.layers[0]["qkv"]["weight"][...]
+    base = one._decoder.layers[0]["qkv"]["weight"][...]
     graph, adapter, rest = nnx.split(source, LoRAParam, ...)
     assert base.dtype == jnp.bfloat16 and base.shape == (64, 128)
-    assert len(jax.tree.leaves(one._view.layers)) == 2 * (len(jax.tree.leaves(adapter)) + 6)
+    assert len(jax.tree.leaves(one._decoder.layers)) == 2 * (len(jax.tree.leaves(adapter)) + 6)
     session = one.open()
     one.extend(session, ids)
     [reply] = one.sample([(session, 1.0, 3)])
     expected = full_logprobs(source, ids + reply.ids)[9:]
     plain = full_logprobs(load_model(tmp_path, weights="nf4"), ids + reply.ids)[9:]
     assert np.abs(expected - reply.logprobs).max() < 0.25 * np.abs(expected - plain).max()
-    with pytest.raises(ValueError, match="the rollout weights were to be nf4, but the model's are dense"):
+    with pytest.raises(ValueError, match="the rollout weights are nf4, but the model is dense"):
         engine(weights="nf4")
 
 
@@ -457,9 +457,9 @@ def test_misuse_is_named():
     first, second = one.open(), one.open()
     one.extend(first, [1, 2])
     for asks in ([(first, 1.0, 0), (first, 1.0, 1)], [(second, 1.0, 0)], [(9, 1.0, 0)]):
-        with pytest.raises(ValueError, match="session [019] was asked: it must be open, extended"):
+        with pytest.raises(ValueError, match="session [019] cannot sample: it must be open, extended"):
             one.sample(asks)
-    with pytest.raises(ValueError, match="session 0 cannot be closed: its reply is still to come"):
+    with pytest.raises(ValueError, match="session 0 cannot be closed while its request is pending"):
         one.close(first)  # the first of two asks above was taken
     with pytest.raises(ValueError, match="top_p=0.0; expected more than 0"):
         engine(slots=2).sample([(first, 1.0, 0, 0.0)])
@@ -485,7 +485,7 @@ def test_nothing_of_the_size_of_the_cache_is_copied(monkeypatch):
     ints = np.zeros(rows, np.int32)
     floats = ints.astype(np.float32)
     asked = SamplingParams(ints, ints, ints, floats, floats, ints.astype(np.uint32))
-    decoding = decode.lower(Graph(graph), TINY, view, [[block]] * 2, ints, asked, places=T).compile()
+    decoding = decode.lower(Graph(graph), TINY, view, [[block]] * 2, ints, asked, chunk=T).compile()
     scores = rows * H * 1024 * 4
     assert decoding.memory_analysis().temp_size_in_bytes < 4 * scores < size
     writing = append.lower(block, empty_buffer(TINY, rows, T, jnp.float32), 0, ints, ints, ints).compile()

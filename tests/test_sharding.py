@@ -86,7 +86,7 @@ def test_fused_rows_are_dealt_to_devices_part_by_part():
 
 
 def test_what_cannot_be_divided_is_named(folder):
-    with pytest.raises(ValueError, match=r"q of shape \(6, 5\) cannot be spread over tensor=2 x fsdp=2: 6 is no"):
+    with pytest.raises(ValueError, match=r"q of shape \(6, 5\) cannot be sharded over tensor=2 x fsdp=2: 6 is not"):
         check_divisible("q", (6, 5), P(("tensor", "fsdp")), {"data": 1, "fsdp": 2, "tensor": 2})
     with pytest.raises(ValueError, match="needs 64 devices, found 2"):
         make_mesh((1, 64, 1))

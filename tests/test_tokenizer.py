@@ -138,8 +138,8 @@ def test_a_folder_without_a_tokenizer_and_with_a_broken_one(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"cut")
-    with pytest.raises(ValueError, match="tokenizer.model is not a whole tokenizer"):
+    with pytest.raises(ValueError, match="tokenizer.model is not a valid tokenizer"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="tokenizer.json is not a whole tokenizer"):
+    with pytest.raises(ValueError, match="tokenizer.json is not a valid tokenizer"):
         load_tokenizer(tmp_path)

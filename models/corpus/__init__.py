@@ -1,1 +1,1 @@
-"""What tiny bases learn from: demonstrations in ALFWorld and WebShop, and random walks (neutral)."""
+"""Corpora for the tiny bases: demonstrations in ALFWorld and WebShop, and random walks in two worlds (neutral)."""

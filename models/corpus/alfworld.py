@@ -1,7 +1,11 @@
-"""What the ALFWorld base learns from: demonstrations of games that no panel holds.
+"""The ALFWorld base's corpus: demonstrations of games that are in no panel.
 
-Real train games outside train-600 and valid-60 (where there is data) and generated ones, played by the scripted
-demonstrator, careful or careless. See CorpusArgs for what can be chosen.
+The scripted demonstrator plays generated games and, if the data is available, real train games outside train-600 and
+valid-60. It is careful or careless, and is displaced now and then by a random action (CorpusArgs).
+
+    for trajectory in itertools.islice(demonstrations(CorpusArgs(generated=100)), 20): ...
+
+Left out: rendering, weights and batches (models/pretrain.py).
 """
 
 from __future__ import annotations
@@ -28,21 +32,21 @@ from envs.alfworld.world import AlfWorld
 from envs.panel import excluded_ids
 from models.corpus.args import CorpusArgs
 
-LENGTHS = (256, 320, 384, 480, 640, 1024)  # one text a row, padded to the next of these
-SHORT = 384  # the longest text of the first third of the steps
-READING = r"((?<=[a-z])(?:\.|, and the \w+ \d+)(?= I check| is ))"  # of "I need a mug. I check ..." and its like
-# Pieces: the separators of lists, words with their leading space, their number ("mug 2" can be copied in one glance)
-# and the harness's colon or bracket, and the newline, which ends a reply and must stay a token of its own.
+LENGTHS = (256, 320, 384, 480, 640, 1024)  # row lengths: one text per row, padded to the next of these
+SHORT = 384  # the longest text in the first third of the steps
+READING = r"((?<=[a-z])(?:\.|, and the \w+ \d+)(?= I check| is ))"  # the first "." of "I need a mug. I check ...", etc.
+# Pieces: list separators; words with their leading space, their number (so "mug 2" is copied as one token) and the
+# harness's colon or bracket; and the newline, which ends a reply and must stay a separate token.
 PRETOKENIZER = r", (?:and )?a(?![A-Za-z])| OK\.| ?[A-Za-z]+(?: \d+)?[:\[]?| ?\d+|\n|[^\sA-Za-z\d]+|\s"
 
 
 def spellings(trajectory: Trajectory) -> list[str]:
-    """What the tokenizer is made from."""
+    """The texts that the tokenizer is trained on."""
     return [text_of(react_segments(trajectory)), text_of(actre_segments(trajectory))]
 
 
 class Source(NamedTuple):
-    """Games to demonstrate on: their ids, how to load one, and where things lie in them."""
+    """Games to demonstrate on: their ids, a loader, and how often receptacle types hold object types in them."""
 
     task_ids: list[str]
     load: Callable[[str], Game]
@@ -50,21 +54,21 @@ class Source(NamedTuple):
 
 
 def count_places(games: Iterable[Game]) -> dict[str, dict[str, float]]:
-    """places[object type][receptacle type]: the share of such receptacles that hold such an object at the start."""
+    """places[object type][receptacle type]: the share of such receptacles that initially hold such an object."""
     total: Counter[str] = Counter()
     holding: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for game in games:
-        for receptacle, held in game.contents.items():
-            where = kind(game.names[receptacle])
-            total[where] += 1
-            for thing in {kind(game.names[t]) for t in held}:
-                holding[thing][where] += 1
+        for receptacle, objects in game.contents.items():
+            receptacle_type = kind(game.names[receptacle])
+            total[receptacle_type] += 1
+            for object_type in {kind(game.names[o]) for o in objects}:
+                holding[object_type][receptacle_type] += 1
     return {o: {r: round(n / total[r], 3) for r, n in places.items()} for o, places in holding.items()}
 
 
 @functools.lru_cache(maxsize=1)
 def sources(args: CorpusArgs) -> list[Source]:
-    """Real train games that no panel holds (where there is data), and generated ones."""
+    """Real train games that are in no panel, if their data is available, and generated games."""
     found = []
     folder = args.data or os.environ.get("ALFWORLD_DATA")
     if folder:
@@ -78,18 +82,22 @@ def sources(args: CorpusArgs) -> list[Source]:
     }
     found.append((sorted(games), lambda task_id: Game(games[task_id])))
     return [
-        Source(ids, load, count_places(load(i) for i in tqdm(ids, desc="counting places", leave=False)))
-        for ids, load in found
-        if ids
+        Source(
+            task_ids=task_ids,
+            load=load,
+            places=count_places(load(t) for t in tqdm(task_ids, desc="counting places", leave=False)),
+        )
+        for task_ids, load in found
+        if task_ids
     ]
 
 
 def displaced_action(rng: np.random.Generator, admissible: list[str], player: Demonstrator, last: str) -> str:
-    """An action that the demonstrator did not choose: an admissible one, or now and then one that will not work."""
+    """A random action in place of the demonstrator's: an admissible one, or now and then one that will not work."""
     if rng.random() < 0.4:
         here, there = rng.choice(player.receptacles, 2)
         wrong = [f"open {here}", f"go to {here}", f"examine {there}", last]
-        if player.at:  # a tiny model's commonest mistake; rare here, for a name in a text is to prove that it was seen
+        if player.at:  # a tiny model's commonest mistake; rare here, so that a name in a text implies it was seen
             wrong += [f"take {player.target} {rng.integers(1, 4)} from {player.at}"]
         seen = sorted(thing for listed in player.contents.values() for thing in listed)
         if seen:
@@ -97,24 +105,24 @@ def displaced_action(rng: np.random.Generator, admissible: list[str], player: De
         wrong = [a for a in wrong if a and a not in admissible]
         if wrong:
             return str(rng.choice(wrong))
-    if rng.random() < 0.5:  # verbs first: half of all commands are "go to"
+    if rng.random() < 0.5:  # draw the verb first: half of all commands are "go to"
         verb = rng.choice(sorted({a.split(" ")[0] for a in admissible}))
         admissible = [a for a in admissible if a.split(" ")[0] == verb]
     return str(rng.choice(admissible))
 
 
 def careless_share(args: CorpusArgs, player: Demonstrator) -> float:
-    """How many players are careless at this kind of task: one of `args.careless`, drawn for its type and object."""
-    type_of = "look" if player.lamp else "two" if player.needed == 2 else (player.treatment or ("put",))[0]
-    return float(generator(args.seed, "careless", type_of, player.target).choice(args.careless))
+    """The share of careless players for this kind of task: one of `args.careless`, drawn for its type and object."""
+    task_type = "look" if player.lamp else "two" if player.needed == 2 else (player.treatment or ("put",))[0]
+    return float(generator(args.seed, "careless", task_type, player.target).choice(args.careless))
 
 
 def demonstrate(
     game: Game, task_id: str, places: dict, rng: np.random.Generator, args: CorpusArgs
 ) -> Trajectory | None:
-    """Plays one game with a demonstrator, displaced with one of the probabilities.
+    """Plays one game with a demonstrator, displaced with one of `args.displaced`.
 
-    None if a careful one fails; a careless one who fails looks around twice and ends.
+    Returns None if a careful player fails; a careless one that fails looks around twice and stops.
     """
     displaced = rng.choice(args.displaced)
     player = Demonstrator(game.text, places)
@@ -125,14 +133,23 @@ def demonstrate(
     while len(turns) < args.max_turns and met < total and looks < 2:
         looks += player.done
         thought, action = player.decide()
-        by = "demo"
+        action_by = "demo"
         if rng.random() < displaced:
             action = displaced_action(rng, game.actions(), player, turns[-1].action if turns else "")
-            thought, by = player.explain(action), "sampled"
-        answer = game.act(action)
-        observation = NOTHING if answer is None else answer
+            thought, action_by = player.explain(action), "sampled"
+        reply = game.act(action)
+        observation = NOTHING if reply is None else reply
         player.observe(action, observation)
-        turns.append(Turn(thought, action, observation, "demo", by, answer is not None))
+        turns.append(
+            Turn(
+                thought=thought,
+                action=action,
+                observation=observation,
+                thought_by="demo",
+                action_by=action_by,
+                valid=reply is not None,
+            )
+        )
         met, total = game.conditions()
     if not turns or (met < total and not player.done):
         return None
@@ -155,10 +172,10 @@ def demonstrate(
 
 
 def demonstrations(args: CorpusArgs) -> Iterator[Trajectory]:
-    """An endless stream of demonstrations, the same for the same seed; no panel's task among them."""
+    """An endless stream of demonstrations, determined by the seed, without any panel's task."""
     *real, generated = sources(args)
-    for number in itertools.count():
-        rng = generator(args.seed, "pretrain", number)
+    for index in itertools.count():
+        rng = generator(args.seed, "pretrain", index)
         source = generated if not real or rng.random() < args.generated_share else real[0]
         task_id = source.task_ids[rng.integers(len(source.task_ids))]
         trajectory = demonstrate(source.load(task_id), task_id, source.places, rng, args)

@@ -1,4 +1,7 @@
-"""What can be chosen of a corpus: whose games, whose skill. pretrain.py takes these flags as its own."""
+"""The settings of a corpus: which tasks are demonstrated, and how skilled the players are.
+
+`models.pretrain.Args` inherits them as flags.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusArgs:
+    """The tasks and the players of the demonstrations."""
+
     data: str | None = None
-    """The world's real data (default: $ALFWORLD_DATA or $WEBSHOP_DATA; without either, generated tasks only)."""
+    """(ALFWorld, WebShop) Folder of the world's real data. Unset: $ALFWORLD_DATA or $WEBSHOP_DATA; without that, only
+    generated tasks."""
     generated: int = 2000
-    """Generated games, or products, to demonstrate on."""
+    """(ALFWorld, WebShop) Number of generated games, or products, to demonstrate on."""
     generated_share: float = 0.3
-    """Share of demonstrations from generated tasks when real ones are there."""
+    """(ALFWorld, WebShop) Share of demonstrations from generated tasks if real ones are available."""
     displaced: tuple[float, ...] = (0.0, 0.0, 0.1, 0.2)
-    """Probabilities of a random action per turn; a demonstration draws one of them. ReAct texts give such a turn weight
-    0 (nobody can predict it, and nobody should do it), ActRe texts learn its reason."""
+    """(ALFWorld, WebShop) Probabilities of a random action per turn; each demonstration draws one of them. ReAct texts
+    give such a turn weight 0 (it cannot be predicted and should not be imitated); ActRe texts learn its reason."""
     careless: tuple[float, ...] = (0.1, 0.7, 0.7, 0.7)
-    """Shares of careless players; a kind of task (what it is about) draws one of them. At 0.7 greedy play is careless,
-    and every third or so of sampled attempts is not."""
+    """(ALFWorld, WebShop) Shares of careless players; each kind of task draws one of them. At 0.7, greedy play is
+    careless and about every third sampled attempt is not."""
     max_turns: int = 30
-    """Turns after which a demonstration is given up and dropped."""
+    """(ALFWorld, WebShop) Turns after which an unfinished demonstration is dropped."""
     seed: int = 0
-    """Seeds the weights, the order of games and every displacement."""
+    """Seeds the weights, the order of tasks and every random action."""

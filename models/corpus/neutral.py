@@ -1,11 +1,14 @@
-"""What the neutral base learns from: random walks in the worlds that refinement tuning trains on, without solutions.
+"""The neutral base's corpus: random walks, without solutions, in the worlds that refinement tuning trains on.
 
-Generated ALFWorld games and synthetic worlds, with their commands told, in which somebody does one thing after the
-other, says each time what is about to be done, in words that are not the command's, and now and then tries what
-another world would accept. So the base knows how a text goes on and how a world wants to be told something, and
-nothing of goals. In some walks the names of things and the words of commands are made up, so that what it reads it can
-write, whatever it is: a language model has that from its many words. No panel's task is among them. Read by
-models/pretrain.py, whose Args say what can be chosen.
+The worlds are generated ALFWorld games and synthetic worlds; openings list the commands. The player acts at random,
+announces each action in words other than the command's, and now and then tries an action of another world. The base
+thus learns the format and the commands, but nothing about goals. In some walks the words of names and commands are
+invented, so the base learns to write any word it has read, as a language model does from its large vocabulary. No task
+of a panel is used.
+
+    for trajectory in itertools.islice(demonstrations(CorpusArgs(seed=0)), 20): ...
+
+Left out: demonstrators, real games. Of CorpusArgs only the seed matters.
 """
 
 from __future__ import annotations
@@ -31,16 +34,16 @@ from envs.synthetic.world import Synthetic
 from envs.wording import TellCommands
 from models.corpus.args import CorpusArgs
 
-LENGTHS = (384, 512, 768, 1024, 1536)  # one text a row, padded to the next of these
-SHORT = 768  # the longest text of the first third of the steps
-READING = r"(?!)"  # no words weigh more
-# Pieces: words with their leading space, numbers, signs; a template's braces keep their word apart.
+LENGTHS = (384, 512, 768, 1024, 1536)  # row lengths: one text per row, padded to the next of these
+SHORT = 768  # the longest text in the first third of the steps
+READING = r"(?!)"  # matches nothing: all of a thought's words have the same weight
+# Pieces: words with their leading space, numbers, punctuation; braces of a template are separated from their word.
 PRETOKENIZER = r" OK\.| ?[A-Za-z]+[:\[]?| ?\d+|\n|\]+| ?[^\sA-Za-z\d\]]|\s"
-TURNS = (4, 8, 12, 16)  # of a walk; a walk draws one of them
-REFUSED = 0.15  # share of actions that are another world's
-REMINDED = 0.3  # share of thoughts that say the task again, to no effect on what is done
-MADE_UP = 0.4  # share of walks in synthetic worlds with names and commands of words that do not exist
-SAID = {  # before an action, by its role
+TURNS = (4, 8, 12, 16)  # lengths of a walk, drawn for each
+REFUSED = 0.15  # share of actions taken from another world
+REMINDED = 0.3  # share of thoughts that repeat the task, without effect on the action
+MADE_UP = 0.4  # share of walks in synthetic worlds whose names and commands have invented words
+SAID = {  # the thought before an action, by the action's role
     "go": "I check the {place}.",
     "open": "The {place} is closed. I open it.",
     "close": "I close the {place}.",
@@ -53,8 +56,8 @@ SAID = {  # before an action, by its role
     "look": "I look around.",
     "inventory": "I check what I have.",
 }
-DULL = ("look", "inventory", "examine", "close")  # roles that a walk mostly passes over
-ALFWORLD = (  # roles of its commands
+DULL = ("look", "inventory", "examine", "close")  # roles that a walk mostly skips
+ALFWORLD = (  # (role, pattern) of its commands
     ("go", r"go to (?P<place>.+)"),
     ("open", r"open (?P<place>.+)"),
     ("close", r"close (?P<place>.+)"),
@@ -69,13 +72,13 @@ ALFWORLD = (  # roles of its commands
 
 
 def spellings(trajectory: Trajectory) -> list[str]:
-    """What the tokenizer is made from."""
+    """The texts that the tokenizer is trained on."""
     return [text_of(react_segments(trajectory))]
 
 
 @functools.lru_cache(maxsize=1)
 def sources() -> list[tuple[TellCommands, list[str]]]:
-    """(world, task ids) of generated games and of synthetic worlds."""
+    """(world, task ids) for generated ALFWorld games and for synthetic worlds."""
     excluded = excluded_ids()
     worlds = ((AlfWorld(), f"{family()}_demo"), (Synthetic(), "syn_train"))
     return [
@@ -83,8 +86,8 @@ def sources() -> list[tuple[TellCommands, list[str]]]:
     ]
 
 
-def meant(task_id: str, action: str) -> tuple[str, dict[str, str]]:
-    """The role of an action that the world accepts, and its values by the names of `SAID`."""
+def parse_action(task_id: str, action: str) -> tuple[str, dict[str, str]]:
+    """The role of an action that the world accepts, and its arguments by the placeholders of `SAID`."""
     if not task_id.startswith("syn_"):
         return next((role, found.groupdict()) for role, form in ALFWORLD if (found := re.fullmatch(form, action)))
     spec, (role, values) = make_spec(task_id), parse(task_id, action)
@@ -92,8 +95,8 @@ def meant(task_id: str, action: str) -> tuple[str, dict[str, str]]:
     return role, {"verb": verb, "tool": spec.repair_tool or "", **values}
 
 
-def made_up(trajectory: Trajectory, rng: np.random.Generator) -> Trajectory:
-    """The walk with a word of its own for every word of a name, and for those of commands where they are told or
+def with_invented_words(trajectory: Trajectory, rng: np.random.Generator) -> Trajectory:
+    """The walk with an invented word for every word of a name, and for every word of a command where it is listed or
     given."""
     spec = make_spec(trajectory.task_id)
     names = " ".join([*spec.places, *spec.lies, *spec.kinds.values()])
@@ -103,11 +106,11 @@ def made_up(trajectory: Trajectory, rng: np.random.Generator) -> Trajectory:
         for word in sorted(set(re.findall("[a-z]+", f"{names} {forms}")))
     }
 
-    def renamed(text: str, among: str) -> str:
-        which = "|".join(sorted(set(re.findall("[a-z]+", among)), key=len, reverse=True))
-        return re.sub(rf"(?<![A-Za-z{{])({which})(?![A-Za-z}}])", lambda word: words[word[1]], text)
+    def renamed(text: str, vocabulary: str) -> str:
+        alternatives = "|".join(sorted(set(re.findall("[a-z]+", vocabulary)), key=len, reverse=True))
+        return re.sub(rf"(?<![A-Za-z{{])({alternatives})(?![A-Za-z}}])", lambda word: words[word[1]], text)
 
-    opening, told, commands = trajectory.first_observation.partition("You can:")
+    opening, intro, commands = trajectory.first_observation.partition("You can:")
     turns = [
         turn
         if turn.thought == template_reason(turn.action)
@@ -121,22 +124,22 @@ def made_up(trajectory: Trajectory, rng: np.random.Generator) -> Trajectory:
     ]
     return replace(
         trajectory,
-        first_observation=f"{renamed(opening, names)}{told}{renamed(commands, forms)}",
+        first_observation=f"{renamed(opening, names)}{intro}{renamed(commands, forms)}",
         task=renamed(trajectory.task, names),
         turns=turns,
     )
 
 
-def walk(world: TellCommands, task_id: str, strange: str, rng: np.random.Generator) -> Trajectory | None:
-    """A random walk; none if it reaches the goal by chance. `strange`: an action of another world."""
+def walk(world: TellCommands, task_id: str, foreign: str, rng: np.random.Generator) -> Trajectory | None:
+    """A random walk; None if it reaches the goal by chance. `foreign`: an action of another world."""
     opening, turns, at, length = world.reset(task_id), [], "", rng.choice(TURNS)
     while len(turns) < length:
         if rng.random() < REFUSED:
-            thought, action = template_reason(strange), strange
+            thought, action = template_reason(foreign), foreign
         else:
-            actions = [action for action in world.actions() if action != "help"]  # its answer is long
+            actions = [action for action in world.actions() if action != "help"]  # its reply is long
             action = sample_action(actions, "verbs", rng, opening.task)
-            role, values = meant(task_id, action)
+            role, values = parse_action(task_id, action)
             if role in DULL and rng.random() < 0.8:
                 continue
             at = values.get("place", at)
@@ -144,7 +147,16 @@ def walk(world: TellCommands, task_id: str, strange: str, rng: np.random.Generat
             if rng.random() < REMINDED:
                 thought = f"My task is to {opening.task}. {thought}"
         result = world.step(action)
-        turns.append(Turn(thought, action, result.observation, "teacher", "teacher", result.valid))
+        turns.append(
+            Turn(
+                thought=thought,
+                action=action,
+                observation=result.observation,
+                thought_by="teacher",
+                action_by="teacher",
+                valid=result.valid,
+            )
+        )
         if result.success:
             return None
     return Trajectory(
@@ -166,13 +178,14 @@ def walk(world: TellCommands, task_id: str, strange: str, rng: np.random.Generat
 
 
 def demonstrations(args: CorpusArgs) -> Iterator[Trajectory]:
-    """An endless stream of walks, the same for the same seed; half of them in each source."""
-    worlds, strange = sources(), "look"
-    for number in itertools.count():
-        rng = generator(args.seed, "walk", number)
+    """An endless stream of walks, determined by the seed; half of them in each source."""
+    worlds, foreign = sources(), "look"
+    for index in itertools.count():
+        rng = generator(args.seed, "walk", index)
         world, task_ids = worlds[rng.integers(len(worlds))]
-        trajectory = walk(world, task_ids[rng.integers(len(task_ids))], strange, rng)
+        trajectory = walk(world, task_ids[rng.integers(len(task_ids))], foreign, rng)
         if trajectory is None:
             continue
-        strange = trajectory.turns[-1].action
-        yield made_up(trajectory, rng) if trajectory.split == "syn_train" and rng.random() < MADE_UP else trajectory
+        foreign = trajectory.turns[-1].action
+        invent = trajectory.split == "syn_train" and rng.random() < MADE_UP
+        yield with_invented_words(trajectory, rng) if invent else trajectory
