@@ -1,16 +1,17 @@
-"""Synthesises worlds and trajectories in them with mistakes and their corrections (AgentRefine).
+"""Synthesises worlds, and trajectories that contain mistakes and their corrections (AgentRefine).
 
-    python refine.py                                  # 600 of the procedural teacher -> runs/refine/refine
+    python refine.py                                  # 600 by the procedural teacher -> runs/refine/refine
     python refine.py --server.url URL --server.model NAME --count 40       # a language model as the teacher
-    python refine.py --verify FILE                    # judge a JSONL of {"script", "turns"}, one verdict a line
+    python refine.py --verify FILE                    # judge a JSONL of {"script", "turns"}, one verdict per line
 
-The procedural teacher (agentrefine/) samples worlds and plays them by their rules. A language model is given a persona,
-writes a script, an environment with a goal and actions, and then plays it as both DM and Player. Whoever wrote it, only
-what the verifier accepts is kept: at least two mistakes that are followed by another try, and the goal.
-What a model got right before its first fault is kept, and it goes on from there, within a number of calls per persona.
-Writes <run>/refine/trajectories.jsonl, in which `errors` of a turn says what it did wrong; train_pg.py --inputs trains
-on it, agentrefine/conversations.py exports it.
-Left out: worlds that are scored (envs/synthetic/world.py), the judgement of mistakes by a second model.
+The procedural teacher (agentrefine/) samples worlds and plays them by their rules. A language model receives a persona,
+writes a script (environment, goal, actions) and then plays it as both DM and Player. From either teacher only what the
+verifier accepts is kept: at least two mistakes, each followed by another attempt, and the goal reached. When a model's
+reply has a fault, the turns before it are kept and the next request continues from there, up to --calls requests per
+persona.
+Writes <run>/refine/trajectories.jsonl, where `errors` of a turn lists what it did wrong; train_pg.py --inputs trains on
+it, agentrefine/conversations.py exports it.
+Left out: scoring worlds (envs/synthetic/world.py), a second model to judge mistakes.
 """
 
 from __future__ import annotations
@@ -37,46 +38,46 @@ from artifacts.trajectory import Trajectory, Writer, sort_file
 from envs.synthetic.spec import WORLDS
 
 PROMPTS = Path(__file__).parent / "prompts"
-SEEDS_APART = 100_000  # worlds between those of two seeds
-OF_SCRIPT = ("json", "keys", "regex_invalid", "regex_self")
+WORLDS_PER_SEED = 100_000  # seed s starts at world s * WORLDS_PER_SEED
+SCRIPT_RULES = ("json", "keys", "regex_invalid", "regex_self")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
     run: Path = Path("runs/refine")
-    """The run's directory."""
+    """Directory of the run."""
     count: int = 600
-    """Trajectories to keep (procedural teacher), or personas to ask (a server)."""
+    """Trajectories to keep (procedural teacher), or personas to request (server)."""
     server: Server = Server(max_tokens=4096)
     """A language model that writes worlds and plays them (default: the procedural teacher)."""
     personas: Path = PROMPTS / "personas.txt"
-    """File with a persona a line, for the server; each is asked as often as it takes to reach the count."""
+    """File with one persona per line, for the server; they are reused in order until the count is reached."""
     calls: int = 4
-    """Calls per persona at most, for its script and its turns together (paper: 4)."""
+    """Maximum requests per persona, script and turns together (paper: 4)."""
     temperature: float = 1.0
     """Sampling temperature of the server."""
     seed: int = 0
-    """Seeds worlds, mistakes and requests."""
+    """Seed of worlds, mistakes and requests."""
     verify: Path | None = None
-    """Judge this JSONL file of {"script", "turns"} and do nothing else."""
+    """Only judge this JSONL file of {"script", "turns"}; nothing is synthesised."""
 
 
 # ---- the procedural teacher ------------------------------------------------------------------------------------------
 
 
-def taught(args: Args) -> Iterator[tuple[str, Trajectory | None]]:
-    """(what the verifier says, the trajectory that it accepts) of one world after the other, without an end."""
-    for number in itertools.count(args.seed * SEEDS_APART):
-        task_id = f"syn_train/{number:05d}"
+def generate(args: Args) -> Iterator[tuple[str, Trajectory | None]]:
+    """Yields (verdict, trajectory if accepted) for one world after another, endlessly."""
+    for index in itertools.count(args.seed * WORLDS_PER_SEED):
+        task_id = f"syn_train/{index:05d}"
         turns = teach(task_id, generator(args.seed, "refine", task_id))
         verdict = verify(make_script(task_id), make_turns(task_id, turns))
         yield verdict.rule or "accepted", make_trajectory(task_id, turns, args.seed) if verdict.ok else None
 
 
-def keep_taught(args: Args, writer: Writer, bar: tqdm) -> Counter[str]:
-    """Keeps trajectories of the procedural teacher up to the count. Returns what the verifier said, and how often."""
+def run_procedural_teacher(args: Args, writer: Writer, bar: tqdm) -> Counter[str]:
+    """Writes accepted trajectories until there are --count of them. Returns the number of worlds per verdict."""
     verdicts: Counter[str] = Counter()
-    for verdict, trajectory in taught(args):
+    for verdict, trajectory in generate(args):
         verdicts[verdict] += 1
         if trajectory:
             if trajectory.key not in writer.known:
@@ -89,77 +90,78 @@ def keep_taught(args: Args, writer: Writer, bar: tqdm) -> Counter[str]:
 # ---- a language model as the teacher ---------------------------------------------------------------------------------
 
 
-def objects_in(text: str) -> list[dict[str, Any]]:
-    """The JSON objects that stand one after the other in a text, whatever is between them, up to one that is cut."""
-    decoder, found, place = json.JSONDecoder(), [], text.find("{")
-    while place != -1:
+def extract_objects(text: str) -> list[dict[str, Any]]:
+    """The JSON objects in a text, skipping what is between them; stops at the first malformed or truncated one."""
+    decoder, objects, start = json.JSONDecoder(), [], text.find("{")
+    while start != -1:
         try:
-            value, end = decoder.raw_decode(text, place)
+            value, end = decoder.raw_decode(text, start)
         except (json.JSONDecodeError, RecursionError):
             break
-        found.append(value)
-        place = text.find("{", end)
-    return found
+        objects.append(value)
+        start = text.find("{", end)
+    return objects
 
 
-def write_one(args: Args, persona: str) -> Generator[str, str | None, tuple[str, Any, list]]:
-    """Asks for a script and its turns: yields prompts, is sent replies (None: there was none), returns the last
+def request_trajectory(args: Args, persona: str) -> Generator[str, str | None, tuple[str, Any, list]]:
+    """Requests a script and its turns: yields prompts, receives replies (None if there was none), returns the last
     verdict, the script and the turns."""
-    ask_script, ask_turns = ((PROMPTS / f"refine_{name}.txt").read_text() for name in ("script", "play"))
-    script, turns, verdict = None, [], "no script"
+    script_prompt, turns_prompt = ((PROMPTS / f"refine_{name}.txt").read_text() for name in ("script", "play"))
+    script, turns, rule = None, [], "no script"
     for _ in range(args.calls):
         if script is None:
-            found = objects_in((yield ask_script.replace("{persona}", persona)) or "")
-            script = found[0] if found else None
-            verdict = verify(script, []).rule if found else "json"
-            if verdict in OF_SCRIPT:
+            objects = extract_objects((yield script_prompt.replace("{persona}", persona)) or "")
+            script = objects[0] if objects else None
+            rule = verify(script, []).rule if objects else "json"
+            if rule in SCRIPT_RULES:
                 script = None
             continue
-        told = json.dumps(script, ensure_ascii=False)
-        so_far = "\n".join(json.dumps(turn, ensure_ascii=False) for turn in turns)
-        reply = yield ask_turns.replace("{script}", told).replace("{turns}", so_far)
-        tried = turns + objects_in(reply or "")
-        found = verify(script, tried)
-        if found.ok:
-            return "accepted", script, tried
-        turns, verdict = tried[: verified_prefix(script, tried)], found.rule
-    return verdict, script, turns
+        script_json = json.dumps(script, ensure_ascii=False)
+        turns_json = "\n".join(json.dumps(turn, ensure_ascii=False) for turn in turns)
+        reply = yield turns_prompt.replace("{script}", script_json).replace("{turns}", turns_json)
+        candidate = turns + extract_objects(reply or "")
+        verdict = verify(script, candidate)
+        if verdict.ok:
+            return "accepted", script, candidate
+        turns, rule = candidate[: verified_prefix(script, candidate)], verdict.rule
+    return rule, script, turns
 
 
-def ask_server(args: Args, writer: Writer, bar: tqdm, directory: Path) -> tuple[Counter[str], dict[str, int]]:
-    """Asks for the count of personas, several at once. Returns the verdicts and what was asked."""
-    author = ServerPolicy(args.server, directory / "replies.sqlite", whole=True)
+def run_server_teacher(args: Args, writer: Writer, bar: tqdm, directory: Path) -> tuple[Counter[str], dict[str, int]]:
+    """Processes --count personas, several concurrently. Returns the number of personas per verdict, and the policy's
+    request counts."""
+    policy = ServerPolicy(args.server, directory / "replies.sqlite", whole=True)
     personas = [line.strip() for line in args.personas.read_text().splitlines() if line.strip()]
     if not personas:
-        raise ValueError(f"{args.personas} has no persona: expected one a line")
+        raise ValueError(f"{args.personas} has no persona; expected one per line")
     waiting = iter(range(args.count))
     verdicts: Counter[str] = Counter()
-    under_way: dict[int, tuple[int, int, Generator]] = {}  # session -> persona's number, call, what it is part of
+    pending: dict[int, tuple[int, int, Generator]] = {}  # session -> index of the persona, next call, its dialogue
 
-    def go_on(number: int, call: int, course: Generator, reply: str | None) -> None:
+    def advance(index: int, call: int, dialogue: Generator, reply: str | None) -> None:
         try:
-            prompt = course.send(reply)
+            prompt = dialogue.send(reply)
         except StopIteration as end:
             verdict, script, turns = end.value
             verdicts[verdict] += 1
             bar.update()
-            task_id = f"personas/{number:05d}"
+            task_id = f"personas/{index:05d}"
             if verdict == "accepted" and (task_id, 0) not in writer.known:
                 writer.write(to_trajectory(script, turns, split="personas", task_id=task_id, seed=args.seed))
             return
-        session = author.open(prompt)
-        author.submit(Ask(session, args.temperature, draw_seed(args.seed, "refine", number, call)))
-        under_way[session] = number, call + 1, course
+        session, seed = policy.open(prompt), draw_seed(args.seed, "refine", index, call)
+        policy.submit(Ask(session=session, temperature=args.temperature, seed=seed))
+        pending[session] = index, call + 1, dialogue
 
     while True:
-        while len(under_way) < author.slots and (number := next(waiting, None)) is not None:
-            go_on(number, 0, write_one(args, personas[number % len(personas)]), None)
-        if not under_way:
-            return verdicts, author.counts
-        for session, text in author.poll():
-            course = under_way.pop(session)
-            author.close(session)
-            go_on(*course, text if isinstance(text, str) else None)
+        while len(pending) < policy.slots and (index := next(waiting, None)) is not None:
+            advance(index, 0, request_trajectory(args, personas[index % len(personas)]), None)
+        if not pending:
+            return verdicts, policy.counts
+        for session, reply in policy.poll():
+            state = pending.pop(session)
+            policy.close(session)
+            advance(*state, reply if isinstance(reply, str) else None)
 
 
 # ---- the stage -------------------------------------------------------------------------------------------------------
@@ -175,12 +177,12 @@ def main(args: Args) -> None:
     stage = Stage(directory, args, {"worlds": WORLDS, "prompts": [sha256(path) for path in prompts]})
     if stage.finished:
         return None
-    started, path, asked = time.monotonic(), directory / "trajectories.jsonl", {}
+    started, path, requests = time.monotonic(), directory / "trajectories.jsonl", {}
     with Writer(path) as writer, tqdm(total=args.count, desc="refine", unit="trajectory") as bar:
         if args.server.url:
-            verdicts, asked = ask_server(args, writer, bar, directory)
+            verdicts, requests = run_server_teacher(args, writer, bar, directory)
         else:
-            verdicts = keep_taught(args, writer, bar)
+            verdicts = run_procedural_teacher(args, writer, bar)
     kept = sort_file(path)
     mistakes = Counter(error for trajectory in kept for turn in trajectory.turns for error in turn.errors)
     made, per_hour = verdicts.total(), 3600 * verdicts.total() / max(1e-9, time.monotonic() - started)
@@ -192,11 +194,11 @@ def main(args: Args) -> None:
             "verdicts": dict(verdicts),
             "mistakes": dict(mistakes),
             "made_per_hour": round(per_hour, 1),
-            "asked": asked,
+            "asked": requests,
         }
     )
     print(
-        f"refine: {len(kept)} of {made} accepted ({100 * verdicts['accepted'] / made:.1f} %), {per_hour:.0f} made an "
+        f"refine: {len(kept)} of {made} accepted ({100 * verdicts['accepted'] / made:.1f} %), {per_hour:.0f} made per "
         f"hour; rejected: {dict(verdicts - Counter(accepted=made)) or 'none'} -> {path}"
     )
     return None

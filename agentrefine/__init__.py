@@ -1,1 +1,1 @@
-"""AgentRefine: the procedural teacher, its mistakes, the verifier, and the released conversation format."""
+"""AgentRefine: procedural teacher, mistakes, verifier, thought diversity, and the released conversation format."""

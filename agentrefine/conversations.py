@@ -1,4 +1,4 @@
-"""Trajectories as conversations: the released format of AgentRefine's data, which AgentGym's AgentTraj has too.
+"""Trajectories as conversations: the format in which AgentRefine's data and AgentGym's AgentTraj were released.
 
     {"id": "...", "conversations": [{"from": "human", "loss": false, "value": "<the world, the goal, the actions>"},
                                     {"from": "gpt", "loss": true, "value": "Thought: ...\\nAction: ..."}, ...]}
@@ -6,14 +6,14 @@
     python -m agentrefine.conversations --export runs/a3t/refine --out refine.jsonl
     python -m agentrefine.conversations --import refine-32k.jsonl --out runs/refine-32k   # then train_pg.py --inputs
 
-Export takes successes only; turns with `errors` get "loss": false. A conversation ends with gpt, as chat trainers want
-it, so what the world said last is not in it; nor are the kind of a mistake, rewards, seeds.
+Export writes successes only; turns with `errors` get "loss": false. A conversation ends with gpt, as chat trainers
+require, so the last observation is dropped, as are the kinds of mistakes, rewards and seeds.
 
-Import reads lines, or one JSON array; `item_id` stands for `id` as well. Where the first answer is not trained on and
-has no "Action:" (AgentGym's "OK."), what stands before and after it is the opening. The format says neither reward nor
-success, and both sets were filtered: every conversation counts as a success. A gpt turn of "loss": false is a mistake
-whose kind is not known, and all three kinds are recorded; null on a gpt turn means true. The task is what follows "Your
-task is to:" or "Goal:", if that is there. An answer without "Action:" is an action as a whole.
+Import reads JSONL or one JSON array; `item_id` is accepted for `id`. If the first gpt message is not trained on and has
+no "Action:" (AgentGym's "OK."), the human messages before and after it form the opening. The format records neither
+reward nor success, and both data sets were filtered, so every conversation counts as a success. A gpt message with
+"loss": false is a mistake of unknown kind and recorded with all three; null on a gpt message means true. The task is
+the text after "Your task is to:" or "Goal:", else empty. A gpt message without "Action:" is an action as a whole.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from artifacts.stage import Stage, StageError, require_done, run_main, sha256
 from artifacts.trajectory import Trajectory, Turn, read_trajectories, write_file
 
 ANSWER_FORM = "Answer with one thought and one action each time, in this form:\nThought: ...\nAction: ..."
-UNKNOWN = ["parameter", "place", "logic"]  # errors of a turn that is known to be a mistake, not of which kind
+UNKNOWN = ["parameter", "place", "logic"]  # errors of a turn whose kind of mistake is unknown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
     out: Path
-    """File to write (--export), or directory of the stage to write (--import)."""
+    """File to write (--export), or stage directory to write (--import)."""
     export: Path | None = None
-    """Directory of a finished stage (refine.py), to be written as conversations."""
+    """Directory of a finished stage (refine.py) to write as conversations."""
     import_: Annotated[Path | None, tyro.conf.arg(name="import")] = None
-    """File of conversations, to be written as a finished stage."""
+    """File of conversations to write as a finished stage."""
 
 
 class Message(msgspec.Struct):
@@ -60,37 +60,41 @@ class Conversation(msgspec.Struct):
     item_id: str | int | None = None
 
 
-# ---- out -------------------------------------------------------------------------------------------------------------
+# ---- export ----------------------------------------------------------------------------------------------------------
 
 
 def to_conversation(trajectory: Trajectory) -> dict:
-    """The released format of one trajectory; `id` is the task's, with the trial behind it from the second on."""
-    told = [f"{trajectory.first_observation}\n\n{ANSWER_FORM}", *(turn.observation for turn in trajectory.turns)]
+    """One trajectory in the released format; `id` is the task id, followed by #trial from the second trial on."""
+    observations = [
+        f"{trajectory.first_observation}\n\n{ANSWER_FORM}",
+        *(turn.observation for turn in trajectory.turns),
+    ]
     messages = []
-    for text, turn in zip(told, trajectory.turns, strict=False):  # the last observation has no answer
-        answer = f"Thought: {turn.thought}\nAction: {turn.action}"
+    for text, turn in zip(observations, trajectory.turns, strict=False):  # the last observation has no reply
+        reply = f"Thought: {turn.thought}\nAction: {turn.action}"
         messages += [
             {"from": "human", "loss": False, "value": text},
-            {"from": "gpt", "loss": not turn.errors, "value": answer},
+            {"from": "gpt", "loss": not turn.errors, "value": reply},
         ]
     name = f"{trajectory.task_id}#{trajectory.trial}" if trajectory.trial else trajectory.task_id
     return {"id": name, "conversations": messages}
 
 
 def export(directory: Path, out: Path) -> None:
-    """Writes the successes of a finished stage to a file that is not there yet."""
+    """Writes the successes of a finished stage to a new file."""
     require_done(directory, "the stage that writes it")
     if out.exists():
-        raise StageError(f"{out} is there already; remove it or give another --out")
+        raise StageError(f"{out} already exists; remove it or choose another --out")
     rows = list(read_trajectories(directory / "trajectories.jsonl"))
     kept = [to_conversation(row) for row in rows if row.success and row.turns]
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as temporary:
         temporary.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in tqdm(kept, "conversations")))
-    print(f"{out}: {len(kept)} conversations; {len(rows) - len(kept)} of {len(rows)} trajectories were no successes")
+    skipped = len(rows) - len(kept)
+    print(f"{out}: {len(kept)} conversations; skipped {skipped} of {len(rows)} trajectories that did not succeed")
 
 
-# ---- in --------------------------------------------------------------------------------------------------------------
+# ---- import ----------------------------------------------------------------------------------------------------------
 
 
 def parse_answer(value: str) -> tuple[str, str]:
@@ -107,31 +111,40 @@ def find_task(opening: str) -> str:
 
 
 def to_trajectory(conversation: Conversation, *, split: str, trial: int, where: str) -> Trajectory:
-    """The record of a conversation. Raises ValueError, naming `where`, if human and gpt do not speak in turn."""
+    """A conversation as a trajectory. Raises ValueError naming `where` if human and gpt do not alternate."""
     messages = conversation.conversations
-    for number, message in enumerate(messages):
-        expected = ("human", "gpt")[number % 2]
+    for index, message in enumerate(messages):
+        expected = ("human", "gpt")[index % 2]
         if message.role != expected:
             raise ValueError(
-                f"{where}: message {number} is from {message.role}, expected {expected}: human first, then in turn"
+                f"{where}: message {index} is from {message.role}, expected {expected}: human first, then alternating"
             )
     opening = [message.value for message in messages[:1]]
     if len(messages) > 2 and not messages[1].loss and "Action:" not in messages[1].value:
         opening.append(messages[2].value)
         messages = messages[2:]
     if len(messages) < 2:
-        raise ValueError(f"{where}: {len(messages)} messages, expected at least one of human and one answer of gpt")
+        raise ValueError(f"{where}: {len(messages)} messages, expected at least one from human and one from gpt")
     turns = []
-    for number in range(1, len(messages), 2):
-        thought, action = parse_answer(messages[number].value)
-        observation = messages[number + 1].value if number + 1 < len(messages) else ""
-        mistake = messages[number].loss is False
-        turns.append(Turn(thought, action, observation, "teacher", "teacher", not mistake, UNKNOWN if mistake else []))
+    for index in range(1, len(messages), 2):
+        thought, action = parse_answer(messages[index].value)
+        mistake = messages[index].loss is False
+        turns.append(
+            Turn(
+                thought=thought,
+                action=action,
+                observation=messages[index + 1].value if index + 1 < len(messages) else "",
+                thought_by="teacher",
+                action_by="teacher",
+                valid=not mistake,
+                errors=UNKNOWN if mistake else [],
+            )
+        )
     first_observation = "\n\n".join(opening).removesuffix(f"\n\n{ANSWER_FORM}")
     return Trajectory(
         env="conversations",
         split=split,
-        task_id=name_of(conversation),
+        task_id=conversation_id(conversation),
         task=find_task(first_observation),
         trial=trial,
         round=0,
@@ -146,24 +159,24 @@ def to_trajectory(conversation: Conversation, *, split: str, trial: int, where: 
     )
 
 
-def name_of(conversation: Conversation) -> str:
+def conversation_id(conversation: Conversation) -> str:
     return str(conversation.item_id if conversation.id is None else conversation.id)
 
 
 def read_conversations(path: Path) -> Iterator[tuple[str, Conversation]]:
-    """Yields (where, conversation) of a JSONL file or of one JSON array; ValueError says where, what was got and what
-    was expected. `where` is file:line, or file:[index] in an array."""
+    """Yields (where, conversation) from a JSONL file or one JSON array; `where` is file:line, or file:[index] in an
+    array. Raises ValueError naming it, with what was found and what was expected."""
     with open(path, "rb") as file:
         if file.read(64).lstrip()[:1] == b"[":
             file.seek(0)
             try:
                 rows = enumerate(msgspec.json.decode(file.read(), type=list[msgspec.Raw]))
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path}: starts as a JSON array, but is none: {error}") from error
+                raise ValueError(f"{path}: starts as a JSON array but is not one: {error}") from error
             rows = ((f"{path}:[{index}]", bytes(row)) for index, row in rows)
         else:
             file.seek(0)
-            rows = ((f"{path}:{number}", line) for number, line in enumerate(file, 1))
+            rows = ((f"{path}:{line_number}", line) for line_number, line in enumerate(file, 1))
         for where, row in rows:
             try:
                 conversation = msgspec.json.decode(row, type=Conversation)
@@ -178,15 +191,15 @@ def read_conversations(path: Path) -> Iterator[tuple[str, Conversation]]:
 
 
 def import_file(path: Path, args: Args) -> None:
-    """Writes the conversations of a file as a finished stage; nothing is written if one of them is bad."""
+    """Writes the conversations of a file as a finished stage, or nothing if any of them is invalid."""
     trials: Counter[str] = Counter()
     rows = []
     for where, conversation in tqdm(read_conversations(path), "conversations"):
-        name = name_of(conversation)
+        name = conversation_id(conversation)
         rows.append(to_trajectory(conversation, split=path.stem, trial=trials[name], where=where))
         trials[name] += 1
     if not rows:
-        raise ValueError(f"{path} is empty; expected one conversation a line")
+        raise ValueError(f"{path} is empty; expected one conversation per line")
     stage = Stage(args.out, args, {"input": sha256(path)})
     if stage.finished:
         return

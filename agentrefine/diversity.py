@@ -1,17 +1,17 @@
-"""How diverse are the thoughts in trajectories? Compares any trajectories.jsonl files: figures, clusters, a picture.
+"""Measures how diverse the thoughts in trajectories.jsonl files are: distinct n-grams, clusters, and a picture.
 
     python -m agentrefine.diversity runs/a/refine/trajectories.jsonl runs/b/round_0/rollout/trajectories.jsonl
     python -m agentrefine.diversity FILE FILE FILE --picture thoughts.svg
 
-Of each file as many thoughts are drawn as the smallest one has, because every figure here depends on that number.
-- distinct: different thoughts / all thoughts.
-- distinct_n: different n-grams of words / all n-grams (Li et al. 2016, arXiv 1510.03055).
-- clusters: all files' thoughts are put into k clusters together (k-means over TF-IDF of words and word pairs, reduced
-  to 50 dimensions): how many hold at least 1 % of the file's thoughts, and exp(entropy), their effective number.
-The picture has a panel for each file, t-SNE of the same 50 dimensions (AgentRefine shows such a projection of a text
-embedding, which it does not name). Prints a table and, as the last line, one JSON object.
+All metrics depend on the sample size, so each file is sampled down to the size of the smallest.
+- distinct: distinct thoughts / all thoughts.
+- distinct_n: distinct word n-grams / all word n-grams (Li et al. 2016, arXiv 1510.03055).
+- clusters: the thoughts of all files are clustered together (k-means over TF-IDF of words and word pairs, reduced to 50
+  dimensions). Reported per file: clusters with at least 1 % of its thoughts, and their effective number, exp(entropy).
+The picture has one panel per file: t-SNE of the same 50 dimensions (AgentRefine shows such a projection of a text
+embedding that it does not name). Prints a table and, as the last line, one JSON object.
 Needs scikit-learn and matplotlib: pip install -r requirements/analysis.txt.
-Left out: neural embeddings, so that nothing is downloaded; synonyms count as different words.
+Left out: neural embeddings, to avoid a download; synonyms count as different words.
 
 Shapes: N thoughts of all files, K dimensions.
 """
@@ -34,7 +34,7 @@ from artifacts.stage import run_main
 from artifacts.trajectory import read_trajectories
 
 DIMENSIONS = 50
-HELD = 0.01  # share of a file's thoughts from which on it holds a cluster
+OCCUPIED = 0.01  # minimum share of a file's thoughts for a cluster to count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,26 +42,26 @@ class Args:
     files: tyro.conf.Positional[tuple[Path, ...]]
     """trajectories.jsonl files to compare."""
     thoughts: int = 2000
-    """At most so many thoughts of each file, drawn without replacement."""
+    """Maximum thoughts sampled from each file, without replacement."""
     clusters: int = 50
-    """Clusters (k) of all files' thoughts together."""
+    """Number of clusters (k) over the thoughts of all files."""
     picture: Path = Path("runs/diversity.png")
-    """Where the picture goes; .png or .svg."""
+    """File to write the picture to; .png or .svg."""
     seed: int = 0
-    """Of the draws, the clusters and the projection."""
+    """Seed of the samples, the clusters and the projection."""
 
 
 def load_thoughts(path: Path) -> list[str]:
-    """Every thought of every turn, in order. Raises ValueError where there is none."""
+    """Every thought of every turn, in order. Raises ValueError if there are none."""
     turns = (turn for trajectory in read_trajectories(path) for turn in trajectory.turns)
     found = [thought for turn in turns for thought in turn.thought.split("\n") if thought]
     if not found:
-        raise ValueError(f"{path} holds no thought: expected trajectories of an agent that thinks")
+        raise ValueError(f"{path} holds no thoughts; expected trajectories of an agent that thinks")
     return found
 
 
 def distinct_n(thoughts: Sequence[str], n: int) -> float:
-    """Different n-grams of words, in lower case, per n-gram; 0 where there are none."""
+    """Distinct lower-case word n-grams / all word n-grams; 0 if there are none."""
     grams = []
     for thought in thoughts:
         words = re.findall(r"\w+", thought.lower())
@@ -69,8 +69,8 @@ def distinct_n(thoughts: Sequence[str], n: int) -> float:
     return len(set(grams)) / max(1, len(grams))
 
 
-def vectors(thoughts: Sequence[str], seed: int) -> np.ndarray:
-    """TF-IDF of words and word pairs, reduced to K dimensions at most: [N, K] float."""
+def embed(thoughts: Sequence[str], seed: int) -> np.ndarray:
+    """TF-IDF of words and word pairs, reduced to at most DIMENSIONS: [N, K] float."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -89,13 +89,13 @@ def cluster(points_NK: np.ndarray, k: int, seed: int) -> np.ndarray:
 
 
 def spread(labels: np.ndarray) -> tuple[int, float]:
-    """Clusters that hold at least HELD of the thoughts, and exp(entropy) of the shares of all."""
+    """Number of clusters with at least OCCUPIED of the thoughts, and exp(entropy) over all clusters."""
     shares = np.unique(labels, return_counts=True)[1] / len(labels)
-    return int((shares >= HELD).sum()), float(np.exp(-(shares * np.log(shares)).sum()))
+    return int((shares >= OCCUPIED).sum()), float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def draw(points_NK: np.ndarray, names: Sequence[str], path: Path, seed: int) -> None:
-    """Writes the picture: one panel a file, as many points in each, all on the same axes."""
+def plot(points_NK: np.ndarray, names: Sequence[str], path: Path, seed: int) -> None:
+    """Writes the picture: one panel per file on shared axes; the points are grouped by file, equally many each."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -106,7 +106,7 @@ def draw(points_NK: np.ndarray, names: Sequence[str], path: Path, seed: int) -> 
     points_N2 = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points_NK)
     figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 5), sharex=True, sharey=True, squeeze=False)
     for axis, name, own_N2 in zip(axes[0], names, np.split(points_N2, len(names)), strict=True):
-        axis.scatter(*points_N2.T, s=2, c="0.88", linewidths=0)  # all files, for the outline
+        axis.scatter(*points_N2.T, s=2, c="0.88", linewidths=0)  # all files, as a backdrop
         axis.scatter(*own_N2.T, s=4, linewidths=0)
         axis.set(title=name, xticks=[], yticks=[])
         axis.title.set_fontsize(8)
@@ -116,47 +116,47 @@ def draw(points_NK: np.ndarray, names: Sequence[str], path: Path, seed: int) -> 
 
 
 def compare(args: Args) -> tuple[dict[str, Any], np.ndarray]:
-    """The figures of all files, and their points [N, K], file by file. Raises ValueError for one without thoughts."""
+    """The metrics of all files, and their points [N, K] by file. Raises ValueError for a file without thoughts."""
     everything = {str(path): load_thoughts(path) for path in args.files}
-    number = min(args.thoughts, *map(len, everything.values()))
-    if number < 2:
-        raise ValueError("got one thought to compare; expected two of each file at least")
-    drawn: dict[str, list[str]] = {}
+    sample_size = min(args.thoughts, *map(len, everything.values()))
+    if sample_size < 2:
+        raise ValueError("got one thought to compare; expected at least two per file")
+    samples: dict[str, list[str]] = {}
     for name, thoughts in everything.items():
-        places = generator(args.seed, "diversity", name).choice(len(thoughts), number, replace=False)
-        drawn[name] = [thoughts[place] for place in sorted(places)]
+        indices = generator(args.seed, "diversity", name).choice(len(thoughts), sample_size, replace=False)
+        samples[name] = [thoughts[index] for index in sorted(indices)]
     seed = draw_seed(args.seed, "diversity")
-    points_NK = vectors([thought for thoughts in drawn.values() for thought in thoughts], seed)
+    points_NK = embed([thought for thoughts in samples.values() for thought in thoughts], seed)
     labels = cluster(points_NK, args.clusters, seed)
     files = []
-    for i, (name, thoughts) in enumerate(drawn.items()):
-        held, effective = spread(labels[i * number : (i + 1) * number])
+    for i, (name, thoughts) in enumerate(samples.items()):
+        occupied, effective = spread(labels[i * sample_size : (i + 1) * sample_size])
         files.append(
             {
                 "file": name,
                 "thoughts": len(everything[name]),
-                "distinct": round(len(set(thoughts)) / number, 4),
+                "distinct": round(len(set(thoughts)) / sample_size, 4),
                 **{f"distinct_{n}": round(distinct_n(thoughts, n), 4) for n in (1, 2, 3)},
-                "clusters": held,
+                "clusters": occupied,
                 "effective_clusters": round(effective, 2),
             }
         )
-    return {"drawn": number, "k": int(labels.max()) + 1, "files": files, "picture": str(args.picture)}, points_NK
+    return {"drawn": sample_size, "k": int(labels.max()) + 1, "files": files, "picture": str(args.picture)}, points_NK
 
 
 def main(args: Args) -> None:
     if not args.files:
-        raise ValueError("got no file; expected trajectories.jsonl files")
+        raise ValueError("no files given; expected trajectories.jsonl files")
     try:
         found, points_NK = compare(args)
-        draw(points_NK, [entry["file"] for entry in found["files"]], args.picture, draw_seed(args.seed, "diversity"))
+        plot(points_NK, [entry["file"] for entry in found["files"]], args.picture, draw_seed(args.seed, "diversity"))
     except ImportError as error:
         raise ValueError(f"{error}; run: pip install -r requirements/analysis.txt") from error
     columns = ("thoughts", "distinct", "distinct_1", "distinct_2", "distinct_3", "clusters", "effective_clusters")
     print(" ".join(f"{column:>11}" for column in columns) + "  file")
     for entry in found["files"]:
         print(" ".join(f"{entry[column]:>{max(11, len(column))}}" for column in columns) + f"  {entry['file']}")
-    print(f"each figure over {found['drawn']} drawn thoughts; clusters of k = {found['k']} -> {found['picture']}")
+    print(f"{found['drawn']} sampled thoughts per file, k = {found['k']} clusters -> {found['picture']}")
     print(json.dumps(found))
 
 

@@ -1,4 +1,11 @@
-"""Mistakes that a hasty player would make before a step: each is refused by the world in its current state."""
+"""Mistakes that a hasty player would make before a step, each refused by the world in its current state.
+
+Three kinds, as in AgentRefine: parameter (the command in another form or with a wrong name), place (acting on something
+elsewhere) and logic (skipping a condition). The thought after a mistake begins with what the refusal teaches (LESSONS).
+`mistakes` lists the candidates before one step, `stage_mistakes` chooses among those of all steps.
+
+Left out: playing them (teacher.py).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +20,7 @@ from envs.synthetic.world import Synthetic
 
 
 class Mistake(NamedTuple):
-    """An action that will be refused, the kind of mistake that it is, and what is thought before and after it."""
+    """An action that will be refused, its kind, and the thoughts with it (`thought`) and after it (`lesson`)."""
 
     kind: str
     thought: str
@@ -21,7 +28,7 @@ class Mistake(NamedTuple):
     lesson: str
 
 
-LESSONS = {  # what a refusal teaches
+LESSONS = {  # event of the refusal -> what it teaches
     "unknown": "That is no command here. The form is: {form}.",
     "no_such": "There is no {name} for that. I mean the {right}.",
     "not_there": "I am not at the {place}.",
@@ -45,7 +52,7 @@ LESSONS = {  # what a refusal teaches
 def mistakes(
     spec: Spec, player: SyntheticPlayer, world: Synthetic, step: Step, after: Step | None, rng
 ) -> list[Mistake]:
-    """What could go wrong before `step`, which `after` follows: each is refused by the world as it stands."""
+    """Possible mistakes before `step`, with `after` as the step that follows it; the world refuses each of them."""
     candidates = [(kind, step.thought, text, right) for kind, text, right in misspelt(spec, step, rng)]
     candidates += [
         (kind, thought, spec.command(role, **values), "")
@@ -59,12 +66,12 @@ def mistakes(
             if why.event == "unknown":
                 lesson = lesson.replace("{form}", spec.commands[step.role])
             thought_after = step.thought if step.thought.startswith(lesson) else f"{lesson} {step.thought}"
-            found.append(Mistake(kind, thought, action, thought_after))
+            found.append(Mistake(kind=kind, thought=thought, action=action, lesson=thought_after))
     return found
 
 
 def misspelt(spec: Spec, step: Step, rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """Parameter mistakes: the step's command in another form, or with a name that is not known: (kind, text, name)."""
+    """Parameter mistakes, as (kind, action, right name): the step's command in another form or with an unknown name."""
     texts = []
     words = HELD if spec.setting in {theme.setting for theme in HELD.themes} else TRAIN
     values = {**step.values, "verb": spec.repair[0] if step.role == "repair" else spec.work[0]}
@@ -92,7 +99,7 @@ def misspelt(spec: Spec, step: Step, rng: np.random.Generator) -> list[tuple[str
 def misplaced(
     spec: Spec, player: SyntheticPlayer, step: Step, after: Step | None
 ) -> list[tuple[str, str, str, dict[str, str]]]:
-    """Place and logic mistakes: (kind, thought, role, values). `mistakes` drops those that the world would accept."""
+    """Place and logic mistakes, as (kind, thought, role, values); `mistakes` drops those that the world accepts."""
     found, here, values = [], player.at, step.values
     seen_here = sorted(name for name, where in player.found.items() if where == here)
     wanted = [goal.kind for goal in spec.goals if goal.kind not in spec.fixtures] + [spec.repair_tool, spec.work_tool]
@@ -144,17 +151,17 @@ def misplaced(
 
 
 def stage_mistakes(options: list[list[Mistake]], count: int, rng: np.random.Generator) -> dict[int, Mistake]:
-    """Chooses `count` mistakes, one before a step at most, as different in kind as they can be; {} where too few are
-    possible."""
+    """Chooses `count` mistakes, at most one per step and as varied in kind as possible: {index of the step: mistake}.
+    Empty if there are too few candidates."""
     chosen: dict[int, Mistake] = {}
     kinds = [str(kind) for kind in rng.permutation(["parameter", "place", "logic"])]
-    for number in range(count):
-        wanted = kinds[number % 3]
+    for index in range(count):
+        wanted = kinds[index % 3]
         for kind in (wanted, *kinds):
-            places = [i for i, there in enumerate(options) if i not in chosen and any(m.kind == kind for m in there)]
-            if places:
-                place = int(rng.choice(places))
-                fitting = [mistake for mistake in options[place] if mistake.kind == kind]
-                chosen[place] = fitting[rng.integers(len(fitting))]
+            steps = [i for i, found in enumerate(options) if i not in chosen and any(m.kind == kind for m in found)]
+            if steps:
+                step = int(rng.choice(steps))
+                fitting = [mistake for mistake in options[step] if mistake.kind == kind]
+                chosen[step] = fitting[rng.integers(len(fitting))]
                 break
     return chosen if len(chosen) == count else {}

@@ -1,12 +1,10 @@
-"""The procedural teacher of AgentRefine's trajectories: plays a sampled world, with mistakes and their corrections.
+"""The procedural teacher of AgentRefine's trajectories: plays a sampled world with mistakes and their corrections.
 
-`SyntheticPlayer` solves a world of envs/synthetic/ from what it is told: it knows the commands, the rules of the
-opening and how this world words its answers, and finds out the rest by looking. `teach` lets it play, and before some
-of its steps does what a hasty player would do: writes the command in another form or with a wrong name (parameter), acts
-on what is elsewhere (place), or skips a condition (logic). The world refuses, and the next thought says why and goes on.
-A mistake changes nothing, so the steps are those of the play without mistakes.
+`teach` replays a solution (player.py) and inserts two or three mistakes (mistakes.py) before some of its steps. The
+world refuses each one, and the next thought says why and continues. Mistakes do not change the world, so the other
+steps are those of the solution. `make_script`, `make_turns` and `make_trajectory` convert the result.
 
-Left out: records and files (refine.py), whether a trajectory is good enough (agentrefine/verify.py).
+Left out: files (refine.py), judging whether a trajectory is good enough (verify.py).
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from agentrefine.mistakes import mistakes, stage_mistakes
-from agentrefine.player import SyntheticPlayer, play
+from agentrefine.player import SyntheticPlayer, solve
 from agentrefine.verify import COMPLETED
 from artifacts.trajectory import Trajectory, Turn
 from envs.synthetic.rules import verification_code
@@ -25,56 +23,53 @@ from envs.wording import told_commands
 FLAGS = ("parameter_error", "place_error", "logic_error")
 
 
-# ---- mistakes --------------------------------------------------------------------------------------------------------
-
-
 def teach(task_id: str, rng: np.random.Generator) -> list[Turn]:
-    """Plays a world with two or three mistakes (none where so many are not possible); its turns, the last of which
-    reaches the goal. Raises RuntimeError for a world that the player does not solve."""
+    """Plays a world with two or three mistakes (none if that many are not possible). Returns the turns; the last one
+    reaches the goal. Raises RuntimeError if the player does not solve the world."""
     spec, world = make_spec(task_id), Synthetic()
-    steps = [step for step, _ in play(spec, world, task_id)]
+    steps = [step for step, _ in solve(spec, world, task_id)]
     world.reset(task_id)
     player, options = SyntheticPlayer(spec), []
-    for number, step in enumerate(steps):
-        after = steps[number + 1] if number + 1 < len(steps) else None
+    for index, step in enumerate(steps):
+        after = steps[index + 1] if index + 1 < len(steps) else None
         options.append(mistakes(spec, player, world, step, after, rng))
         player.observe(step, world.step(spec.command(step.role, **step.values)).observation)
     staged = stage_mistakes(options, int(rng.choice([2, 2, 3])), rng)
     world.reset(task_id)
     turns = []
-    for number, step in enumerate(steps):
+    for index, step in enumerate(steps):
         thought = step.thought
-        if mistake := staged.get(number):
-            result = world.step(mistake.action)
-            turns.append(
-                Turn(
-                    mistake.thought,
-                    mistake.action,
-                    result.observation,
-                    "teacher",
-                    "teacher",
-                    result.valid,
-                    [mistake.kind],
-                )
-            )
+        if mistake := staged.get(index):
+            turns.append(play_turn(world, mistake.thought, mistake.action, [mistake.kind]))
             thought = mistake.lesson
-        action = spec.command(step.role, **step.values)
-        result = world.step(action)
-        turns.append(Turn(thought, action, result.observation, "teacher", "teacher", result.valid))
+        turns.append(play_turn(world, thought, spec.command(step.role, **step.values), []))
     return turns
 
 
-# ---- as a script, as turns, as a record ------------------------------------------------------------------------------
+def play_turn(world: Synthetic, thought: str, action: str, errors: list[str]) -> Turn:
+    result = world.step(action)
+    return Turn(
+        thought=thought,
+        action=action,
+        observation=result.observation,
+        thought_by="teacher",
+        action_by="teacher",
+        valid=result.valid,
+        errors=errors,
+    )
+
+
+# ---- conversion to a script, to DM and Player turns, to a trajectory -------------------------------------------------
 
 
 def told(task_id: str) -> str:
-    """The opening with the commands at its end, as the player is told them."""
+    """The opening followed by the commands, as shown to the player."""
     spec = make_spec(task_id)
     return told_commands(spec.opening, spec.commands.values())
 
 
 def make_script(task_id: str) -> dict:
-    """The world as AgentRefine's scripts describe one (agentrefine/verify.py)."""
+    """The world as a script of AgentRefine (verify.py)."""
     spec = make_spec(task_id)
     places = {
         place: {"closed": place in spec.boxes, "holds": sorted(n for n, p in spec.lies.items() if p == place)}
@@ -98,23 +93,23 @@ def make_script(task_id: str) -> dict:
 
 
 def make_turns(task_id: str, turns: list[Turn]) -> list[dict]:
-    """Turns as the master and the player would have written them; the last answer says that the task is completed."""
+    """The turns in the JSON form of DM and Player turns (verify.py); the last reply says that the task is completed."""
 
-    def master(number: int, observation: str, kinds: list[str]) -> dict:
+    def dm_turn(index: int, observation: str, kinds: list[str]) -> dict:
         thought = f"The action is refused: {kinds[0]}." if kinds else "This is as it should be."
         flags = {flag: flag.partition("_")[0] in kinds for flag in FLAGS}
-        return {"turn": number, "role": "DM", "Thought": thought, "Observation": observation, **flags}
+        return {"turn": index, "role": "DM", "Thought": thought, "Observation": observation, **flags}
 
-    written = [master(0, told(task_id), [])]
-    for number, turn in enumerate(turns):
-        last = number == len(turns) - 1
+    written = [dm_turn(0, told(task_id), [])]
+    for index, turn in enumerate(turns):
+        last = index == len(turns) - 1
         written.append({"turn": len(written), "role": "Player", "Thought": turn.thought, "Action": turn.action})
-        written.append(master(len(written), f"{turn.observation}{f' {COMPLETED}.' * last}", turn.errors))
+        written.append(dm_turn(len(written), f"{turn.observation}{f' {COMPLETED}.' * last}", turn.errors))
     return written
 
 
 def make_trajectory(task_id: str, turns: list[Turn], seed: int) -> Trajectory:
-    """The record of what `teach` played."""
+    """The trajectory of what `teach` played."""
     return Trajectory(
         env="synthetic",
         split=task_id.split("/")[0],

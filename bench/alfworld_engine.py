@@ -1,10 +1,10 @@
-"""Claim: our ALFWorld engine says exactly what TextWorld says, at 500 times its speed or more.
+"""Claim: our ALFWorld engine gives exactly TextWorld's output, at least 500 times faster.
 
-Both play the same seeded commands in the same games: admissible ones (a verb first, then a command with it, so that
-rare verbs are not drowned by `go to`) and a share of inadmissible ones. After each step the observation, the whole
-admissible list in its order and `won` are compared. A step is timed with its admissible list, loading and resetting
-apart. A game that is won early is started again.
-Left out: memory, and several games at once.
+Both play the same seeded commands in the same games: admissible ones (drawn by verb first, so that `go to` does not
+crowd out rare verbs) and a share of inadmissible ones. After each step the observation, the ordered list of admissible
+commands and `won` are compared. A step is timed together with its admissible list; loading and resetting are timed
+separately. A game that is won early is restarted.
+Left out: memory, concurrent games.
 
 Run: python -m bench.alfworld_engine [--games 40 --steps 40 --seed 0 --split valid_seen]    (about 4 minutes)
 """
@@ -41,29 +41,29 @@ class Args:
     games: int = 40
     """Games to play, drawn without replacement."""
     steps: int = 40
-    """Commands in each game."""
+    """Commands per game."""
     seed: int = 0
-    """Seed of the draw of games and of every command."""
+    """Seed of the choice of games and of every command."""
     split: str = ""
-    """Split to draw from (default: valid_seen where there is real data, else gen_valid)."""
+    """Split to draw from (default: valid_seen with real data, else gen_valid)."""
     data: str | None = None
     """Folder that holds json_2.1.1 (default: $ALFWORLD_DATA, else generated games)."""
     invalid: float = 0.2
-    """Share of commands that are drawn without asking whether they are admissible."""
+    """Share of commands drawn without checking that they are admissible."""
     grammar: str = "0.4"
-    """Wording of alfworld 0.4 or 0.3."""
+    """Grammar of alfworld 0.4 or 0.3."""
 
 
 @dataclass
 class Clock:
-    """Seconds that one engine spent."""
+    """Seconds spent by one engine."""
 
     stepping: float = 0.0
     resetting: float = 0.0
 
 
 def draw_command(rng: random.Random, admissible: list[str], seen: list[str], invalid: float) -> str:
-    """A command: mostly admissible, else garbage, one that was admissible before (`seen`), or a mixture of two such."""
+    """A command: mostly admissible, else garbage, one admissible earlier (`seen`), or a mixture of two such."""
     if rng.random() < invalid:
         form = rng.randrange(3)
         if form == 0:
@@ -93,37 +93,39 @@ def timed_step(world: AlfWorld, command: str, clock: Clock) -> tuple[str, bool, 
     return result.observation, result.success, result.valid, admissible
 
 
-def difference(answer: tuple, wanted: tuple) -> str:
-    """The parts in which two answers differ."""
-    return "; ".join(f"{one!r} against {other!r}" for one, other in zip(answer, wanted, strict=True) if one != other)
+def difference(result: tuple, expected: tuple) -> str:
+    """The parts in which two results differ."""
+    return "; ".join(
+        f"{one!r}, expected {other!r}" for one, other in zip(result, expected, strict=True) if one != other
+    )
 
 
 def compare(
     ours: AlfWorld, reference: AlfWorld, task_id: str, args: Args, clocks: tuple[Clock, Clock], bar: tqdm
 ) -> list[str]:
-    """Play one game on both engines and return a line per divergence."""
+    """Plays one game on both engines; returns one line per divergence."""
     rng = random.Random(zlib.crc32(f"{args.seed} {task_id}".encode()))
     divergences, seen, over = [], [], True
     for step in range(args.steps):
         if over:
-            opening, wanted = timed_reset(ours, task_id, clocks[0]), timed_reset(reference, task_id, clocks[1])
-            if opening != wanted:
-                divergences.append(f"{task_id} opening: {difference(opening, wanted)}")
-            admissible = wanted[1]
+            opening, expected = timed_reset(ours, task_id, clocks[0]), timed_reset(reference, task_id, clocks[1])
+            if opening != expected:
+                divergences.append(f"{task_id} opening: {difference(opening, expected)}")
+            admissible = expected[1]
         seen += admissible
         command = draw_command(rng, admissible, seen, args.invalid)
-        answer, wanted = timed_step(ours, command, clocks[0]), timed_step(reference, command, clocks[1])
-        if answer != wanted:
-            divergences.append(f"{task_id} step {step} {command!r}: {difference(answer, wanted)}")
-        over, admissible = wanted[1], wanted[3]
+        result, expected = timed_step(ours, command, clocks[0]), timed_step(reference, command, clocks[1])
+        if result != expected:
+            divergences.append(f"{task_id} step {step} {command!r}: {difference(result, expected)}")
+        over, admissible = expected[1], expected[3]
         bar.update()
-        if answer[1] != wanted[1]:
-            break  # one game is over and the other is not
+        if result[1] != expected[1]:
+            break  # only one of the games is over
     return divergences
 
 
 def main(args: Args) -> None:
-    """Print ours | TextWorld | ratio and, last, one JSON object."""
+    """Prints ours | TextWorld | ratio and, on the last line, one JSON object."""
     real = bool(args.data or os.environ.get("ALFWORLD_DATA"))
     split = args.split or ("valid_seen" if real else "gen_valid")
     ours = AlfWorld(data=args.data, grammar=args.grammar)

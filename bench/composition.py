@@ -1,7 +1,7 @@
-"""How often do composed trajectories succeed? The table of p, with and without ActRe, that A3T's reviewers asked for.
+"""How often do composed trajectories succeed? The table over p, with and without ActRe, that A3T's reviewers requested.
 
-Plays a panel greedily with one policy, then retries the failed tasks with each setting, `trials` times each. p = 0 is
-resampling alone. The claim behind the defaults of actre.py.
+Plays a panel greedily with one policy, then retries the failed tasks `trials` times under each setting. p = 0 only
+resamples. Justifies the defaults of actre.py.
 
     python -m bench.composition --panel valid-60
     python -m bench.composition --panel valid-60 --run runs/a3t --round 1     # with round 0's adapter
@@ -30,31 +30,31 @@ class Args:
     panel: str = "valid-60"
     """Panel whose failed tasks are retried."""
     limit: int | None = None
-    """Play only so many tasks of the panel."""
+    """Maximum number of tasks to play (default: the whole panel)."""
     run: Path = Path("runs/a3t")
-    """Run whose adapter plays."""
+    """Run whose adapter to use."""
     round: int = 0
-    """Round whose policy plays; 0 is the base."""
+    """Round whose policy to use; 0 is the base."""
     probabilities: tuple[float, ...] = (0.0, 0.05, 0.1, 0.25, 0.5)
     """Values of p."""
     variants: tuple[str, ...] = ("commands/actre", "commands/template", "commands/empty", "verbs/actre")
-    """sample/reason pairs, as actre.py's flags; p = 0 is measured with the first only."""
+    """sample/reason pairs, named like actre.py's flags; p = 0 uses only the first."""
     trials: int = 2
-    """Compositions per failed task and setting."""
+    """Attempts per failed task and setting."""
     temperature: float = 1.0
-    """Of the agent's own turns."""
+    """Sampling temperature of the agent's own turns."""
     model: Path = Path("models/tiny-alfworld")
     """Base model."""
     data: str | None = None
-    """The world's data."""
+    """Folder that holds json_2.1.1 (default: $ALFWORLD_DATA, else generated games)."""
     max_turns: int = 20
-    """Turns of an attempt."""
+    """Maximum turns per attempt."""
     patience: int = 3
-    """Repetitions of a turn that end an attempt; 0: none does."""
+    """End an attempt after this many repetitions of a turn; 0: never."""
     slots: int = 64
-    """Attempts at once."""
+    """Maximum concurrent attempts."""
     seed: int = 0
-    """Seed of every draw."""
+    """Seed of all sampling."""
 
 
 def main(args: Args) -> None:
@@ -62,7 +62,7 @@ def main(args: Args) -> None:
     react, actre = (LocalPolicy(args.model, a, slots=args.slots, context=1024) for a in (adapter, None))
     tasks, _ = pick_tasks(args.panel, args.limit)
 
-    def collect(jobs: Iterable[Job], temperature: float, compose: Compose | None) -> list[Trajectory]:
+    def play(jobs: Iterable[Job], temperature: float, compose: Compose | None) -> list[Trajectory]:
         settings = AttemptSettings(
             env="alfworld",
             stage="composition",
@@ -75,28 +75,29 @@ def main(args: Args) -> None:
         )
         return list(PlayLoop(jobs, settings, lambda: make_world("alfworld", data=args.data), react, actre))
 
-    alone = collect([Job(task, 0) for task in tasks], 0.0, None)
-    failed = sorted(t.task_id for t in alone if not t.success)
+    greedy = play([Job(task, 0) for task in tasks], 0.0, None)
+    failed = sorted(t.task_id for t in greedy if not t.success)
     jobs = [Job(task, trial) for task in failed for trial in range(args.trials)]
     rows = []
     for p in args.probabilities:
         for variant in args.variants if p else args.variants[:1]:
             sample, reason = variant.split("/")
-            done = collect(jobs, args.temperature, Compose(probability=p, sample=sample, reason=reason))
-            won = [t for t in done if t.success]
+            played = play(jobs, args.temperature, Compose(probability=p, sample=sample, reason=reason))
+            successes = [t for t in played if t.success]
             row = {
                 "p": p,
                 "sample": sample,
                 "reason": reason,
-                "success": len(won),
-                "n": len(done),
-                "wilson95": [round(x, 3) for x in wilson(len(won), len(done))],
-                "solved": len({t.task_id for t in won}),
+                "success": len(successes),
+                "n": len(played),
+                "wilson95": [round(x, 3) for x in wilson(len(successes), len(played))],
+                "solved": len({t.task_id for t in successes}),
                 "failed_tasks": len(failed),
             }
             rows.append(row)
             print(
-                f"p {p:<5} {sample:<9}{reason:<9} {len(won):>3}/{len(done):<4} {100 * len(won) / len(done):5.1f} % "
+                f"p {p:<5} {sample:<9}{reason:<9} {len(successes):>3}/{len(played):<4} "
+                f"{100 * len(successes) / len(played):5.1f} % "
                 f"[{100 * row['wilson95'][0]:.1f}, {100 * row['wilson95'][1]:.1f}]  "
                 f"{row['solved']}/{len(failed)} tasks solved"
             )

@@ -1,8 +1,8 @@
-"""Loading a checkpoint of more than a billion parameters: seconds and peak host memory, beside the floors.
+"""Loading a checkpoint of over a billion parameters: seconds and peak host memory, compared with their lower bounds.
 
 Writes a random bf16 checkpoint of a 1.1 B-parameter Mistral shape (2.2 GB) into a temporary folder, converts it to NF4
-(`lora.convert`), and loads both, each in a process of its own. Floors: the time to read the source's bytes once, and
-the bytes of the result (on a CPU JAX keeps a 4-bit code in a byte). What 7B will take is derived from these, by bytes.
+(`lora.convert`), and loads both, each in a separate process. Lower bounds: the time to read the source once, and the
+size of the result (on a CPU JAX stores a 4-bit code in a byte). Figures for 7B are extrapolated by parameter count.
 
     JAX_PLATFORMS=cpu python -m bench.load
 """
@@ -46,24 +46,24 @@ start = time.time()
 peak = int(re.search(r"VmHWM:\\s+([0-9]+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 print(json.dumps({{"seconds": time.time() - start, "peak_memory": peak}}))
 """
-IMPORTS = "import jax\nfrom lora.convert import load_model, convert\nstart = time.time()\n"
+IMPORTS = "import jax\nfrom lora.convert import convert\nfrom lora.load import load_model\nstart = time.time()\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
     folder: Path | None = None
-    """Where to write the checkpoints (default: a temporary folder)."""
+    """Parent of the temporary folder for the checkpoints (default: the system's)."""
 
 
 def measure(code: str) -> dict:
-    """Seconds and peak memory of a piece of code in a process of its own."""
+    """Seconds and peak memory of a piece of code, run in a subprocess."""
     command = [sys.executable, "-c", MEASURE.format(code=code)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return json.loads(out.splitlines()[-1])
 
 
 def random_checkpoint(folder: Path) -> int:
-    """Writes the checkpoint; returns its bytes."""
+    """Writes the checkpoint; returns its size in bytes."""
     random = np.random.default_rng(0)
     pool = random.standard_normal(2**24, np.float32).astype(ml_dtypes.bfloat16)
     shapes = tensor_shapes(SHAPE)
@@ -80,7 +80,7 @@ def main(args: Args) -> None:
             with path.open("rb") as file:
                 while file.read(2**24):
                     pass
-        floor = time.time() - start
+        read_seconds = time.time() - start
         load = "jax.block_until_ready(jax.tree.leaves(__import__('flax').nnx.state(load_model({!r}, weights='nf4'))))"
         rows = {
             "imports alone": measure(IMPORTS + "jax.devices()"),
@@ -95,14 +95,14 @@ def main(args: Args) -> None:
     ratio = parameters(MISTRAL_7B) / count
     print(
         f"{count / 1e9:.2f} B parameters, {size / 2**30:.2f} GiB in bf16, {result / 2**30:.2f} GiB in NF4; "
-        f"reading the source once: {floor:.1f} s"
+        f"reading the source once: {read_seconds:.1f} s"
     )
     for name, row in rows.items():
         print(
-            f"{name:18} {row['seconds']:7.1f} s {row['peak_memory'] / 2**30:6.2f} GiB at most; "
-            f"7B, derived: {row['seconds'] * ratio:6.0f} s"
+            f"{name:18} {row['seconds']:7.1f} s {row['peak_memory'] / 2**30:6.2f} GiB peak; "
+            f"7B, extrapolated: {row['seconds'] * ratio:6.0f} s"
         )
-    print(json.dumps({"parameters": count, "bytes": size, "bytes_nf4": result, "read_seconds": floor, **rows}))
+    print(json.dumps({"parameters": count, "bytes": size, "bytes_nf4": result, "read_seconds": read_seconds, **rows}))
 
 
 if __name__ == "__main__":

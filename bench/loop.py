@@ -1,13 +1,13 @@
-"""Trajectories an hour of the whole loop, with our ALFWorld engine and with TextWorld.
+"""Trajectories per hour of the play loop, with our ALFWorld engine and with TextWorld.
 
-The tiny base plays the same games three times: our engine stepped in this process; TextWorld in processes of its own,
-two a core, as `rollout.py --engine textworld` has it; and TextWorld stepped in this process too, where everybody waits
-while one world steps, as loops without processes have it. Our engine has played all of them once before, so that no
-compiling is counted; starting the processes is.
+The tiny base plays the same games three times: with our engine, stepped in this process; with TextWorld in
+subprocesses, two per core, as in `rollout.py --engine textworld`; and with TextWorld stepped in this process, where
+every attempt waits while one world steps, as in loops without subprocesses. A warm-up with our engine keeps compilation
+out of the figures; starting the subprocesses is included.
 
     python -m bench.loop          # minutes
 
-Left out: larger models, which take a larger share of the time, and ActRe.
+Left out: larger models, whose share of the time is larger, and ActRe.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ class Args:
     model: Path = Path("models/tiny-alfworld")
     """Base model."""
     slots: int = 64
-    """Attempts played at once, at most."""
+    """Maximum concurrent attempts."""
 
 
 def inline(data: str | None) -> World:
-    """TextWorld as if it were ours: stepped in this process."""
+    """TextWorld stepped in this process, like our engine."""
     world = AlfWorld(data=data, engine="textworld")
     world.isolated = False
     return world
 
 
 def measure(name: str, make, tasks: list[str], args: Args) -> tuple[dict, list[Trajectory]]:
-    """The rates of all tasks, and their trajectories."""
+    """The rates of playing all tasks, and the trajectories."""
     policy = LocalPolicy(args.model, slots=args.slots)
     settings = AttemptSettings(env="alfworld", stage=name, round=0, seed=0, max_turns=20, patience=3, temperature=0.0)
     loop = PlayLoop([Job(task, 0) for task in tasks], settings, make, policy)
@@ -70,14 +70,14 @@ def main(args: Args) -> None:
     measure("warm-up", makers["ours"], tasks, args)
     for name, make in makers.items():
         rates[name], played[name] = measure(name, make, tasks, args)
-    hourly = {name: each["trajectories_per_hour"] for name, each in rates.items()}
-    ids = {name: [trajectory.ids for trajectory in each] for name, each in played.items()}
-    same = all(each == ids["ours"] for each in ids.values())
-    print(f"{len(tasks)} games of {panel}, {os.cpu_count()} cores; the same ids in all three: {same}")
-    for name, each in rates.items():
+    hourly = {name: rate["trajectories_per_hour"] for name, rate in rates.items()}
+    ids = {name: [trajectory.ids for trajectory in trajectories] for name, trajectories in played.items()}
+    same = all(engine_ids == ids["ours"] for engine_ids in ids.values())
+    print(f"{len(tasks)} games of {panel}, {os.cpu_count()} cores; same ids in all three: {same}")
+    for name, rate in rates.items():
         print(
             f"{name:<28}{hourly[name]:>8,.0f} trajectories/h, ours / this {hourly['ours'] / hourly[name]:6.1f}, "
-            f"waiting {each['waiting_for_worlds']:4.0%} worlds {each['waiting_for_model']:4.0%} model"
+            f"waiting for worlds {rate['waiting_for_worlds']:4.0%}, for the model {rate['waiting_for_model']:4.0%}"
         )
     print(
         json.dumps(

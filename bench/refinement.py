@@ -1,13 +1,13 @@
-"""AgentRefine's experiment with a tiny base: what tuning on mistakes and their corrections is good for.
+"""AgentRefine's experiment with a tiny base: what does tuning on mistakes and their corrections improve?
 
     python -m bench.refinement                    # all arms, seeds 0 1 2 of the main ones; hours on a CPU
     python -m bench.refinement --seeds 0 --limit 20
 
-One neutral base (models/tiny-neutral: random walks, no solutions), tuned on ALFWorld demonstrations, on synthetic
+One neutral base (models/tiny-neutral: random walks, no solutions) is tuned on ALFWorld demonstrations, on synthetic
 trajectories with mistakes (refine.py), on half of each, and on the synthetic ones under the paper's three controls.
-Each arm is measured on generated ALFWorld games in the world's wording and five others, on synthetic worlds in words
-that it has seen and in others, on BabyAI and on PDDL; the commands are told, decoding is greedy. Runs the stages' own
-commands, each of which goes on where it was killed; prints the table and a last line of JSON.
+Each arm is evaluated on generated ALFWorld games in the original wording and five others, on synthetic worlds in seen
+and in unseen vocabulary, on BabyAI and on PDDL, with --tell-commands and greedy decoding. Runs the
+stages' commands, each of which resumes if it was killed; prints a table and, as the last line, JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from artifacts.scores import WORDINGS, directory_name, read_scores, wilson
 
 MAIN = ("demo", "refine", "both")
 CONTROLS = ("mask-refined", "drop-errors", "no-mask")
-# What is played: world, panels, wordings, turns.
+# Evaluations: world, panels, wordings, turns.
 MEASURED = (
     ("alfworld", ("gen_valid-100",), "all", 20),
     ("synthetic", ("syn_valid-60", "syn_held-60"), "none", 20),
@@ -37,50 +37,50 @@ MEASURED = (
 @dataclass(frozen=True, kw_only=True)
 class Args:
     runs: Path = Path("runs/refinement")
-    """Where the runs go, one for each arm and seed."""
+    """Folder for the runs, one per arm and seed."""
     model: Path = Path("models/tiny-neutral")
     """The neutral base."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the main arms; the controls have the first of them."""
+    """Seeds of the main arms; the controls use only the first."""
     arms: tuple[str, ...] = (*MAIN, *CONTROLS)
     """Arms to run."""
     count: int = 2000
-    """Trajectories that an arm is tuned on, once."""
+    """Trajectories that an arm is tuned on, for one epoch."""
     rank: int = 32
-    """LoRA rank, on all linear layers; alpha is twice as much."""
+    """LoRA rank, on all linear layers; alpha is twice the rank."""
     learning_rate: float = 8e-3
-    """Peak rate of Adam on the adapter."""
+    """Peak learning rate of Adam on the adapter."""
     limit: int = 60
-    """Tasks of each panel."""
+    """Tasks per panel."""
 
 
 def run(*words: object) -> None:
-    """A stage's own command; its error ends this one."""
+    """Runs a command of the project; raises CalledProcessError if it fails."""
     print("$ python", *words, flush=True)
     subprocess.run([sys.executable, *map(str, words)], check=True)
 
 
 def make_data(args: Args, arm: str, seed: int) -> list[Path]:
-    """The directories that an arm is tuned on, made now."""
-    found, count = [], args.count // 2 if arm == "both" else args.count
+    """Makes the data of an arm; returns its directories."""
+    directories, count = [], args.count // 2 if arm == "both" else args.count
     folder = args.runs / f"data_{count}_{seed}"
     if arm in ("demo", "both"):
         run("-m", "models.demonstrations", "--out", folder / "demo", "--count", count, "--seed", seed)
-        found.append(folder / "demo")
+        directories.append(folder / "demo")
     if arm != "demo":
         run("refine.py", "--run", folder, "--count", count, "--seed", seed)
-        found.append(folder / "refine")
-    return found
+        directories.append(folder / "refine")
+    return directories
 
 
-def evaluate(args: Args, name: Path, *who: str) -> None:
-    """Plays everything that is measured, unless it was."""
+def evaluate(args: Args, directory: Path, *subject: str) -> None:
+    """Runs all evaluations that are not finished yet."""
     for env, panels, perturb, turns in MEASURED:
         run(
             "evaluate.py",
             "--run",
-            name,
-            *who,
+            directory,
+            *subject,
             "--model",
             args.model,
             "--env",
@@ -99,18 +99,18 @@ def evaluate(args: Args, name: Path, *who: str) -> None:
         )
 
 
-def arm(args: Args, which: str, seed: int) -> Path:
-    """Tunes and measures one arm with one seed; returns its run."""
-    name = args.runs / f"{which}_{seed}"
-    refinement = which if which in CONTROLS else "mask-errors"
+def run_arm(args: Args, arm: str, seed: int) -> Path:
+    """Tunes and evaluates one arm with one seed; returns the run's directory."""
+    directory = args.runs / f"{arm}_{seed}"
+    refinement = arm if arm in CONTROLS else "mask-errors"
     run(
         "train_pg.py",
         "--run",
-        name,
+        directory,
         "--round",
         0,
         "--inputs",
-        *make_data(args, which, seed),
+        *make_data(args, arm, seed),
         "--refinement",
         refinement,
         "--model",
@@ -130,25 +130,25 @@ def arm(args: Args, which: str, seed: int) -> Path:
         "--seed",
         seed,
     )
-    evaluate(args, name, "--round", "0")
-    return name
+    evaluate(args, directory, "--round", "0")
+    return directory
 
 
-def figures(name: Path, place: str) -> dict[str, dict[str, float]]:
+def load_scores(directory: Path, subject: str) -> dict[str, dict[str, float]]:
     """{panel, or panel and wording: {success, progress, n}} of one run."""
-    found = {}
+    scores = {}
     for env, _, perturb, _ in MEASURED:
         for wording in WORDINGS if perturb == "all" else ("none",):
-            for panel, s in read_scores(name, directory_name(env, wording, 1))[place].items():
+            for panel, s in read_scores(directory, directory_name(env, wording, 1))[subject].items():
                 label = panel.rpartition("-")[0] + (f" {wording}" if wording != "none" else "")
-                found[label] = {"success": s["rate"], "progress": s["progress"], "n": s["n"]}
-    perturbed = [found[f"gen_valid {wording}"] for wording in WORDINGS[1:]]
+                scores[label] = {"success": s["rate"], "progress": s["progress"], "n": s["n"]}
+    perturbed = [scores[f"gen_valid {wording}"] for wording in WORDINGS[1:]]
     means = {key: statistics.mean(p[key] for p in perturbed) for key in ("success", "progress")}
-    return found | {"gen_valid P1..P5": means | {"n": sum(p["n"] for p in perturbed)}}
+    return scores | {"gen_valid P1..P5": means | {"n": sum(p["n"] for p in perturbed)}}
 
 
 def table(results: dict[str, list[dict]]) -> str:
-    """A line for each arm: success in % with its interval over all seeds' tasks, and progress, of each panel."""
+    """One row per arm: for each panel, success with its interval over the tasks of all seeds, and progress, in %."""
     labels = list(next(iter(results.values()))[0])
     lines = ["| arm (seeds) | " + " | ".join(labels) + " |", "|---" * (len(labels) + 1) + "|"]
     for name, runs in results.items():
@@ -165,12 +165,12 @@ def table(results: dict[str, list[dict]]) -> str:
 def main(args: Args) -> None:
     base = args.runs / "neutral"
     evaluate(args, base, "--base")
-    results = {"neutral": [figures(base, "base")]}
-    for seed, which in itertools.product(args.seeds, args.arms):
-        if which in MAIN or seed == args.seeds[0]:
-            results.setdefault(which, []).append(figures(arm(args, which, seed), "0"))
+    results = {"neutral": [load_scores(base, "base")]}
+    for seed, arm in itertools.product(args.seeds, args.arms):
+        if arm in MAIN or seed == args.seeds[0]:
+            results.setdefault(arm, []).append(load_scores(run_arm(args, arm, seed), "0"))
     print(table(results))
-    print("in each cell: success in %, its 95 % interval over the tasks of all seeds, and progress in %")
+    print("each cell: success in %, its 95 % interval over the tasks of all seeds, and progress in %")
     print(json.dumps(results))
 
 

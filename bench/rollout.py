@@ -1,15 +1,14 @@
-"""How fast is the sampler over the turns of a game, beside transformers as agents' rollouts use it?
+"""How fast is multi-turn sampling, compared with transformers as agent rollouts commonly use it?
 
-Both play the same recorded games at once: before each reply the world's words are appended, then every row writes the
-same number of ids, greedily, and goes on from its own. `lora.engine` keeps each row's keys and values over the turns;
-the peer is one batched `generate` a turn over the whole histories, padded on the left, with its cache on within the
-call. The larger model also plays them after the one-shot prompt that A3T's first round has before every session. The
-two take turns, so that whatever else the machine does falls on both; each has played one replay before, which is not
-counted: compiling is in no figure.
+Both replay the same batch of recorded games: before each reply the world's text is appended, then every row samples the
+same number of ids greedily and continues from them. `lora.engine` keeps each row's keys and values across turns; the
+peer calls one batched `generate` per turn over the full histories, left-padded, with its cache enabled within the call.
+The larger model also replays them after the one-shot prompt of A3T's first round. The two alternate reply by reply, so
+that other load on the machine affects both; one uncounted warm-up replay keeps compilation out of the figures.
 
-    python -m bench.rollout          # two models, some ten minutes on 2 cores
+    python -m bench.rollout          # two models, about ten minutes on 2 cores
 
-Left out: a whole loop with its worlds, adapters, GPUs.
+Left out: the full loop with worlds, adapters, GPUs.
 """
 
 from __future__ import annotations
@@ -44,38 +43,40 @@ BASE, PROMPT = "models/tiny-alfworld", Path("prompts/alfworld_react.txt")
 @dataclass(frozen=True, kw_only=True)
 class Args:
     turns: int = 6
-    """Turns of a game that are replayed; a thought and its action are two replies."""
+    """Turns replayed per game; a thought and its action are two replies."""
     new: int = 16
-    """Ids of a reply."""
+    """Ids per reply."""
     replays: int = 3
-    """Times that the games are replayed and counted."""
+    """Counted replays of the games."""
     context: int = 1024
-    """Tokens that a session can hold."""
+    """Context length of a session, in tokens."""
     tiny_slots: int = 64
-    """Games at once with the tiny base."""
+    """Batch size with the tiny base."""
     slots: int = 8
-    """Games at once with the model of 98 M parameters (random weights)."""
+    """Batch size with the model of 98 M parameters (random weights)."""
 
 
-def recorded(count: int, replies: int) -> list[list[list[int]]]:
-    """For each of `count` games, the ids that the world wrote before each of its first replies."""
+def record_games(count: int, replies: int) -> list[list[list[int]]]:
+    """For each of `count` games, the ids of the world's text before each of the first `replies` replies."""
     tasks = AlfWorld().tasks("gen_train")[: 4 * count]
     settings = AttemptSettings(
         env="alfworld", stage="bench", round=0, seed=0, max_turns=20, patience=0, temperature=0.0
     )
     games = PlayLoop([Job(task, 0) for task in tasks], settings, AlfWorld, ScriptedPolicy(DemonstratorScript))
-    tokenizer, found = load_tokenizer(BASE), []
+    tokenizer, recorded = load_tokenizer(BASE), []
     for game in sorted(games, key=lambda game: game.key):
         segments = react_segments(game)
         world = [encode_piece(tokenizer, s.text, i == 0) for i, s in enumerate(segments) if not s.agent]
         if len(world) > replies:
-            found.append(world[:replies])
-    if len(found) < count:
-        raise ValueError(f"only {len(found)} of {len(tasks)} games have {replies} replies; ask for fewer turns")
-    return found[:count]
+            recorded.append(world[:replies])
+    if len(recorded) < count:
+        raise ValueError(f"only {len(recorded)} of {len(tasks)} games have {replies} replies; lower --turns")
+    return recorded[:count]
 
 
 class Ours:
+    """lora.engine with one session per game."""
+
     def __init__(self, model: Mistral, slots: int, prompt: Sequence[int], args: Args):
         self.engine = Engine(
             model, slots=slots, context=args.context, max_new_tokens=args.new, stop_ids=(), prefix=prompt
@@ -85,10 +86,10 @@ class Ours:
     def start(self, slots: int) -> None:
         self.sessions, self.computed = [self.engine.open() for _ in range(slots)], 0
 
-    def reply(self, said: list[list[int]]) -> list[list[int]]:
-        for session, ids in zip(self.sessions, said, strict=True):
+    def reply(self, observations: list[list[int]]) -> list[list[int]]:
+        for session, ids in zip(self.sessions, observations, strict=True):
             self.engine.extend(session, ids)
-        self.computed += sum(map(len, said))
+        self.computed += sum(map(len, observations))
         return [reply.ids for reply in self.engine.sample([(session, 0.0, 0) for session in self.sessions])]
 
     def end(self) -> None:
@@ -97,6 +98,8 @@ class Ours:
 
 
 class Transformers:
+    """transformers: one `generate` per reply over the full histories."""
+
     def __init__(self, folder: str, prompt: Sequence[int], new: int):
         import torch
         from transformers import MistralForCausalLM
@@ -108,10 +111,10 @@ class Transformers:
     def start(self, slots: int) -> None:
         self.histories, self.computed = [list(self.prompt) for _ in range(slots)], 0
 
-    def reply(self, said: list[list[int]]) -> list[list[int]]:
-        self.histories = [history + ids for history, ids in zip(self.histories, said, strict=True)]
+    def reply(self, observations: list[list[int]]) -> list[list[int]]:
+        self.histories = [history + ids for history, ids in zip(self.histories, observations, strict=True)]
         longest = max(map(len, self.histories))
-        rows = np.zeros((2, len(said), longest), np.int64)  # ids and mask
+        rows = np.zeros((2, len(observations), longest), np.int64)  # ids and mask
         for row, history in enumerate(self.histories):
             rows[0, row, longest - len(history) :], rows[1, row, longest - len(history) :] = history, 1
         self.computed += sum(map(len, self.histories))
@@ -130,7 +133,7 @@ class Transformers:
         return replies
 
     def end(self) -> None:
-        """Nothing is kept from turn to turn."""
+        """Nothing to free."""
 
 
 def compare(
@@ -141,33 +144,33 @@ def compare(
     args: Args,
     prompt: Sequence[int] = (),
 ) -> float:
-    """Replays the games with both, once uncounted; prints a line of all counted times each and returns the ratio."""
+    """Replays the games with both after a warm-up; prints a line for each and returns the speed ratio."""
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, folder)
         players = {"ours": Ours(model, slots, prompt, args), "transformers": Transformers(folder, prompt, args.new)}
-    rounds, seconds = len(games[0]), dict.fromkeys(players, 0.0)
+    reply_count, seconds = len(games[0]), dict.fromkeys(players, 0.0)
     for replay in range(args.replays + 1):
         replies = {player: [] for player in players}
         for player in players.values():
             player.start(slots)
-        for turn in tqdm(range(rounds), desc=f"{name}, {'measured' if replay else 'warm-up'}", unit="reply"):
-            for who, player in players.items():
-                time.sleep(0.2)  # until the other's threads no longer wait for work
+        for index in tqdm(range(reply_count), desc=f"{name}, {'measured' if replay else 'warm-up'}", unit="reply"):
+            for contender, player in players.items():
+                time.sleep(0.2)  # until the other's idle threads stop spinning
                 start = time.perf_counter()
-                replies[who] += player.reply([game[turn] for game in games])
+                replies[contender] += player.reply([game[index] for game in games])
                 if replay:
-                    seconds[who] += time.perf_counter() - start
+                    seconds[contender] += time.perf_counter() - start
         for player in players.values():
             player.end()
-    made = args.replays * slots * rounds * args.new
+    sampled = args.replays * slots * reply_count * args.new
     same = np.mean(np.array(replies["ours"]) == np.array(replies["transformers"]))
-    for who, player in players.items():
+    for contender, player in players.items():
         print(
-            f"{name}, {args.replays} x {slots} games x {rounds} replies of {args.new} ids, {who}: "
-            f"{made / seconds[who]:,.0f} ids/s, {player.computed:,} ids computed in a replay"
+            f"{name}, {args.replays} x {slots} games x {reply_count} replies of {args.new} ids, {contender}: "
+            f"{sampled / seconds[contender]:,.0f} ids/s, {player.computed:,} ids computed per replay"
         )
     ratio = seconds["transformers"] / seconds["ours"]
-    print(f"{name}: ours / transformers {ratio:.1f}, {same:.2%} of the ids alike\n")
+    print(f"{name}: ours / transformers {ratio:.1f}, {same:.2%} of the ids identical\n")
     return ratio
 
 
@@ -175,15 +178,15 @@ def main(args: Args) -> None:
     replies = 2 * args.turns
     ratios = [
         compare(
-            "tiny base", load_model(BASE, weights="fp32"), args.tiny_slots, recorded(args.tiny_slots, replies), args
+            "tiny base", load_model(BASE, weights="fp32"), args.tiny_slots, record_games(args.tiny_slots, replies), args
         )
     ]
-    model, games = Mistral(MISTRAL_100M, rngs=nnx.Rngs(0)), recorded(args.slots, replies)
+    model, games = Mistral(MISTRAL_100M, rngs=nnx.Rngs(0)), record_games(args.slots, replies)
     prompt = prompt_ids(load_tokenizer(BASE), BASE, PROMPT.read_text())
-    for name, before in (("98 M parameters", ()), (f"98 M parameters, {len(prompt)} ids of prompt", prompt)):
+    for name, prefix in (("98 M parameters", ()), (f"98 M parameters, {len(prompt)} ids of prompt", prompt)):
         gc.collect()
-        ratios.append(compare(name, model, args.slots, games, args, before))
-    print("rollout: {:.1f}, {:.1f} and, after a prompt, {:.1f} times the ids a second of transformers".format(*ratios))
+        ratios.append(compare(name, model, args.slots, games, args, prefix))
+    print("rollout: {:.1f}, {:.1f} and, after a prompt, {:.1f} times the ids/s of transformers".format(*ratios))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Model shapes that several benchmarks share, as arrays that are only described, or filled with random numbers."""
+"""Model shapes shared by several benchmarks, as abstract arrays or filled with random numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MISTRAL_7B = Config(
     max_position_embeddings=32768,
     rope_theta=1e6,
 )
-# 98 M parameters: the same family at a size that a laptop trains.
+# 98 M parameters: the same family at a size that a laptop can train.
 MISTRAL_100M = Config(
     vocab_size=32000,
     hidden_size=640,
@@ -42,7 +42,7 @@ MISTRAL_100M = Config(
 
 
 def described(config: Config, lora: LoRAConfig, mesh: Mesh, *, double: bool = False, dtype=jnp.bfloat16) -> Mistral:
-    """A model in NF4 with an adapter whose arrays are ShapeDtypeStructs that lie on the mesh as real ones would."""
+    """A model in NF4 with an adapter, whose arrays are ShapeDtypeStructs sharded on the mesh like real ones."""
 
     def array(shape, dtype, spec, name):
         check_divisible(name, shape, spec, mesh.shape)
@@ -67,8 +67,8 @@ def described(config: Config, lora: LoRAConfig, mesh: Mesh, *, double: bool = Fa
             }
         else:
             fields["absmax"] = ((N, sum(linear.rows), G), jnp.float32)
-        made = {field: array(*how, partition_spec(name, field), f"{name}.{field}") for field, how in fields.items()}
-        linear.quantize(NF4(made.pop("codes"), made.pop("absmax", None), **made))
+        arrays = {field: array(*how, partition_spec(name, field), f"{name}.{field}") for field, how in fields.items()}
+        linear.quantize(NF4(**{"absmax": None} | arrays))
         for part in (part for part in parts if part in lora.targets):
             a, b = (array(shapes[part, side], jnp.float32, partition_spec(name, side), part) for side in "ab")
             linear.add_adapter(part, a, b, lora)
@@ -76,20 +76,20 @@ def described(config: Config, lora: LoRAConfig, mesh: Mesh, *, double: bool = Fa
 
 
 def random_like(tree, seed: int = 0):
-    """Random arrays in place of descriptions: small normal floats, uniform codes; made where they lie."""
+    """Random arrays in place of abstract ones: small normal floats, uniform codes; created with their sharding."""
     leaves, structure = jax.tree.flatten(tree)
 
-    def fill(leaf, number):
-        key = jax.random.fold_in(jax.random.key(seed), number)
+    def fill(leaf, index):
+        key = jax.random.fold_in(jax.random.key(seed), index)
         if jnp.issubdtype(leaf.dtype, jnp.integer):
             return jax.random.bits(key, leaf.shape, jnp.uint8).astype(leaf.dtype)
         return (0.02 * jnp.abs(jax.random.normal(key, leaf.shape, jnp.float32))).astype(leaf.dtype)
 
-    filled = (jax.jit(fill, out_shardings=leaf.sharding, static_argnums=0)(leaf, n) for n, leaf in enumerate(leaves))
+    filled = (jax.jit(fill, out_shardings=leaf.sharding, static_argnums=0)(leaf, i) for i, leaf in enumerate(leaves))
     return jax.tree.unflatten(structure, list(filled))
 
 
 def parameters(config: Config) -> int:
-    """Every weight of a model of that shape."""
+    """Number of parameters of a model of that shape."""
     shapes = jax.eval_shape(lambda: nnx.state(Mistral(config, rngs=nnx.Rngs(0))))
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes))

@@ -1,14 +1,14 @@
 """Does memory stay flat while one process plays thousands of games?
 
-New games are generated, as many as are played, so that none comes twice. They go through the play loop, 64 at once, and
-into a file of trajectories, as in a stage. The player is a script (the demonstrator, every second action of it replaced
-by a random one) or the tiny base.
+Each game is generated for this run, so none repeats. They go through the play loop, 64 at a time, and into a
+trajectories file, as in a stage. The player is a script (the demonstrator, with half of its actions replaced by random
+ones) or the tiny base.
 
     python -m bench.soak                              # 2,000 games by the script, half a minute
     python -m bench.soak --player tiny                # by the tiny base, minutes
 
-Memory is the process's resident set after every 200 games (Linux). Left out: worlds in processes of their own, which
-are replaced in time (envs/process.py).
+Memory is the resident set size after every 200 games (Linux). Left out: worlds in subprocesses, which are replaced
+regularly (envs/process.py).
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Args:
     games: int = 2000
     """Games to play."""
     player: Literal["script", "tiny"] = "script"
-    """Who plays: the script, or the tiny base."""
+    """Player: the script or the tiny base."""
     seed: int = SEED
-    """Seed of the games and of every draw."""
+    """Seed of the games and of all sampling."""
 
 
 def resident_mib() -> float:
@@ -79,7 +79,7 @@ def main(args: Args) -> None:
     rates = loop.rates.summary()
     growth = round(memory[-1] - memory[0], 1)
     print(
-        f"{args.player}: {len(jobs)} different games in one process, {rates['trajectories_per_hour']:,.0f} an hour; "
+        f"{args.player}: {len(jobs)} different games in one process, {rates['trajectories_per_hour']:,.0f} per hour; "
         f"{growth:+.1f} MiB from game {EVERY} to the last"
     )
     print(

@@ -1,9 +1,9 @@
-"""Do the 7B training step and decoding fit a TPU, and what crosses its chips? Asked of the TPU compiler, without a TPU.
+"""Do 7B training and decoding fit on a TPU, and what crosses its chips? Answered by the TPU compiler, without a TPU.
 
-Compiles, on Mistral-7B's shape and from descriptions of the arrays alone, the step of train_pg.py and a chunk of the
-sampler's decoding, 64 slots beside a shared prefix. Prints the memory that the compiler assigns, the floor that physics
-sets (the base, 16-bit embeddings and head, the adapter; Adam's moments, or the keys and values of the cache), every
-kind of all-gather, and whether a decoded weight ever lies in memory. Needs libtpu (requirements/test.txt), no TPU; one
+Compiles, for Mistral-7B's shape and from abstract arrays only, the step of train_pg.py and a chunk of the sampler's
+decoding (64 slots with a shared prefix). Prints the memory that the compiler assigns, a lower bound (the base, 16-bit
+embeddings and head, the adapter; Adam's moments, or the keys and values of the cache), every kind of all-gather, and
+whether a decoded weight is ever materialised. Needs libtpu (requirements/test.txt) but no TPU; libtpu allows one
 process at a time.
 
     python -m bench.tpu_compile
@@ -19,7 +19,7 @@ import re
 import time
 from dataclasses import dataclass
 
-os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # no TPU is looked for
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # do not look for a TPU
 
 import jax
 import jax.numpy as jnp
@@ -45,17 +45,17 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One training step."""
+    """A configuration of the training step."""
 
     topology: str
     mesh: tuple[int, int, int]
     tokens: int
     remat: str
     double: bool = False
-    limit: float | None = None  # GiB that are claimed to be enough
+    limit: float | None = None  # GiB claimed to suffice
 
 
-# With a tensor axis of 2 a row of 2,048 tokens would have the shape of half a weight, and be taken for one.
+# With a tensor axis of 2, a row of 2,048 tokens would have the shape of half a weight and be mistaken for one.
 CASES = {
     "v5e/2048": Case(topology="v5e:2x2", mesh=(1, 1, 1), tokens=2048, remat="full", limit=7.0),
     "v5e/2048/nf4-dq": Case(topology="v5e:2x2", mesh=(1, 1, 1), tokens=2048, remat="full", double=True, limit=7.0),
@@ -69,7 +69,7 @@ CASES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Decode:
-    """One chunk of decoding on one chip."""
+    """A configuration of one chunk of decoding on one chip."""
 
     topology: str
     weights: RolloutWeights
@@ -77,14 +77,14 @@ class Decode:
     limit: float
     slots: int = 64
     prefix: int = 512
-    places: int = 32
+    chunk: int = 32
     mesh: tuple[int, int, int] = (1, 1, 1)
 
 
 DECODES = {
     "decode/v5e/nf4": Decode(topology="v5e:2x2", weights="nf4", context=1024, limit=15.75),
     "decode/v6e/bf16": Decode(topology="v6e:2x2", weights="bf16", context=1024, limit=31.25),
-    # To the compiler half a v4 chip is a device, with half of its memory.
+    # The compiler treats half a v4 chip as a device, with half of its memory.
     "decode/v4/bf16": Decode(topology="v4:2x2x1", weights="bf16", context=128, limit=15.25),
 }
 
@@ -92,11 +92,11 @@ DECODES = {
 @dataclass(frozen=True, kw_only=True)
 class Args:
     only: tuple[str, ...] = (*CASES, *DECODES)
-    """Which configurations."""
+    """Configurations to compile."""
 
 
 def compile_case(case: Case) -> dict:
-    """Compiles the training step; returns bytes, all-gathers and the decoded weights that lie in memory."""
+    """Compiles the training step; returns memory in bytes, all-gathers and materialised decoded weights."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices
     mesh = make_mesh(case.mesh, devices)
     model = described(MISTRAL_7B, LoRAConfig(rank=16, alpha=32.0, targets=("q", "v")), mesh, double=case.double)
@@ -104,54 +104,70 @@ def compile_case(case: Case) -> dict:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
     weighted = functools.partial(objective, implementation="splash", remat=case.remat)
     update = make_update(weighted, graph, optimizer, mesh, adapter, frozen)
-    places = optimizer_shardings(optimizer, adapter, mesh)
     state = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         jax.eval_shape(optimizer.init, adapter),
-        places,
+        optimizer_shardings(optimizer, adapter, mesh),
     )
     shape = (1, case.mesh[0] * case.mesh[1], case.tokens)
     rows = NamedSharding(mesh, P(None, *ROWS))
-    batch = Batch(*(jax.ShapeDtypeStruct(shape, d, sharding=rows) for d in (jnp.int32, jnp.int32, jnp.float32)))
+    ids, weights = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (jnp.int32, jnp.float32))
+    batch = Batch(ids=ids, segments=ids, weights=weights)
     one = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, P()))
     start = time.time()
     compiled = update.lower(adapter, state, frozen, one, batch, one, None).compile()
-    return facts(compiled, case) | {"seconds": round(time.time() - start)}
+    return describe(compiled, case) | {"seconds": round(time.time() - start)}
 
 
 def compile_decode(case: Decode) -> dict:
-    """Compiles a chunk of decoding, in which every row reads its whole context: `compile_case` for the sampler."""
+    """Like `compile_case`, for a chunk of decoding in which every row reads its whole context."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices
     mesh, config, graphs = make_mesh(case.mesh, devices[:1]), MISTRAL_7B, []
     model = described(config, LoRAConfig(rank=16, alpha=32.0, targets=("q", "v")), mesh)
     K, C, N = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
 
-    def layers_of(state) -> list:
+    def make_layers(state) -> list:
         graph, layers = decoding_layers(nnx.merge(definition, state), case.weights)
         graphs.append(graph)
         return layers
 
     definition, state = nnx.split(model.layers)
-    layers = jax.eval_shape(layers_of, state)
+    layers = jax.eval_shape(make_layers, state)
 
     def array(*shape: int, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     V, D, R = config.vocab_size, config.hidden_size, case.slots
     prefix = [(array(K, C, case.prefix), array(K, case.prefix, C))] * N
-    view = DecoderWeights(array(V, D), array(D), array(D, V), array(V, dtype=bool), layers, prefix)
+    decoder = DecoderWeights(
+        embed=array(V, D),
+        norm=array(D),
+        head=array(D, V),
+        stops_V=array(V, dtype=bool),
+        layers=layers,
+        prefix=prefix,
+    )
     past = jax.eval_shape(lambda: empty_cache(config, R, cache_sizes(case.context, TILE), TILE, jnp.bfloat16))
     ints, floats = array(R, dtype=jnp.int32), array(R, dtype=jnp.float32)
-    asked = SamplingParams(ints, ints, ints, floats, floats, array(R, dtype=jnp.uint32))
-    here = NamedSharding(mesh, P())
-    arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (view, past, ints, asked))
+    params = SamplingParams(
+        first_id=ints,
+        limit=ints,
+        drawn=ints,
+        temperature=floats,
+        top_p=floats,
+        seed=array(R, dtype=jnp.uint32),
+    )
+    on_chip = NamedSharding(mesh, P())
+    arrays = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip), (decoder, past, ints, params)
+    )
     start = time.time()
-    compiled = decode.lower(graphs[0], config, *arrays, places=case.places).compile()
-    return facts(compiled, case) | {"seconds": round(time.time() - start), "cache": cache_bytes(case)}
+    compiled = decode.lower(graphs[0], config, *arrays, chunk=case.chunk).compile()
+    return describe(compiled, case) | {"seconds": round(time.time() - start), "cache": cache_bytes(case)}
 
 
-def facts(compiled, case: Case | Decode) -> dict:
-    """Bytes, all-gathers and decoded weights of a compiled program; a dense base has none to decode."""
+def describe(compiled, case: Case | Decode) -> dict:
+    """Memory in bytes, all-gathers and decoded weights of a compiled program; a dense base has no weights to decode."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return {
         "arguments": memory.argument_size_in_bytes,
@@ -163,25 +179,26 @@ def facts(compiled, case: Case | Decode) -> dict:
 
 
 def decoded_weights(text: str, case: Case | Decode) -> list[str]:
-    """Arrays of the compiled program, outside of fusions, that are a whole decoded weight of a device."""
+    """Arrays of the compiled program, outside fusions, with the shape of a device's whole decoded weight."""
     config, tensor = MISTRAL_7B, case.mesh[2]
     D, F = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, 2 * config.num_key_value_heads * config.head_dim
     weights = {((q + kv) // tensor, D), (D, q // tensor), (2 * F // tensor, D), (D, F // tensor)}
     shapes = {tuple(sorted(shape)) for o, i in weights for shape in ((o, i), (o, i // nf4.BLOCK, nf4.BLOCK))}
     fused = set(re.findall(r"fusion\(.*calls=(%[\w.-]+)", text))
-    found, inside = set(), ""
+    found, computation = set(), ""
     for line in text.splitlines():
         if opening := re.match(r"(?:ENTRY )?(%[\w.-]+) .*\{$", line):
-            inside = opening[1]
-        made = re.search(r"= (bf16|f32)\[([\d,]+)\]", line)
-        if made and inside not in fused and tuple(sorted(int(n) for n in made[2].split(",") if n != "1")) in shapes:
-            found.add(f"{made[1]}[{made[2]}]")
+            computation = opening[1]
+        array = re.search(r"= (bf16|f32)\[([\d,]+)\]", line)
+        if array and computation not in fused:
+            if tuple(sorted(int(n) for n in array[2].split(",") if n != "1")) in shapes:
+                found.add(f"{array[1]}[{array[2]}]")
     return sorted(found)
 
 
 def floor_bytes(case: Case | Decode) -> int:
-    """The least that a device must hold between steps, or chunks."""
+    """The minimum that a device must hold between steps or chunks."""
     linear, adapter = 6_979_321_856, 6_815_744 * 4
     dense = 2 * (2 * MISTRAL_7B.vocab_size * MISTRAL_7B.hidden_size)
     if isinstance(case, Decode):
@@ -192,8 +209,8 @@ def floor_bytes(case: Case | Decode) -> int:
 
 def cache_bytes(case: Decode) -> int:
     """Keys and values of all slots and of the prefix, in bfloat16."""
-    places, config = case.slots * case.context + case.prefix, MISTRAL_7B
-    return places * 4 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    positions, config = case.slots * case.context + case.prefix, MISTRAL_7B
+    return positions * 4 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
 
 
 def main(args: Args) -> None:

@@ -1,19 +1,19 @@
-"""QLoRA training: ours beside torch + PEFT, the same trajectories through the same shape, in the same run.
+"""QLoRA training compared with torch + PEFT: the same trajectories through the same model shape in the same run.
 
-Trajectories of the lengths that the loop collects go through a Mistral with random weights, an adapter of the same rank
-on the same projections, forward, backward and AdamW, batch after batch. Ours is the step of train_pg.py: packed rows,
-NF4. The peer is transformers + PEFT, fed in two ways: each batch of trajectories padded to its longest, as the usual
-collator does, and the very rows that ours takes, positions beginning again with each trajectory. Its base is in
-bitsandbytes' NF4 or dense, which has nothing to decode; ours is compared with the faster. Printed for each: real
-(not padding) tokens/s over all steps, achieved FLOP/s (4 a weight and real token), peak memory.
+Trajectories with the lengths that the loop collects go through a Mistral with random weights and an adapter of the same
+rank on the same projections: forward, backward and AdamW for each batch. Ours is the step of train_pg.py with packed
+rows and NF4. The peer is transformers + PEFT, fed in two ways: batches of trajectories padded to the longest, as the
+usual collator does, and the same packed rows as ours, with positions restarting at each trajectory. Its base is
+bitsandbytes' NF4, or dense, which needs no decoding; ours is compared with the faster. Prints for each: real
+(non-padding) tokens/s over all steps, achieved FLOP/s (4 per weight and real token), peak memory.
 
     JAX_PLATFORMS=cpu python -m bench.train                                      # 98 M parameters, on the CPU
     python -m bench.train --shape 7b --tokens 4096 --targets all                 # on a GPU
-    python -m bench.train --shape 7b --tokens 2048 --remat full --peers          # ours alone: how much memory it takes
+    python -m bench.train --shape 7b --tokens 2048 --remat full --peers          # only ours: how much memory it takes
 
-Each contender runs in a process of its own, a peer and ours in turn, some steps at a time: other work on the machine
-then slows both. A turn begins with a step that is not counted, because machines take memory from processes that wait.
-Every peer meets ours anew, so ours is printed once for each.
+Each contender runs in a subprocess. A peer and ours alternate, a few steps per turn, so that other load on the machine
+slows both. A turn begins with an uncounted step, because machines reclaim memory from waiting processes. Ours is
+measured again for every peer, so it is printed once for each.
 """
 
 from __future__ import annotations
@@ -42,60 +42,60 @@ class Args:
     shape: Literal["100m", "7b"] = "100m"
     """Model shape."""
     tokens: int = 1280
-    """Tokens of a packed row."""
+    """Tokens per packed row."""
     rows: int = 2
-    """Packed rows of a step; on a CPU each is computed by a device of its own, as train_pg.py does."""
+    """Packed rows per step; on a CPU each is computed on a separate device, as in train_pg.py."""
     trajectories: int = 64
-    """Trajectories in all: so many fill rows to 94 %, as in a round of the loop."""
+    """Total number of trajectories; the default fills rows to 94 %, as in a round of the loop."""
     batch: int = 8
-    """Trajectories of a padded step (8 is what transformers' Trainer takes)."""
+    """Trajectories per padded step (transformers' Trainer: 8)."""
     targets: Literal["qv", "all"] = "qv"
     """Projections with an adapter."""
     rank: int = 16
     """LoRA rank."""
     remat: Literal["none", "full", "dots"] = "none"
-    """What layers keep for the backward pass; the peer's gradient checkpointing where it is not none."""
+    """Rematerialisation in the backward pass; the peer uses gradient checkpointing unless none."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Activations (default: float32 on a CPU, bfloat16 on an accelerator)."""
     peers: tuple[Literal["nf4", "dense"], ...] = ("nf4", "dense")
-    """The base of the peer; none: ours alone."""
+    """Bases of the peer; if empty, only ours is measured."""
     seed: int = 0
-    """Of weights and ids."""
+    """Seed of weights and ids."""
     turn: int = 3
-    """Counted steps of a turn."""
+    """Counted steps per turn."""
     contender: str | None = None
-    """Internal: take a step for each line of stdin as ours, nf4-padded, nf4-packed, dense-padded or dense-packed."""
+    """Internal: run as this contender: ours, nf4-padded, nf4-packed, dense-padded or dense-packed."""
 
 
 TARGETS = {"qv": ("q", "v"), "all": ("q", "k", "v", "o", "gate", "up", "down")}
 
 
-# Tokens of a trajectory: 20 quantiles of the 152 that round 1 of `make run` trains on (mean 412, longest 913).
+# Trajectory lengths in tokens: 20 quantiles of the 152 that round 1 of `make run` trains on (mean 412, longest 913).
 LENGTHS = (215, 223, 271, 280, 291, 310, 322, 348, 368, 378, 380, 405, 424, 453, 488, 520, 546, 569, 653, 759)
 
 
 def make_trajectories(args: Args, vocabulary: int) -> list[np.ndarray]:
-    """Random ids of each trajectory."""
+    """Random ids for each trajectory."""
     random = np.random.default_rng(args.seed)
     return [random.integers(3, vocabulary, length) for length in random.choice(LENGTHS, args.trajectories)]
 
 
-def build_rows(args: Args, texts: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The trajectories in packed rows: ids and segments [rows, tokens] of each step; empty rows fill the last one."""
-    packed = pack([(ids, np.ones(len(ids))) for ids in texts], args.tokens)
+def build_rows(args: Args, trajectories: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The packed trajectories: ids and segments [rows, tokens] of each step; empty rows fill the last one."""
+    packed = pack([(ids, np.ones(len(ids))) for ids in trajectories], args.tokens)
     missing = -len(packed.ids_NL) % args.rows
     filled = (np.pad(x, ((0, missing), (0, 0))) for x in (packed.ids_NL, packed.segments_NL))
     return list(zip(*(x.reshape(-1, args.rows, args.tokens) for x in filled), strict=True))
 
 
-def shape_of(args: Args):
+def load_config(args: Args):
     from bench.shapes import MISTRAL_7B, MISTRAL_100M
 
     return {"7b": MISTRAL_7B, "100m": MISTRAL_100M}[args.shape]
 
 
 def ours(args: Args) -> tuple[list[Callable[[], object]], Callable[[], int], str]:
-    """The steps to take, what tells the peak of memory, and the device's name."""
+    """The steps to run, a function that returns peak memory, and the name of the device."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -110,7 +110,7 @@ def ours(args: Args) -> tuple[list[Callable[[], object]], Callable[[], int], str
 
     jax.config.update("jax_num_cpu_devices", args.rows)
     on_cpu = jax.default_backend() == "cpu"
-    config, mesh = shape_of(args), make_mesh((jax.device_count(), 1, 1))
+    config, mesh = load_config(args), make_mesh((jax.device_count(), 1, 1))
     lora = LoRAConfig(rank=args.rank, alpha=2.0 * args.rank, targets=TARGETS[args.targets])
     dtype = jnp.dtype(args.dtype or ("float32" if on_cpu else "bfloat16"))
     graph, adapter, frozen = nnx.split(described(config, lora, mesh, dtype=dtype), LoRAParam, ...)
@@ -122,7 +122,8 @@ def ours(args: Args) -> tuple[list[Callable[[], object]], Callable[[], int], str
     def step(ids: np.ndarray, segments: np.ndarray) -> None:
         nonlocal adapter, state
         weights = (segments > 0).astype(np.float32)
-        batch = Batch(*(x.reshape(-1, mesh.size, args.tokens) for x in (ids, segments, weights)))
+        ids, segments, weights = (x.reshape(-1, mesh.size, args.tokens) for x in (ids, segments, weights))
+        batch = Batch(ids=ids, segments=segments, weights=weights)
         adapter, state, values = update(adapter, state, frozen, 1e-4, batch, np.float32(args.batch), None)
         jax.block_until_ready((adapter, values))
 
@@ -131,7 +132,7 @@ def ours(args: Args) -> tuple[list[Callable[[], object]], Callable[[], int], str
 
 
 def peer(args: Args, base: str, layout: str) -> tuple[list[Callable[[], object]], Callable[[], int], str]:
-    """`ours` for torch + PEFT."""
+    """Like `ours`, for torch + PEFT."""
     import resource
 
     import peft
@@ -140,7 +141,7 @@ def peer(args: Args, base: str, layout: str) -> tuple[list[Callable[[], object]]
 
     from lora.checkpoint import HF_NAMES
 
-    config = shape_of(args)
+    config = load_config(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype or ("float32" if device == "cpu" else "bfloat16"))
     raw = {k: v for k, v in config.to_json().items() if k not in ("architectures", "model_type", "dtype")}
@@ -154,9 +155,9 @@ def peer(args: Args, base: str, layout: str) -> tuple[list[Callable[[], object]]
 
         for layer in model.model.layers:
             for holder, name in ((layer.self_attn, n) for n in ("q_proj", "k_proj", "v_proj", "o_proj")):
-                replace(holder, name, bitsandbytes, dtype, device)
+                quantize_layer(holder, name, bitsandbytes, dtype, device)
             for name in ("gate_proj", "up_proj", "down_proj"):
-                replace(layer.mlp, name, bitsandbytes, dtype, device)
+                quantize_layer(layer.mlp, name, bitsandbytes, dtype, device)
     names = [HF_NAMES[target].split(".")[1] for target in TARGETS[args.targets]]
     model = peft.get_peft_model(model, peft.LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=names))
     if args.remat != "none":
@@ -165,11 +166,12 @@ def peer(args: Args, base: str, layout: str) -> tuple[list[Callable[[], object]]
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
-    texts = make_trajectories(args, config.vocab_size)
+    trajectories = make_trajectories(args, config.vocab_size)
     if layout == "padded":
-        batches = [padded(texts[first : first + args.batch]) for first in range(0, len(texts), args.batch)]
+        starts = range(0, len(trajectories), args.batch)
+        batches = [padded_batch(trajectories[start : start + args.batch]) for start in starts]
     else:
-        batches = [restarting(*rows) for rows in build_rows(args, texts)]
+        batches = [packed_batch(*rows) for rows in build_rows(args, trajectories)]
 
     def step(batch: dict[str, np.ndarray]) -> None:
         loss = model(**{name: torch.from_numpy(x).to(device) for name, x in batch.items()}).loss
@@ -190,29 +192,29 @@ def peer(args: Args, base: str, layout: str) -> tuple[list[Callable[[], object]]
     return [partial(step, batch) for batch in batches], peak, kind
 
 
-def padded(texts: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """A batch as transformers' collators make it: filled up to the longest, the filling masked and without a loss."""
-    longest = max(len(ids) for ids in texts)
+def padded_batch(trajectories: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """A batch as made by transformers' collators: padded to the longest, with padding masked and excluded from loss."""
+    longest = max(len(ids) for ids in trajectories)
     ids, mask = (
         np.stack([np.pad(row, (0, longest - len(row))) for row in rows])
-        for rows in (texts, [np.ones(len(ids), np.int64) for ids in texts])
+        for rows in (trajectories, [np.ones(len(ids), np.int64) for ids in trajectories])
     )
     return {"input_ids": ids, "attention_mask": mask, "labels": np.where(mask, ids, -100)}
 
 
-def restarting(ids: np.ndarray, segments: np.ndarray) -> dict[str, np.ndarray]:
-    """Packed rows as transformers takes them: positions that begin again separate the trajectories."""
+def packed_batch(ids: np.ndarray, segments: np.ndarray) -> dict[str, np.ndarray]:
+    """Packed rows as transformers accepts them: restarting positions separate the trajectories."""
     new = np.diff(segments, axis=1, prepend=-1) != 0
-    place = np.arange(ids.shape[1])
-    positions = place - np.maximum.accumulate(np.where(new, place, 0), axis=1)
+    index = np.arange(ids.shape[1])
+    positions = index - np.maximum.accumulate(np.where(new, index, 0), axis=1)
     labels = np.where((segments > 0) & ~new, ids, -100)
     return {
         name: x.astype(np.int64) for name, x in (("input_ids", ids), ("position_ids", positions), ("labels", labels))
     }
 
 
-def replace(holder, name: str, bitsandbytes, dtype, device: str) -> None:
-    """Puts bitsandbytes' NF4 layer in the place of a dense one, with its weight."""
+def quantize_layer(holder, name: str, bitsandbytes, dtype, device: str) -> None:
+    """Replaces a dense layer by bitsandbytes' NF4 layer with the same weight."""
     dense = getattr(holder, name)
     layer = bitsandbytes.nn.Linear4bit(
         dense.in_features,
@@ -226,9 +228,9 @@ def replace(holder, name: str, bitsandbytes, dtype, device: str) -> None:
     setattr(holder, name, layer.to(device))
 
 
-def serve(args: Args) -> None:
-    """Takes a step for each line on stdin, moves on after "count", prints how long it took; then memory and device."""
-    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+def run_contender(args: Args) -> None:
+    """Runs a step per stdin line and prints its seconds; "count" advances to the next. Ends with memory and device."""
+    out, sys.stdout = sys.stdout, sys.stderr  # keep prints of libraries out of the replies
     steps, peak, kind = ours(args) if args.contender == "ours" else peer(args, *args.contender.split("-"))
     print(len(steps), file=out, flush=True)
     counted = 0
@@ -241,13 +243,13 @@ def serve(args: Args) -> None:
 
 
 class Contender:
-    """A process that takes a step when told to."""
+    """A subprocess that runs a step on request."""
 
     def __init__(self, name: str):
         command = [sys.executable, "-m", "bench.train", *sys.argv[1:], "--contender", name]
-        env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # a GPU has room for both
+        env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # both share the GPU
         if name == "ours":
-            env["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # as run.sh says; torch is slower with it
+            env["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # as in run.sh; torch is slower with it
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self.steps, self.seconds = int(self._read()), []
         self._step("warm up")  # compiles
@@ -255,16 +257,16 @@ class Contender:
     def _read(self) -> str:
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"error: a contender ended with status {self._process.wait()}; its words are above")
+            raise SystemExit(f"error: a contender exited with status {self._process.wait()}; its output is above")
         return line
 
     @property
     def share(self) -> float:
-        """Of its steps, those that it has taken."""
+        """Share of its steps that are done."""
         return len(self.seconds) / self.steps
 
-    def _step(self, how: str) -> float:
-        self._process.stdin.write(how + "\n")
+    def _step(self, command: str) -> float:
+        self._process.stdin.write(command + "\n")
         self._process.stdin.flush()
         return float(self._read())
 
@@ -273,13 +275,13 @@ class Contender:
         self.seconds += [self._step("count") for _ in range(min(steps, self.steps - len(self.seconds)))]
 
     def result(self, args: Args) -> dict:
-        """What it did, once all of its steps are taken."""
+        """Its figures, once all its steps are done."""
         from lora.flops import lora_step_flops
 
-        config, said = shape_of(args), json.loads(self._read())
+        config, memory = load_config(args), json.loads(self._read())
         self._process.communicate()
         tokens, seconds = sum(map(len, make_trajectories(args, config.vocab_size))), sum(self.seconds)
-        return said | {
+        return memory | {
             "tokens_per_s": tokens / seconds,
             "flops_per_s": lora_step_flops(config, tokens) / seconds,
             "seconds": [round(s, 3) for s in self.seconds],
@@ -288,40 +290,40 @@ class Contender:
 
 
 def processor() -> str:
-    """The CPU's name, as Linux tells it."""
+    """Name of the CPU, as reported by Linux."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main(args: Args) -> None:
     if args.contender:
-        return serve(args)
-    meetings = []
+        return run_contender(args)
+    comparisons = []
     for against in [f"{base}-{layout}" for layout in ("padded", "packed") for base in args.peers] or [None]:
         contenders = {name: Contender(name) for name in ("ours", against) if name}
         while (behind := min(contenders.values(), key=lambda contender: contender.share)).share < 1:
             behind.turn(args.turn)
-        found = {name: contender.result(args) for name, contender in contenders.items()}
-        for name, row in found.items():
+        results = {name: contender.result(args) for name, contender in contenders.items()}
+        for name, row in results.items():
             print(
                 f"{name:12} {row['tokens_per_s']:10.1f} tokens/s {row['flops_per_s'] / 1e12:8.3f} TFLOP/s "
                 f"{row['peak_memory'] / 2**30:7.2f} GiB   {row['device']}",
                 flush=True,
             )
-        meetings.append(found | {"against": against})
+        comparisons.append(results | {"against": against})
     ratios: dict[str, float] = {}
-    for found in meetings:
-        base, _, layout = (found["against"] or "").partition("-")
+    for results in comparisons:
+        base, _, layout = (results["against"] or "").partition("-")
         if base:
-            ratio = found["ours"]["tokens_per_s"] / found[found["against"]]["tokens_per_s"]
+            ratio = results["ours"]["tokens_per_s"] / results[results["against"]]["tokens_per_s"]
             ratios[layout] = min(round(ratio, 3), ratios.get(layout, math.inf))
     print(
         f"{processor()}, {os.cpu_count()} cores; {args.shape}, {args.targets} r {args.rank}, {args.trajectories} "
-        f"trajectories, a step {args.rows} rows of {args.tokens} or {args.batch} trajectories; ours / the faster peer: "
-        f"{ratios.get('padded')} where it pads, {ratios.get('packed')} on packed rows"
+        f"trajectories, {args.rows} rows of {args.tokens} or {args.batch} trajectories per step; ours / faster peer: "
+        f"{ratios.get('padded')} padded, {ratios.get('packed')} packed"
     )
     arguments = {key: value for key, value in asdict(args).items() if key != "contender"}
-    print(json.dumps({"args": arguments, "processor": processor(), "ratios": ratios, "meetings": meetings}))
+    print(json.dumps({"args": arguments, "processor": processor(), "ratios": ratios, "meetings": comparisons}))
     return None
 
 

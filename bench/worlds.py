@@ -1,11 +1,11 @@
-"""Claim: the held-out worlds are as exact as the stock packages, and fast enough not to be waited for.
+"""Claim: the held-out worlds behave exactly like the stock packages and are fast enough not to be a bottleneck.
 
-For each world that is installed: a random agent and the scripted one on its panel, 30 turns a task, and steps/s of the
-random agent, list of actions included, beside what the stock package does in the same run. PDDL problems are given to
-pddlgym as files: along random walks its states and actions must be ours. BabyAI is timed beside minigrid's own steps
-with their image, of which one command makes several. Jericho's games are those of $JERICHO_GAMES, or else twenty that
-TextWorld compiles.
-Left out: memory; worlds whose packages are not installed are named and passed over.
+For each installed world: a random and a scripted agent on its panel, 30 turns per task, and steps/s of the random
+agent including listing actions, compared with the stock package in the same run. pddlgym gets PDDL problems as files:
+along random walks its states and actions must equal ours. BabyAI is timed against minigrid's own steps with their
+images; one of our commands makes several of them. Jericho's games are those of $JERICHO_GAMES, or else twenty compiled
+by TextWorld.
+Left out: memory. Worlds whose packages are not installed are reported and skipped.
 
 Run: pip install -r requirements/worlds.txt pddlgym==0.0.7    (pddlgym brings matplotlib, scikit-image and an old gym)
      python -m bench.worlds    (two minutes; --worlds scienceworld takes 45)
@@ -43,42 +43,42 @@ class Args:
     worlds: tuple[str, ...] = ("pddl", "babyai")
     """Worlds to measure: pddl, babyai, scienceworld, jericho."""
     limit: int | None = None
-    """Play only so many tasks of each panel, spread evenly over it."""
+    """Maximum tasks per panel, spread evenly over it (default: all)."""
     turns: int = 30
-    """Turns after which a task ends (AgentBoard: 30)."""
+    """Maximum turns per task (AgentBoard: 30)."""
     seed: int = 0
-    """Seed of the random agent, together with the task."""
+    """Seed of the random agent, combined with the task id."""
 
 
 # ---- Jericho's games -------------------------------------------------------------------------------------------------
 
 
 class Compiled(Jericho):
-    """Twenty games that TextWorld compiles into `folder`. It is played beside them, as it knows what jericho does not:
-    which commands are admissible, and a walkthrough."""
+    """Twenty games that TextWorld compiles into `folder`. TextWorld runs in parallel, because it provides what jericho
+    does not: the admissible commands and a walkthrough."""
 
     def __init__(self, folder: str):
         import textworld
 
         self._folder, self._walkthroughs = Path(folder), {}
-        for number in tqdm(range(20), desc="compiling", unit="game"):
+        for seed in tqdm(range(20), desc="compiling", unit="game"):
             options = textworld.GameOptions()
-            options.seeds, options.nb_rooms, options.nb_objects, options.quest_length = number, 4, 8, 5
-            options.path = str(self._folder / f"tw-{number:02}.z8")  # jericho knows games by their names
-            self._walkthroughs[f"tw-{number:02}"] = textworld.make(options)[1].metadata["walkthrough"]
+            options.seeds, options.nb_rooms, options.nb_objects, options.quest_length = seed, 4, 8, 5
+            options.path = str(self._folder / f"tw-{seed:02}.z8")  # jericho identifies games by file name
+            self._walkthroughs[f"tw-{seed:02}"] = textworld.make(options)[1].metadata["walkthrough"]
         super().__init__(folder)
 
     def reset(self, task_id: str) -> Observation:
         import textworld
 
         self._name = task_id.partition("/")[2]
-        wanted = textworld.EnvInfos(admissible_commands=True)
-        self._beside = textworld.start(str(self._folder / f"{self._name}.z8"), wanted)
-        self._state = self._beside.reset()
+        infos = textworld.EnvInfos(admissible_commands=True)
+        self._textworld = textworld.start(str(self._folder / f"{self._name}.z8"), infos)
+        self._state = self._textworld.reset()
         return super().reset(task_id)
 
     def step(self, action: str) -> Result:
-        self._state, _, _ = self._beside.step(action)
+        self._state, _, _ = self._textworld.step(action)
         return super().step(action)
 
     def actions(self) -> list[str]:
@@ -96,7 +96,7 @@ def make_rng(seed: int, task_id: str) -> random.Random:
 
 
 def play_random(world: World, task_id: str, args: Args) -> tuple[bool, float, int]:
-    """Success, progress and turns of an agent that takes any listed action."""
+    """Success, progress and turns of an agent that takes random listed actions."""
     rng, turns, result = make_rng(args.seed, task_id), 0, None
     while turns < args.turns and not (result and result.done):
         result = world.step(rng.choice(world.actions()))
@@ -105,7 +105,7 @@ def play_random(world: World, task_id: str, args: Args) -> tuple[bool, float, in
 
 
 def play_scripted(world: World, task_id: str, args: Args) -> tuple[bool, float, int]:
-    """The same of the world's own solution, finding it included; where there is none, nothing is done."""
+    """Success, progress and turns of the world's own solution; zeros if there is none. Finding it is timed too."""
     try:
         solution = world.solution()[: args.turns]
     except ValueError:
@@ -135,7 +135,7 @@ def measure(world: World, task_ids: list[str], agent: Callable, args: Args) -> d
 
 
 def start_progress(world: World, task_ids: list[str]) -> float:
-    """Mean progress of doing nothing: what holds at the start."""
+    """Mean progress without acting: the share of the goal that holds at the start."""
     total = 0.0
     for task_id in task_ids:
         world.reset(task_id)
@@ -147,7 +147,7 @@ def start_progress(world: World, task_ids: list[str]) -> float:
 
 
 def write_problem(folder: Path, task_id: str) -> None:
-    """domain.pddl and problems/problem.pddl of a task."""
+    """Writes domain.pddl and problems/problem.pddl of a task."""
     from envs.pddl.world import draw_task
 
     domain, (objects, start, goal) = draw_task(task_id)
@@ -155,27 +155,29 @@ def write_problem(folder: Path, task_id: str) -> None:
     facts = [" ".join(f"({' '.join(fact)})" for fact in each) for each in (start, goal)]
     typed = " ".join(f"{thing} - {kind}" for thing, kind in objects.items())
     (folder / "problems").mkdir()
-    rules = re.sub(r"\(:types[^)]*\)", lambda part: re.sub(r"( - \w+)", "\\1 \n ", part[0]), domain.pddl)  # wants lines
+    rules = re.sub(
+        r"\(:types[^)]*\)", lambda part: re.sub(r"( - \w+)", "\\1 \n ", part[0]), domain.pddl
+    )  # one type per line
     (folder / "domain.pddl").write_text(rules)
     (folder / "problems" / "problem.pddl").write_text(
         f"(define (problem p) (:domain {name}) (:objects {typed}) (:init {facts[0]}) (:goal (and {facts[1]})))"
     )
 
 
-def plain(literal: Any) -> tuple[str, ...]:
+def to_tuple(literal: Any) -> tuple[str, ...]:
     """("on", "b1", "b2") of pddlgym's on(b1:block,b2:block)."""
-    return (literal.predicate.name, *(one.name for one in literal.variables))
+    return (literal.predicate.name, *(variable.name for variable in literal.variables))
 
 
-def beside_pddlgym(world: World, task_ids: list[str], args: Args) -> dict[str, float]:
-    """The same random walks in both; all states and lists of actions are compared. Listing and stepping is timed."""
+def compare_pddlgym(world: World, task_ids: list[str], args: Args) -> dict[str, float]:
+    """The same random walks in both: compares all states and lists of actions, times listing and stepping."""
     from pddlgym.core import PDDLEnv
 
     from envs.pddl.world import load_task
 
     ours = theirs = 0.0
     steps = different = 0
-    for task_id in tqdm(task_ids, desc="beside pddlgym", unit="task"):
+    for task_id in tqdm(task_ids, desc="compare pddlgym", unit="task"):
         task = load_task(task_id)
         problem, state, rng = task.problem, task.problem.start, make_rng(args.seed, task_id)
         world.reset(task_id)
@@ -184,24 +186,25 @@ def beside_pddlgym(world: World, task_ids: list[str], args: Args) -> dict[str, f
             peer = PDDLEnv(
                 f"{folder}/domain.pddl", f"{folder}/problems", operators_as_actions=True, dynamic_action_space=True
             )
-            seen, _ = peer.reset()
+            peer_state, _ = peer.reset()
             for _ in range(args.turns):
                 start = time.perf_counter()
                 world.actions()
                 ours += time.perf_counter() - start
                 start = time.perf_counter()
-                listed = {plain(each): each for each in peer.action_space.all_ground_literals(seen)}
+                peer_actions = {to_tuple(each): each for each in peer.action_space.all_ground_literals(peer_state)}
                 theirs += time.perf_counter() - start
-                actions = {(one.name, *one.objects): one for one in problem.actions if one.applies(state)}
-                facts = {plain(each) for each in seen.literals}
-                different += facts != {*problem.facts_of(state), *problem.fixed} or set(listed) != set(actions)
+                actions = {(a.name, *a.objects): a for a in problem.actions if a.applies(state)}
+                facts = {to_tuple(each) for each in peer_state.literals}
+                same_state = facts == {*problem.facts_of(state), *problem.fixed}
+                different += not (same_state and set(peer_actions) == set(actions))
                 chosen = rng.choice(sorted(actions))
                 state = actions[chosen].apply(state)
                 start = time.perf_counter()
                 result = world.step(task.command(actions[chosen]))
                 ours += time.perf_counter() - start
                 start = time.perf_counter()
-                seen, _, done, _, _ = peer.step(listed[chosen])
+                peer_state, _, done, _, _ = peer.step(peer_actions[chosen])
                 theirs += time.perf_counter() - start
                 steps += 1
                 different += done != result.done
@@ -217,13 +220,13 @@ def beside_pddlgym(world: World, task_ids: list[str], args: Args) -> dict[str, f
     }
 
 
-def beside_minigrid(world: World, task_ids: list[str], args: Args) -> dict[str, float]:
-    """Random actions of the same 112 levels, here commands with their texts, there single actions with their images."""
+def compare_minigrid(world: World, task_ids: list[str], args: Args) -> dict[str, float]:
+    """Random actions in the same 112 levels: our commands with their texts, minigrid's single actions with images."""
     import gymnasium
 
     ours = theirs = 0.0
     commands = moves = steps = 0
-    for task_id in tqdm(task_ids, desc="beside minigrid", unit="task"):
+    for task_id in tqdm(task_ids, desc="compare minigrid", unit="task"):
         rng = make_rng(args.seed, task_id)
         world.reset(task_id)
         start = time.perf_counter()
@@ -250,11 +253,11 @@ def beside_minigrid(world: World, task_ids: list[str], args: Args) -> dict[str, 
     }
 
 
-def beside_scienceworld(world: World, task_ids: list[str], args: Args) -> dict[str, float]:
-    """The same actions, drawn in our world, by our step and by the package's own, which is timed whole.
+def compare_scienceworld(world: World, task_ids: list[str], args: Args) -> dict[str, float]:
+    """Runs actions sampled in our world through our step and the package's own step, which is timed in full.
 
-    Answers and scores are compared with its own (`different_with_listing`) and with those of its step without the list
-    of actions (`different`): that list draws by chance and so changes what comes after.
+    Compares observations and scores with those of the package's step (`different_with_listing`) and of its step without
+    listing actions (`different`): listing draws random numbers and so changes what follows.
     """
     from scienceworld import scienceworld
 
@@ -262,13 +265,13 @@ def beside_scienceworld(world: World, task_ids: list[str], args: Args) -> dict[s
 
     ours = theirs = 0.0
     steps, different = 0, {True: 0, False: 0}
-    world.close()  # a virtual machine remembers what was played in it
-    for task_id in tqdm(task_ids, desc="beside scienceworld", unit="task"):
+    world.close()  # a virtual machine keeps state from earlier tasks
+    for task_id in tqdm(task_ids, desc="compare scienceworld", unit="task"):
         rng, played = make_rng(args.seed, task_id), []
         world.reset(task_id)
-        templates = [one for one in world.commands() if "{" not in one and one != CHECK]
+        commands = [command for command in world.commands() if "{" not in command and command != CHECK]
         for _ in range(args.turns):
-            action = rng.choice(templates)
+            action = rng.choice(commands)
             start = time.perf_counter()
             result = world.step(action)
             ours += time.perf_counter() - start
@@ -278,15 +281,15 @@ def beside_scienceworld(world: World, task_ids: list[str], args: Args) -> dict[s
         world.close()
         task, _, variation = task_id.partition("/")[2].rpartition("-")
         for listing in (True, False):
-            peer = scienceworld.ScienceWorldEnv()  # with our options for Java, which the module has from our world
+            peer = scienceworld.ScienceWorldEnv()  # with our Java options, which our world set in the module
             if not listing:
                 peer.get_valid_action_object_combinations = list
             peer.load(task, int(variation), simplifications(task))
             peer.reset()
             start = time.perf_counter()
-            answers = [peer.step(action) for action, _ in played]
+            peer_results = [peer.step(action) for action, _ in played]
             theirs += (time.perf_counter() - start) * listing
-            for (text, _, _, info), (_, result) in zip(answers, played, strict=True):
+            for (text, _, _, info), (_, result) in zip(peer_results, played, strict=True):
                 different[listing] += text != result.observation or max(0, info["score"]) != round(100 * result.reward)
             peer.close()
         steps += len(played)
@@ -301,13 +304,13 @@ def beside_scienceworld(world: World, task_ids: list[str], args: Args) -> dict[s
     }
 
 
-def beside_jericho(world: Jericho, task_ids: list[str], args: Args) -> dict[str, float]:
-    """The same random actions by our step and by jericho's own, whose answers and scores must be the same."""
+def compare_jericho(world: Jericho, task_ids: list[str], args: Args) -> dict[str, float]:
+    """The same random actions through our step and jericho's own; observations and scores must be equal."""
     import jericho
 
     ours = theirs = 0.0
     steps = different = 0
-    for task_id in tqdm(task_ids, desc="beside jericho", unit="task"):
+    for task_id in tqdm(task_ids, desc="compare jericho", unit="task"):
         rng, chosen, played, result = make_rng(args.seed, task_id), [], [], None
         world.reset(task_id)
         while len(chosen) < args.turns and not (result and result.done):
@@ -316,7 +319,7 @@ def beside_jericho(world: Jericho, task_ids: list[str], args: Args) -> dict[str,
         world.reset(task_id)
         for action in chosen:
             start = time.perf_counter()
-            played.append((action, Jericho.step(world, action)))  # without TextWorld beside it
+            played.append((action, Jericho.step(world, action)))  # without TextWorld running in parallel
             ours += time.perf_counter() - start
         peer = jericho.FrotzEnv(str(world._files[task_id.partition("/")[2]]))
         peer.seed(peer.bindings.get("seed") or 1)
@@ -339,15 +342,15 @@ def beside_jericho(world: Jericho, task_ids: list[str], args: Args) -> dict[str,
 
 
 PEERS = {
-    "pddl": ("pddlgym", beside_pddlgym),
-    "babyai": ("minigrid", beside_minigrid),
-    "scienceworld": ("scienceworld", beside_scienceworld),
-    "jericho": ("jericho", beside_jericho),
+    "pddl": ("pddlgym", compare_pddlgym),
+    "babyai": ("minigrid", compare_minigrid),
+    "scienceworld": ("scienceworld", compare_scienceworld),
+    "jericho": ("jericho", compare_jericho),
 }
 
 
 def world_and_tasks(name: str, folder: str, args: Args) -> tuple[World, list[str]]:
-    """The world and the tasks to play. Raises ImportError or FileNotFoundError where something is not installed."""
+    """The world and the tasks to play. Raises ImportError or FileNotFoundError if something is not installed."""
     if name != "jericho":
         return make_world(name), pick_tasks(HELD_OUT[name], args.limit)[0]
     world = make_world(name) if os.environ.get("JERICHO_GAMES") else Compiled(folder)
@@ -355,30 +358,30 @@ def world_and_tasks(name: str, folder: str, args: Args) -> tuple[World, list[str
 
 
 def main(args: Args) -> None:
-    """Print a line per agent and world, the peers, and, last, one JSON object."""
-    found: dict[str, Any] = {"bench": "worlds", "turns": args.turns, "seed": args.seed}
+    """Prints a line per agent and world, the comparisons and, on the last line, one JSON object."""
+    results: dict[str, Any] = {"bench": "worlds", "turns": args.turns, "seed": args.seed}
     for name in args.worlds:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 world, task_ids = world_and_tasks(name, folder, args)
             except (ImportError, FileNotFoundError) as error:
-                print(f"{name}: passed over: {error}")
+                print(f"{name}: skipped: {error}")
                 continue
-            found[name] = {"start_progress": start_progress(world, task_ids)}
-            print(f"{name}: progress before the first action {found[name]['start_progress']:.3f}")
+            results[name] = {"start_progress": start_progress(world, task_ids)}
+            print(f"{name}: progress before the first action {results[name]['start_progress']:.3f}")
             for agent in (play_random, play_scripted):
-                one = found[name][agent.__name__] = measure(world, task_ids, agent, args)
+                row = results[name][agent.__name__] = measure(world, task_ids, agent, args)
                 print(
-                    f"{name}, {agent.__name__}: success {one['success']}/{one['n']}, progress {one['progress']:.3f}, "
-                    f"turns {one['turns']:.1f}, turns/s {one['turns_per_s']}"
+                    f"{name}, {agent.__name__}: success {row['success']}/{row['n']}, progress {row['progress']:.3f}, "
+                    f"turns {row['turns']:.1f}, turns/s {row['turns_per_s']}"
                 )
             package, compare = PEERS[name]
             if importlib.util.find_spec(package) is None:
-                print(f"{name}: not compared, {package} is not installed")
+                print(f"{name}: not compared: {package} is not installed")
             else:
-                found[name]["peer"] = compare(world, task_ids, args)
-                print(f"{name} beside {package}: {found[name]['peer']}")
-    print(json.dumps(found))
+                results[name]["peer"] = compare(world, task_ids, args)
+                print(f"{name} against {package}: {results[name]['peer']}")
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Writes the example that stands before a session: one for the agent, one for ActRe, the same demonstration in both.
+"""Writes the one-shot prompts: the same demonstration in two forms, one for the agent and one for ActRe.
 
-A3T prompts with one example and no instruction; its own are ReAct's public demonstrations. Ours are of the same kinds,
-played by our demonstrators: in ALFWorld a generated game of the kind "put", in today's grammar; in WebShop a product of
-the generated catalogue, searched for, read about and bought with its options; the first of each that took from 6 to 8
-turns. In ActRe's example the thought stands after the action that it was for.
+A3T prompts with one example and no instruction, taken from ReAct's public demonstrations. Ours are of the same kinds,
+played by our demonstrators: in ALFWorld a generated game of the kind "put", in the current grammar; in WebShop a
+product of the generated catalogue that is searched for, read about and bought with its options; in both the first one
+that takes 6 to 8 turns. In ActRe's example each thought follows the action that it explains.
 
     python -m prompts.make     # prompts/<world>_react.txt, prompts/<world>_actre.txt
 """
@@ -27,11 +27,11 @@ from envs.webshop.generate import ensure_catalogue
 from envs.webshop.world import WebShop
 
 HERE = Path(__file__).parent
-FEWEST, MOST = 6, 8  # turns of an example
+MIN_TURNS, MAX_TURNS = 6, 8
 
 
 class Shown(NamedTuple):
-    """Where a world's example is looked for: among the tasks whose ids begin with `kind`, as `script` plays them."""
+    """Source of a world's example: tasks whose ids begin with `kind`, played by `script`."""
 
     world: Callable[[], World]
     kind: str
@@ -39,27 +39,29 @@ class Shown(NamedTuple):
 
 
 SHOWN = {
-    "alfworld": Shown(AlfWorld, "gen_train/pick_and_place_simple-", DemonstratorScript),
+    "alfworld": Shown(world=AlfWorld, kind="gen_train/pick_and_place_simple-", script=DemonstratorScript),
     "webshop": Shown(
-        lambda: WebShop(str(ensure_catalogue())),
-        "gen_demo/",
-        functools.partial(DemonstratorScript, player=webshop_demonstrator.Demonstrator),
+        world=lambda: WebShop(str(ensure_catalogue())),
+        kind="gen_demo/",
+        script=functools.partial(DemonstratorScript, player=webshop_demonstrator.Demonstrator),
     ),
 }
 
 
 def demonstrations(env: str) -> list[Trajectory]:
-    """The first tasks of the kind, as they are played."""
+    """Trajectories of the first 40 tasks of the world's kind."""
     make_world, kind, script = SHOWN[env]
     tasks = [task for task in make_world().tasks(kind.split("/")[0]) if task.startswith(kind)][:40]
-    settings = AttemptSettings(env=env, stage="prompts", round=0, seed=0, max_turns=MOST, patience=0, temperature=0.0)
+    settings = AttemptSettings(
+        env=env, stage="prompts", round=0, seed=0, max_turns=MAX_TURNS, patience=0, temperature=0.0
+    )
     loop = PlayLoop([Job(task, 0) for task in tasks], settings, make_world, ScriptedPolicy(script))
     return sorted(loop, key=lambda trajectory: trajectory.key)
 
 
 def examples(env: str) -> dict[str, str]:
-    """The text of each role's file, with the empty line that parts it from the session."""
-    shown = next(t for t in demonstrations(env) if t.success and len(t.turns) >= FEWEST)
+    """The text of each role's file, with the empty line that separates it from the session."""
+    shown = next(t for t in demonstrations(env) if t.success and len(t.turns) >= MIN_TURNS)
     return {"react": text_of(react_segments(shown)) + "\n", "actre": text_of(actre_segments(shown)) + "\n"}
 
 

@@ -161,7 +161,7 @@ def test_bad_arrays_and_empty_files(tmp_path):
     with pytest.raises(ValueError, match=r"set.json:\[1\]: got .* missing required field"):
         imported(path, tmp_path / "out")
     path.write_text(json.dumps([GYM])[:-1])
-    with pytest.raises(ValueError, match="starts as a JSON array, but is none"):
+    with pytest.raises(ValueError, match="starts as a JSON array but is not one"):
         imported(path, tmp_path / "out")
     path.write_text("")
     with pytest.raises(ValueError, match="is empty"):
@@ -172,8 +172,8 @@ def test_nothing_is_replaced(tmp_path, capsys):
     source = write_stage(tmp_path / "stage", [trajectory(), trajectory(trial=1, success=False, reward=0.0)])
     out = tmp_path / "out.jsonl"
     main(Args(export=source, out=out))
-    assert "1 conversations; 1 of 2 trajectories were no successes" in capsys.readouterr().out
-    with pytest.raises(StageError, match="is there already"):
+    assert "1 conversations; skipped 1 of 2 trajectories that did not succeed" in capsys.readouterr().out
+    with pytest.raises(StageError, match="already exists"):
         main(Args(export=source, out=out))
     (source / "done.json").unlink()
     with pytest.raises(StageError, match="is not finished"):

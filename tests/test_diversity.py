@@ -63,7 +63,7 @@ def test_the_diverse_file_wins_every_figure_and_draws_repeat(tmp_path):
 def test_the_script_prints_one_json_line_and_refuses_in_one_sentence(tmp_path):
     path = write(tmp_path / "a.jsonl", ["I go.", "I see a mug.", "I take it."])
     empty = write(tmp_path / "b.jsonl", [""])
-    command = [sys.executable, "agentrefine/diversity.py", "--picture", str(tmp_path / "p/t.png")]
+    command = [sys.executable, "-m", "agentrefine.diversity", "--picture", str(tmp_path / "p/t.png")]
     again = write(tmp_path / "c.jsonl", ["I go.", "I see a pen."])
     words = [*command, str(path), str(again), str(path)]  # one that is named twice is one
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)

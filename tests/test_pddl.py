@@ -89,7 +89,7 @@ def test_the_panel_is_the_split_and_its_problems_are_different_and_the_recorded_
     openings = [world.reset(task_id).text for task_id in task_ids]
     assert len(set(openings)) == 60
     digest = hashlib.sha256("\n".join(openings).encode()).hexdigest()[:16]
-    assert OPENINGS[PROBLEMS] == digest, "problems have changed: raise PROBLEMS, say in docs/log.md that scores start anew"
+    assert OPENINGS[PROBLEMS] == digest, "problems have changed: raise PROBLEMS, note it in docs/log.md"
 
 
 def test_nothing_is_won_at_the_start():
