@@ -1,14 +1,15 @@
-"""Retries the tasks that the agent failed, with sampled actions whose reasons ActRe writes after the fact (A3T, 1.3).
+"""Retries the agent's failed tasks with sampled actions, whose reasons ActRe writes after the fact (A3T, 1.3).
 
-For every task that the rollout of this round did not solve, the policy plays again; at each step, with probability
-`probability` (and always after three invalid actions in a row), its action is replaced by a sampled admissible one,
-and ActRe, the frozen base in the order observation-action-reason, says why. Round 0 composes nothing: the paper keeps
-the prompted agent's successes only, so the file is empty.
+The policy replays every task that this round's rollout did not solve. At each step, with the given --probability (and
+always after three invalid actions in a row), a sampled admissible action replaces its own; ActRe, the frozen base in
+the order observation-action-reason, then writes the reason. Round 0 composes nothing and leaves an empty file, since
+the paper keeps only the prompted agent's successes.
 
     python actre.py                          # the current round of runs/a3t
     python actre.py --reason empty           # compose without ActRe
 
-Writes <run>/round_<k>/actre/trajectories.jsonl, failed compositions too (train_pg.py drops them). Left out: training.
+Writes <run>/round_<k>/actre/trajectories.jsonl, failed compositions included (train_pg.py drops them).
+Left out: training.
 """
 
 from __future__ import annotations
@@ -42,28 +43,29 @@ class Args(PlayArgs):
     run: Path = Path("runs/a3t")
     """Directory of the run."""
     round: int | None = None
-    """Round to compose for (default: the first one that is not trained yet)."""
+    """Round to compose for (default: the first untrained round)."""
     actre_server: Server = Server()
-    """Where ActRe asks instead of the local base: it may be another model than the agent."""
+    """An OpenAI-compatible server as ActRe, in place of the local base; its model may differ from the agent's."""
     actre_prompt: Path | None = None
-    """File with an example that stands before every session of ActRe (prompts/; paper: always)."""
+    """File with a few-shot example that precedes every session of ActRe (prompts/; paper: always)."""
     probability: float = 0.1
-    """p, the chance of a sampled action at each step (the paper's number is not recoverable)."""
+    """p, the probability of a sampled action at each step (the paper's value is not recoverable)."""
     sample: Literal["commands", "verbs"] = "commands"
-    """Sample uniformly over admissible commands, or over verbs first and then over the verb's commands."""
+    """Sample uniformly over admissible commands, or first over verbs and then over the verb's commands."""
     reason: Literal["actre", "template", "empty"] = "actre"
-    """Who writes the reason of a sampled action: ActRe, a fixed sentence, or nobody."""
+    """Reason of a sampled action: written by ActRe, a fixed sentence, or none."""
     budget: int = 3
-    """Composed trajectories per failed task, at most (paper: 40 on ALFWorld, 20 on WebShop)."""
+    """Maximum compositions per failed task (paper: 40 on ALFWorld, 20 on WebShop)."""
     force: int = 1
-    """Composed before stopping at the first success (paper: the whole budget on ALFWorld, 3 on WebShop)."""
+    """Compositions always made per failed task, before one success is enough (paper: the whole budget on ALFWorld, 3 on
+    WebShop)."""
     temperature: float = 1.0
     """Sampling temperature of the agent's own turns; 0 is greedy (not stated in the paper)."""
 
 
 def next_trials(args: Args, done: dict[int, bool]) -> list[int]:
-    """Trials of a task to start, given the finished ones {trial: success}: all of `force` at once, then one by one
-    until a success or the budget's end. The same whatever was finished before a resume."""
+    """Trials of a task to start, given the finished ones {trial: success}: all of `force` at once, then one at a time
+    until a success or the end of the budget. A resumed run starts the same trials."""
     force = min(args.force, args.budget)
     if not done:
         return list(range(force))
@@ -74,19 +76,19 @@ def next_trials(args: Args, done: dict[int, bool]) -> list[int]:
 
 
 def failed_tasks(played: Path) -> list[str]:
-    """Tasks that the rollout has not solved, and has not only failed to play."""
-    own: dict[str, list[Trajectory]] = defaultdict(list)
+    """Tasks that the rollout did not solve, less those whose every attempt ended in a fault."""
+    by_task: dict[str, list[Trajectory]] = defaultdict(list)
     for trajectory in read_trajectories(played):
-        own[trajectory.task_id].append(trajectory)
+        by_task[trajectory.task_id].append(trajectory)
     return [
         task
-        for task, tries in own.items()
-        if not any(t.success for t in tries) and any(t.end not in FAULTS for t in tries)
+        for task, attempts in by_task.items()
+        if not any(t.success for t in attempts) and any(t.end not in FAULTS for t in attempts)
     ]
 
 
 def compose(args: Args, round_index: int, failed: list[str], writer: Writer, adapter: Path | None) -> dict[str, Any]:
-    """Composes for all failed tasks, resuming from what the writer's file holds. Returns counts for done.json."""
+    """Composes for all failed tasks, resuming from the writer's file. Returns counts for done.json."""
     finished: dict[str, dict[int, bool]] = {task: {} for task in failed}
     for trajectory in read_trajectories(writer.path):
         finished[trajectory.task_id][trajectory.trial] = trajectory.success

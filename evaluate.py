@@ -1,4 +1,4 @@
-"""Plays an adapter, or the base alone, once on panels of held-out tasks and prints the table of all rounds so far.
+"""Plays an adapter, or the bare base, on panels of held-out tasks and prints the table of all rounds so far.
 
     python evaluate.py                       # every trained round of runs/a3t that is not evaluated yet
     python evaluate.py --round 2 --panels valid_seen-140
@@ -7,11 +7,11 @@
     python evaluate.py --perturb all         # the world's own wording and five perturbed ones (envs/wording.py)
     python evaluate.py --best-of 10 --temperature 1
 
-Writes <run>/round_<k>/evaluate/{trajectories.jsonl,scores.json}, in the place of round_<k> base or adapter for these.
-What is played is in the last folder's name: evaluate (ALFWorld as it is), evaluate_P1, evaluate_webshop,
-evaluate_best_of_10. Best-of-rounds counts a task that any round so far has won: an oracle over as many attempts,
-comparable with pass@k only.
-Writes <run>/report.html at the end: all scores of the run, with trajectories to look at (artifacts/report.py).
+Writes <run>/round_<k>/evaluate/{trajectories.jsonl,scores.json}; for --base and --adapter, base/ or adapter/ replaces
+round_<k>/. The last folder names what was played: evaluate (unchanged ALFWorld), evaluate_P1, evaluate_webshop,
+evaluate_best_of_10. Best-of-rounds counts a task that any round so far solved: an oracle over that many attempts,
+comparable only with pass@k.
+Finally writes <run>/report.html: all scores of the run, with sample trajectories (artifacts/report.py).
 Left out: figures and tables (artifacts/scores.py).
 """
 
@@ -40,24 +40,25 @@ class Args(PlayArgs):
     run: Path = Path("runs/a3t")
     """Directory of the run."""
     round: int | None = None
-    """Evaluate the adapter trained in this round (default: every trained round that is not evaluated yet)."""
+    """Evaluate the adapter trained in this round (default: every trained round not evaluated yet)."""
     base: bool = False
     """Evaluate the base without an adapter."""
     adapter: Path | None = None
-    """Evaluate the adapter in this folder (adapter_model.safetensors), whatever run it came from."""
+    """Evaluate the adapter in this folder (adapter_model.safetensors), from any run."""
     panels: tuple[str, ...] = ()
-    """Panels to play (default: what `python -m envs.panel` lists for evaluation on the world's data; ALFWorld:
-    valid_seen-140, valid_unseen-134 where its games are; or gen_valid-100)."""
+    """Panels to play (default: those made for the world's data, such as valid_seen-140 and valid_unseen-134, or
+    gen_valid-100; `python -m envs.panel` lists all)."""
     limit: int | None = None
-    """Play only so many tasks of each panel, spread evenly over it."""
+    """Play at most this many tasks per panel, spread evenly over it (default: all)."""
     perturb: Literal["none", "P1", "P2", "P3", "P4", "P5", "all"] = "none"
-    """Wording of the world's commands: its own, a perturbed one, or all six, with mean and standard deviation."""
+    """Wording of the world's commands: its own (none), a perturbed one, or all six, with mean and standard
+    deviation."""
     best_of: int = 1
-    """Attempts at each task; of several, the best one is scored beside their mean (paper: 10 at --temperature 1)."""
+    """Attempts per task; above 1, scores report their best as well as their mean (paper: 10 at --temperature 1)."""
 
 
-def evaluate(args: Args, subject: str, adapter: Path | None, number: int) -> None:
-    """Plays all panels with one policy in one wording and writes scores.json; resumes like every stage."""
+def evaluate(args: Args, subject: str, adapter: Path | None, round_index: int) -> None:
+    """Plays all panels with one policy in one wording and writes scores.json. Resumes like every stage."""
     directory = subjects(args.run)[subject] / directory_name(args.env, args.perturb, args.best_of)
     panels = args.panels or default_panels("evaluate", args.env, args.data)
     tasks = {panel: pick_tasks(panel, args.limit) for panel in panels}
@@ -76,7 +77,7 @@ def evaluate(args: Args, subject: str, adapter: Path | None, number: int) -> Non
         require_tasks(world, ids)
     policy = make_policy(args, args.server, directory / "replies.sqlite", adapter, args.prompt)
     path = directory / "trajectories.jsonl"
-    settings = make_settings(args, "evaluate", number)
+    settings = make_settings(args, "evaluate", round_index)
     with Writer(path) as writer:
         jobs = [Job(task, trial) for ids, _ in tasks.values() for task in ids for trial in range(args.best_of)]
         jobs = [job for job in jobs if job not in writer.known]
@@ -96,7 +97,7 @@ def evaluate(args: Args, subject: str, adapter: Path | None, number: int) -> Non
 
 
 def policies(args: Args) -> list[tuple[str, Path | None, int]]:
-    """Who is to be evaluated: (place, adapter, number of its round)."""
+    """The policies to evaluate: (subject, adapter, round index)."""
     if args.base + (args.adapter is not None) + (args.round is not None) > 1:
         raise StageError("got more than one of --base, --adapter and --round; expected one or none")
     if args.base:
@@ -114,25 +115,26 @@ def policies(args: Args) -> list[tuple[str, Path | None, int]]:
             f"round {args.round} of {args.run} is not trained ({trained} rounds are); "
             f"run: python train_pg.py --run {args.run} --round {args.round}"
         )
-    numbers = range(trained) if args.round is None else [args.round]
-    return [(str(number), adapter_of_round(args.run, number + 1), number) for number in numbers]
+    rounds = range(trained) if args.round is None else [args.round]
+    return [(str(round_index), adapter_of_round(args.run, round_index + 1), round_index) for round_index in rounds]
 
 
 def main(args: Args) -> None:
     if args.best_of > 1 and args.temperature == 0:
         raise StageError(
-            f"--best-of {args.best_of} at temperature 0 is the same attempt so many times; "
+            f"--best-of {args.best_of} at temperature 0 repeats one attempt {args.best_of} times; "
             "give a --temperature (paper: 1)"
         )
     wordings = WORDINGS if args.perturb == "all" else (args.perturb,)
     panel = (args.panels or default_panels("evaluate", args.env, args.data))[0]
-    for wording in (name for name in wordings if name != "none"):  # before anything is played
+    for wording in (name for name in wordings if name != "none"):  # before any attempt
         Perturbed(world_maker(args)(), wording).require_change(pick_tasks(panel, args.limit)[0])
-    for subject, adapter, number in policies(args):
+    for subject, adapter, round_index in policies(args):
         for wording in wordings:
             done = subjects(args.run)[subject] / directory_name(args.env, wording, args.best_of) / "done.json"
-            if not done.exists() or args.round is not None or not subject.isdecimal():  # asked for by name: say so
-                evaluate(dataclasses.replace(args, perturb=wording), subject, adapter, number)
+            # A finished evaluation that was named on the command line reports so itself.
+            if not done.exists() or args.round is not None or not subject.isdecimal():
+                evaluate(dataclasses.replace(args, perturb=wording), subject, adapter, round_index)
     for wording in wordings if args.perturb != "all" else ("none",):
         print(table(args.run, directory_name(args.env, wording, args.best_of)))
     if args.perturb == "all":

@@ -1,11 +1,11 @@
-"""The ReAct agent plays every task of a panel once, alone: round k with the adapter trained in round k - 1.
+"""Plays the ReAct agent on every task of a panel, in round k with the adapter trained in round k - 1.
 
     python rollout.py                        # the current round of runs/a3t
     python rollout.py --run runs/x --panel train-600 --temperature 0.7
 
-Writes <run>/round_<k>/rollout/trajectories.jsonl. Run again after it was killed, it goes on where it was, and plays
-again what ended as env_error, llm_error or timeout, so that a mended world or server is asked anew. Left out: sampled
-actions and ActRe (actre.py), training (train_pg.py), scores on held-out tasks (evaluate.py).
+Writes <run>/round_<k>/rollout/trajectories.jsonl. A killed run resumes with the same command, and replays attempts that
+ended as env_error, llm_error or timeout.
+Left out: sampled actions and ActRe (actre.py), training (train_pg.py), scores on held-out tasks (evaluate.py).
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ class Args(PlayArgs):
     run: Path = Path("runs/a3t")
     """Directory of the run."""
     round: int | None = None
-    """Round to play (default: the first one that is not trained yet)."""
+    """Round to play (default: the first untrained round)."""
     panel: str | None = None
-    """Panel of training tasks (default: what `python -m envs.panel` lists for training on the world's data)."""
+    """Panel of training tasks (default: the one made for the world's data, such as train-600 or gen_train-120; `python
+    -m envs.panel` lists all)."""
     limit: int | None = None
-    """Play only so many tasks, spread evenly over the panel."""
+    """Play at most this many tasks, spread evenly over the panel (default: all)."""
     trials: int = 1
-    """Attempts at each task (paper: 1)."""
+    """Attempts per task (paper: 1)."""
 
 
 def main(args: Args) -> None:
-    number = current_round(args.run) if args.round is None else args.round
-    adapter = adapter_of_round(args.run, number)
+    round_index = current_round(args.run) if args.round is None else args.round
+    adapter = adapter_of_round(args.run, round_index)
     panel = args.panel or default_panels("train", args.env, args.data)[0]
     tasks, panel_hash = pick_tasks(panel, args.limit)
-    directory = round_directory(args.run, number) / "rollout"
+    directory = round_directory(args.run, round_index) / "rollout"
     world = world_maker(args)()
     facts = {
         "panel": panel,
@@ -57,7 +58,7 @@ def main(args: Args) -> None:
     if stage.finished:
         return
     require_tasks(world, tasks)
-    settings = make_settings(args, "rollout", number)
+    settings = make_settings(args, "rollout", round_index)
     react = make_policy(args, args.server, directory / "replies.sqlite", adapter, args.prompt)
     path = directory / "trajectories.jsonl"
     with Writer(path) as writer:
@@ -70,7 +71,7 @@ def main(args: Args) -> None:
     turns = sum(len(t.turns) for t in trajectories) / len(trajectories)
     stage.finish(
         {
-            "round": number,
+            "round": round_index,
             "trajectories": len(trajectories),
             "success": won,
             "reward": round(sum(t.reward for t in trajectories) / len(trajectories), 4),
@@ -82,7 +83,7 @@ def main(args: Args) -> None:
         }
     )
     print(
-        f"rollout round {number}: {won}/{len(trajectories)} won, {turns:.1f} turns each -> {path}"
+        f"rollout round {round_index}: {won}/{len(trajectories)} won, {turns:.1f} turns each -> {path}"
         f"{fault_note(trajectories, directory)}"
     )
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The closed loop: rounds of (rollout, actre, train_pg), each evaluated. A finished stage says so and is passed over;
-# a killed run is repeated with the same command and goes on.
+# The closed loop: rounds of rollout, actre, train_pg and evaluate. Finished stages are skipped; a killed run resumes with
+# the same command.
 #
 #   ./run.sh            the embedded default: the tiny base on real games ($ALFWORLD_DATA) or generated ones
 #   ./run.sh webshop    WebShop: its tiny base on real data ($WEBSHOP_DATA) or the generated catalogue
@@ -11,7 +11,7 @@
 # paper: 40), COUNT (synthetic trajectories: 2000).
 set -euo pipefail
 cd "$(dirname "$0")"
-# Large buffers in huge pages, where Linux gives them: a CPU trains a tenth faster.
+# Put large buffers in huge pages where Linux has them: a CPU trains a tenth faster.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 what=${1:-tiny}
@@ -21,13 +21,13 @@ common=(--run "$RUN" --seed "$SEED") first=() play=() compose=() train=()
 case "$what" in
   refine)
     common+=(--model "${MODEL:-models/tiny-neutral}")
-    told=(--round 0 --tell-commands --context 1536) # worlds that it does not know
+    unseen=(--round 0 --tell-commands --context 1536) # for worlds it was not trained on
     python refine.py --run "$RUN" --seed "$SEED" --count "${COUNT:-2000}"
     python train_pg.py "${common[@]}" --round 0 --inputs "$RUN/refine" --epochs 1 --rank 32 --alpha 64 \
       --learning-rate 8e-3 --row-length 1792 --world-weight 0
-    python evaluate.py "${common[@]}" "${told[@]}" --env synthetic
-    python evaluate.py "${common[@]}" "${told[@]}" --perturb all --panels gen_valid-100 --limit 60
-    python evaluate.py "${common[@]}" "${told[@]}" --env pddl --max-turns 30
+    python evaluate.py "${common[@]}" "${unseen[@]}" --env synthetic
+    python evaluate.py "${common[@]}" "${unseen[@]}" --perturb all --panels gen_valid-100 --limit 60
+    python evaluate.py "${common[@]}" "${unseen[@]}" --env pddl --max-turns 30
     exit ;;
   tiny)
     common+=(--model "${MODEL:-models/tiny-alfworld}")
@@ -35,15 +35,15 @@ case "$what" in
   webshop)
     common+=(--model "${MODEL:-models/tiny-webshop}")
     play+=(--env webshop --context 3072) # pages are long
-    compose+=(--force 3 --budget "${BUDGET:-20}") # the paper's: three, then until one wins, at most twenty
-    train+=(--row-length 4096 --learning-rate 4e-3) ;; # a habit of the base is not lost at 1e-3
+    compose+=(--force 3 --budget "${BUDGET:-20}") # as in the paper: three, then up to twenty until one wins
+    train+=(--row-length 4096 --learning-rate 4e-3) ;; # at 1e-3 the base keeps its habits
   paper)
-    base="$RUN/base-nf4" # quantised once; every stage reads it in place of the 16-bit files
+    base="$RUN/base-nf4" # quantised once; every stage reads it instead of the 16-bit files
     [ -e "$base/config.json" ] ||
       python -m lora.convert --weights nf4 --out "$base" \
         --model "${MODEL:?MODEL must name the folder of Mistral-7B-Instruct-v0.2}"
     common+=(--model "$base")
-    first+=(--prompt prompts/alfworld_react.txt) # round 0 is prompted; what is trained plays without
+    first+=(--prompt prompts/alfworld_react.txt) # only round 0 is prompted; trained policies play without
     play+=(--patience 0 --context 1920)
     compose+=(--probability 0.5 --budget "${BUDGET:-40}" --force "${BUDGET:-40}"
               --actre-prompt prompts/alfworld_actre.txt)

@@ -1,16 +1,16 @@
-"""Trains the adapter by policy gradient with binarised rewards on everything collected so far (A3T, sections 1.3-1.5).
+"""Trains the adapter by policy gradient with binarised rewards on all trajectories so far (A3T, sections 1.3-1.5).
 
 Reads rollout/ and actre/ of this round and all earlier ones. Keeps every success (+1); keeps the policy's own failure
-of a task (R_f, -1 in the paper) only if that task was also solved in the same round; drops failed compositions. Then
-maximises sum(w * log p) / trajectories over whole trajectories, observations included. Only LoRA weights move; the base
-stays quantised. The saved adapter averages the ends of all epochs, in PEFT's layout. Trajectories of refine.py are
-trained on as AgentRefine does (--inputs, --refinement): thoughts and actions only, with no weight on mistakes.
+of a task (R_f, -1 in the paper) only if the task was also solved in the same round; drops failed compositions. Then
+maximises sum(w * log p) / trajectories over whole trajectories, observations included. Trains only LoRA weights; the
+base stays quantised. The saved adapter averages those at the end of each epoch, in PEFT's layout. Trajectories of
+refine.py (--inputs, --refinement) are trained on as in AgentRefine: only thoughts and actions, mistakes masked.
 
     python train_pg.py                       # the current round of runs/a3t
     python train_pg.py --run runs/refine --inputs runs/refine/refine
-    python train_pg.py --preview 3           # print three trajectories with their weights coloured, train nothing
+    python train_pg.py --preview 3           # print three trajectories coloured by weight, train nothing
 
-Left out: baselines, importance weights, KL, clipping of ratios (the paper has none).
+Left out: baselines, importance weights, KL, ratio clipping (the paper has none).
 Shapes: N packed rows, S microbatches of B rows, L tokens.
 """
 
@@ -64,80 +64,80 @@ from lora.train_step import Batch, initial_state, make_update, shard_rows, train
 @dataclass(frozen=True, kw_only=True)
 class Args:
     run: Path = Path("runs/a3t")
-    """The run's directory."""
+    """Directory of the run."""
     round: int | None = None
-    """Round to train (default: the first one that is not trained yet)."""
+    """Round to train (default: the first untrained round)."""
     inputs: tuple[Path, ...] = ()
-    """Directories of finished stages that are trained on in place of the run's rollout/ and actre/: demonstrations,
-    synthetic trajectories of refine.py, rollouts of any run; several are mixed."""
+    """Finished stage directories to train on instead of the run's rollout/ and actre/: demonstrations, synthetic
+    trajectories of refine.py, rollouts of any run; several are mixed."""
     refinement: Literal["mask-errors", "mask-refined", "drop-errors", "no-mask"] = "mask-errors"
-    """What becomes of the mistakes in synthetic trajectories: no weight (AgentRefine), none on the turn after a mistake
-    either, left out of the text, or imitated (the paper's three controls)."""
+    """Mistakes in synthetic trajectories: masked (AgentRefine), masked with the turn that follows, dropped from the
+    text, or imitated (the paper's three controls)."""
     model: Path = Path("models/tiny-alfworld")
-    """Base model, a Hugging Face folder."""
+    """Base model: a Hugging Face folder."""
     weights: Literal["nf4", "nf4-dq", "bf16", "fp32"] = "nf4"
-    """How the frozen base is held (paper: 4 bits, taken as nf4; nf4-dq also quantises its scales)."""
+    """Storage of the frozen base (paper: 4 bits, taken as nf4; nf4-dq also quantises its scales)."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Activations (default: bfloat16 for --weights bf16, else float32; an accelerator wants bfloat16)."""
+    """Activations (default: bfloat16 with --weights bf16, else float32; choose bfloat16 on an accelerator)."""
     rank: int = 16
     """LoRA rank (paper: 16)."""
     alpha: float = 32.0
     """LoRA alpha; the update is scaled by alpha / rank (paper: 32)."""
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
-    """Projections that carry an adapter (paper: q v)."""
+    """Projections that get an adapter (paper: q v)."""
     dropout: float = 0.0
-    """Share of an adapter's input that is left out in training (not stated in the paper)."""
+    """Dropout on the adapter's input (not stated in the paper)."""
     init: Literal["base", "previous"] = "base"
-    """Start from fresh LoRA weights on the base, or from the previous round's adapter (not stated in the paper)."""
+    """Start from fresh LoRA weights or from the previous round's adapter (not stated in the paper)."""
     learning_rate: float = 1e-3
-    """Peak rate of Adam, after a warm-up over 3 % of the steps; cosine decay to a tenth (paper: 1e-4)."""
+    """Adam's peak learning rate, after a warm-up over 3 % of the steps; cosine decay to a tenth (paper: 1e-4)."""
     epochs: tuple[int, ...] = (2, 2, 1)
-    """Passes over the data in rounds 0, 1, ...; the last number holds for all later rounds too (paper: 10 6)."""
+    """Epochs in rounds 0, 1, ...; the last number also applies to all later rounds (paper: 10 6)."""
     batch_rows: int = 2
-    """Packed rows of one optimizer step (not stated in the paper)."""
+    """Packed rows per optimizer step (not stated in the paper)."""
     device_rows: int = 1
-    """Rows that a device takes at once; the others of a step follow, and gradients are summed."""
+    """Rows per device in a microbatch; a step accumulates gradients over its microbatches."""
     mesh: tuple[int, int, int] = (-1, 1, 1)
-    """Devices along data, fsdp and tensor (lora/sharding.py); data -1: as many as divide the rows of a step."""
+    """Devices along data, fsdp and tensor (lora/sharding.py); data -1: as many as divide --batch-rows."""
     remat: Literal["none", "full", "dots"] = "none"
-    """What layers keep for the backward pass: everything, their input alone, or that and their matmuls."""
+    """Rematerialisation: layers keep all activations (none), only their input (full), or input and matmuls (dots)."""
     attention: Literal["blocks", "splash", "cudnn", "xla"] | None = None
-    """Implementation of attention (default: the best of the device; lora/attention.py)."""
+    """Attention implementation (default: the best for the device; lora/attention.py)."""
     row_length: int = 1280
-    """Tokens of a packed row; no trajectory may be longer (the context and a last observation)."""
+    """Tokens per packed row; no trajectory may be longer (a full context plus its last observation)."""
     weight_decay: float = 0.0
-    """AdamW's decay of the adapter (not stated in the paper)."""
+    """AdamW's weight decay on the adapter (not stated in the paper)."""
     clip: float = 1.0
-    """Largest global norm of the gradient of the mean over tokens (not stated in the paper)."""
+    """Clip the gradient of the mean over tokens to this global norm (not stated in the paper)."""
     average: bool = True
-    """Average the adapters at the ends of the epochs (paper: rounds 1-3); otherwise keep the last one."""
+    """Average the adapters at the end of each epoch (paper: rounds 1-3) instead of keeping the last one."""
     failure_reward: float = -0.5
-    """R_f, the weight of the policy's own failure of a task that was also solved (paper: -1; 0 is plain SFT).
-    At -1 the tiny base's failures, a fifth of the data and twice as long as successes, drown the rest."""
+    """R_f, the weight of the policy's own failure of a task that was also solved (paper: -1; 0 is plain SFT). At -1,
+    the tiny base's failures, a fifth of the data and twice as long as successes, outweigh the rest."""
     floor: float = -20.0
-    """Stop where the mean log-probability of a step's failures falls below this: at R_f < 0 the loss has no bound."""
+    """Stop if the mean log-probability of a step's failures falls below this: with R_f < 0 the loss is unbounded."""
     fractional: bool = False
-    """Weight each own trajectory by the world's reward instead of binarising it."""
+    """Weight rollout and actre trajectories by the world's reward instead of binarising it."""
     threshold: float = 1.0
-    """A trajectory is a success if its reward reaches this (paper: 1)."""
+    """Reward from which a trajectory counts as a success (paper: 1)."""
     positives: int | None = None
-    """At most so many successes (K) of a task and round, in order of trial (default: all)."""
+    """Use at most this many successes (K) per task and round, in order of trial (default: all)."""
     world_weight: float = 0.05
-    """Share of a trajectory's weight on the tokens that the world wrote (paper: 1; 0 trains on the agent's alone). A
-    tiny model spends its adapter on learning the training rooms by heart at 1."""
+    """Factor on the weight of tokens that the world wrote (paper: 1; 0 trains only on the agent's). At 1, a tiny model
+    spends its adapter on memorising the training rooms."""
     seed: int = 0
-    """Seeds LoRA's start and the order of rows."""
+    """Seeds LoRA's initial weights, dropout and the order of rows."""
     preview: int = 0
-    """Print so many packed trajectories with their weights coloured and stop."""
+    """Print this many packed trajectories, coloured by weight, instead of training (0: train)."""
 
 
-# ---- which trajectories, with which weights --------------------------------------------------------------------------
+# ---- selecting and weighting trajectories ----------------------------------------------------------------------------
 
 
 def select_round(rows: Iterable[Example], args: Args) -> list[Example]:
-    """A3T's filter for one round: every success, and a task's first own failure where the task has a success.
+    """A3T's filter for one round: every success, and the first own failure of each task that has a success.
 
-    Failed compositions are dropped; rows ended by a fault are not evidence of anything and dropped too.
+    Drops failed compositions, and rows that ended in a fault, which say nothing about the policy.
     """
     by_task: dict[str, list[Example]] = defaultdict(list)
     for row in rows:
@@ -157,7 +157,7 @@ def select_round(rows: Iterable[Example], args: Args) -> list[Example]:
 
 
 def select(rows: list[Example], args: Args) -> list[Example]:
-    """What is trained on: A3T's choice of each round's own and composed trajectories, every success of a teacher."""
+    """The training examples: A3T's selection from each round's rollout and actre, and every success of a teacher."""
     taught = [row._replace(weight=1.0) for row in rows if row.trajectory.source in ("demo", "refine")]
     selected = [row for row in taught if row.trajectory.success and row.trajectory.end not in FAULTS]
     for round_index in sorted({row.trajectory.round for row in rows}):
@@ -170,8 +170,8 @@ def select(rows: list[Example], args: Args) -> list[Example]:
 def collect(args: Args, round_index: int) -> tuple[list[Example], dict[str, str]]:
     """The examples of rounds 0..round_index, or of args.inputs, and the sha256 of every file read.
 
-    There are none in round 0 where nothing was won there: compositions come with round 1. StageError if there are none
-    otherwise, or if a stage is not finished.
+    Round 0 may have none, since compositions start in round 1. Raises StageError if a later round or args.inputs has
+    none, or if a stage is not finished.
     """
     rounds = [(earlier, stage) for earlier in range(round_index + 1) for stage in ("rollout", "actre")]
     own = [
@@ -185,7 +185,8 @@ def collect(args: Args, round_index: int) -> tuple[list[Example], dict[str, str]
         path = directory / "trajectories.jsonl"
         name = str(path if args.inputs else path.relative_to(args.run))
         hashes[name] = sha256(path)
-        rows += [Example(t, 0.0, name, line) for line, t in enumerate(read_trajectories(path), 1)]
+        numbered = enumerate(read_trajectories(path), 1)
+        rows += [Example(trajectory=t, weight=0.0, file=name, line=line) for line, t in numbered]
     examples = select(rows, args)
     if not examples and (round_index > 0 or args.inputs):
         raise StageError(
@@ -196,21 +197,20 @@ def collect(args: Args, round_index: int) -> tuple[list[Example], dict[str, str]
 
 
 def refined(trajectory: Trajectory, how: str) -> tuple[Trajectory, set[int]]:
-    """What is trained on of a synthetic trajectory with mistakes, and the turns of it whose tokens have no weight.
+    """A synthetic trajectory with mistakes as it is trained on, and the turns whose tokens get no weight.
 
     `how`: mask-errors (AgentRefine), or one of its paper's controls: mask-refined masks the turn after a mistake too,
-    drop-errors leaves mistakes out of the text, no-mask imitates them.
+    drop-errors drops mistakes from the text, no-mask imitates them.
     """
     wrong = {index for index, turn in enumerate(trajectory.turns) if turn.errors}
     if how == "drop-errors":
         return msgspec.structs.replace(trajectory, turns=[turn for turn in trajectory.turns if not turn.errors]), set()
-    return trajectory, {"mask-errors": wrong, "mask-refined": wrong | {index + 1 for index in wrong}, "no-mask": set()}[
-        how
-    ]
+    masked = {"mask-errors": wrong, "mask-refined": wrong | {index + 1 for index in wrong}, "no-mask": set()}
+    return trajectory, masked[how]
 
 
 def pack_examples(examples: list[Example], args: Args, encode: Callable[[str, bool], list[int]]) -> Packed:
-    """Tokens and weights of all examples in rows. ValueError if no token of them has a weight."""
+    """Packs the tokens and weights of all examples into rows. Raises ValueError if every weight is 0."""
     sequences = []
     for trajectory, weight, *_ in examples:
         synthetic = trajectory.source == "refine"
@@ -231,9 +231,9 @@ def pack_examples(examples: list[Example], args: Args, encode: Callable[[str, bo
 
 
 def objective(model, batch: Batch, trajectories: jax.Array, **forward):
-    """sum(w * log p) / trajectories, to be maximised, and the log-likelihoods of + and - tokens (sums).
+    """sum(w * log p) / trajectories, to be maximised, and the summed log-likelihoods of + and - tokens.
 
-    The first token of a segment has no context and log-probability 0. `forward`: see `token_logprobs`.
+    The first token of a segment has no context, hence log-probability 0. `forward`: see `token_logprobs`.
     """
     logprobs_BL = token_logprobs(model, batch.ids, batch.segments, **forward)
     value = (batch.weights * logprobs_BL).sum() / trajectories
@@ -241,7 +241,7 @@ def objective(model, batch: Batch, trajectories: jax.Array, **forward):
 
 
 def batch_order(args: Args, round_index: int, epoch: int, rows: int) -> list[np.ndarray]:
-    """The rows of each step of an epoch; the last step is padded with row -1 (an empty row), so shapes are fixed."""
+    """The row indices of each step of an epoch. The last step is padded with -1 (an empty row) to keep shapes fixed."""
     order = generator(args.seed, "train_pg", round_index, epoch).permutation(rows)
     order = np.concatenate([order, np.full(-rows % args.batch_rows, -1, order.dtype)])
     return list(order.reshape(-1, args.batch_rows))
@@ -252,7 +252,7 @@ def batch_order(args: Args, round_index: int, epoch: int, rows: int) -> list[np.
 
 @dataclass(frozen=True, kw_only=True)
 class Epochs:
-    """What the optimizer steps of one run share; `run` makes those of one epoch."""
+    """What the optimizer steps of one run share; `run` takes those of one epoch."""
 
     args: Args
     round_index: int
@@ -265,7 +265,7 @@ class Epochs:
     model_config: Config
 
     def run(self, epoch: int, adapter: nnx.State, state, log: MetricsLog) -> tuple[nnx.State, optax.OptState]:
-        """Trains on every row once. Returns the adapter and the optimizer state; raises what `check_step` does."""
+        """Trains on every row once. Returns the adapter and the optimizer state. Raises StageError (check_step)."""
         args, (_, segments_NL, weights_NL) = self.args, self.rows
         order = batch_order(args, self.round_index, epoch, len(segments_NL) - 1)
         peak = peak_flops(self.mesh.size)
@@ -301,7 +301,7 @@ class Epochs:
 def train(args: Args, round_index: int, packed: Packed, model, mesh: Mesh, directory: Path) -> tuple[object, dict]:
     """Runs all epochs, resuming after the last complete one. Returns the model to save and counts for done.json.
 
-    Raises StageError, naming the step, on a non-finite loss or if the likelihood of the failures runs away.
+    Raises StageError, naming the step, if the loss is not finite or the likelihood of the failures diverges.
     """
     count, epochs = len(packed.ids_NL), args.epochs[min(round_index, len(args.epochs) - 1)]
     per_epoch = -(-count // args.batch_rows)
@@ -324,13 +324,12 @@ def train(args: Args, round_index: int, packed: Packed, model, mesh: Mesh, direc
         frozen=frozen,
         model_config=model.config,
     )
-    nothing = jax.tree.map(lambda x: jnp.zeros_like(x, device=x.sharding), adapter)
-    progress = {"adapter": adapter, "state": initial_state(optimizer, adapter, mesh), "sum": nothing}
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, device=x.sharding), adapter)
+    progress = {"adapter": adapter, "state": initial_state(optimizer, adapter, mesh), "sum": zeros}
     latest = ocp.training.preservation_policies.LatestN(1)
     with ocp.training.Checkpointer((directory / "checkpoints").resolve(), preservation_policy=latest) as checkpointer:
-        first = 0
-        if checkpointer.latest is not None:
-            first = checkpointer.latest.step
+        first = 0 if checkpointer.latest is None else checkpointer.latest.step
+        if first:
             leaves = checkpointer.load(first, {"leaves": jax.tree.leaves(progress)})["leaves"]
             progress = jax.tree.unflatten(jax.tree.structure(progress), leaves)
         with MetricsLog(directory, first * per_epoch, steps, active=is_first_process()) as log:
@@ -344,14 +343,14 @@ def train(args: Args, round_index: int, packed: Packed, model, mesh: Mesh, direc
 
 
 def check_step(args: Args, line: dict, directory: Path) -> None:
-    """Raises StageError if a step's numbers are not finite or its failures have become too unlikely."""
+    """Raises StageError if a step's loss or gradient is not finite, or its failures have become too unlikely."""
     found = None
     if not np.isfinite([line["loss"], line["gradient_norm"]]).all():
         found = f"loss {line['loss']}, gradient norm {line['gradient_norm']}"
     elif line["logprob_negative"] < args.floor:
         found = (
             f"the mean log-probability of the failures' tokens is {line['logprob_negative']:.1f}, under --floor "
-            f"{args.floor:g}: at R_f < 0 the loss has no lower bound, and this one runs away"
+            f"{args.floor:g}: with R_f < 0 the loss is unbounded below, and this one diverges"
         )
     if found:
         raise StageError(
@@ -364,7 +363,7 @@ def main(args: Args) -> None:
     if min(args.epochs, default=0) < 1 or min(args.batch_rows, args.device_rows) < 1:
         raise ValueError(
             f"--epochs {args.epochs}, --batch-rows {args.batch_rows} and --device-rows {args.device_rows} "
-            "must be numbers of at least 1; --epochs needs one or more of them"
+            "must be at least 1; --epochs needs at least one number"
         )
     round_index = current_round(args.run) if args.round is None else args.round
     examples, hashes = collect(args, round_index)
@@ -412,7 +411,7 @@ def main(args: Args) -> None:
 
 
 def launch(args: Args) -> None:
-    """Joins the other processes, if there are any, and trains; a CPU gets a device for each row of a step."""
+    """Joins the other processes, if any, and trains. A CPU is split into one device per row of a step."""
     jax.config.update("jax_num_cpu_devices", max(1, args.batch_rows // join_processes()))
     main(args)
 

@@ -1,4 +1,4 @@
-"""The flags of every stage that plays, and what they describe: worlds, policies, settings of attempts."""
+"""The flags of every stage that plays, and what is built from them: worlds, policies, attempt settings."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from envs.make import make_world
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs:
-    """The local model, of the agent and of ActRe."""
+    """The local model, which plays both the agent and ActRe."""
 
     model: Path = Path("models/tiny-alfworld")
     """Base model: a Hugging Face folder."""
     weights: Literal["nf4", "fp32"] = "nf4"
-    """Values of the base: rounded to NF4, as in training, or as in the folder."""
+    """Values of the base: rounded to NF4, as in training, or unchanged."""
     rollout_weights: Literal["fp32", "bf16", "nf4"] | None = None
     """Base weights during sampling: fp32 with the adapter merged, bf16 with it separate, or NF4 (default: fp32 on a
     CPU, bf16 on an accelerator)."""
     slots: int = 64
     """Attempts played concurrently."""
     context: int = 1024
-    """Tokens of a session; an attempt that needs more ends as context_full."""
+    """Tokens per session; an attempt that needs more ends as context_full."""
     max_new_tokens: int = 64
     """Token limit of one reply."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlayArgs(ModelArgs):
-    """Worlds, attempts, sampling; the same in every stage that plays."""
+    """Worlds, attempts and sampling; the same in every stage that plays."""
 
     env: str = "alfworld"
     """World: alfworld, webshop, synthetic, pddl, babyai, scienceworld, jericho."""
@@ -47,9 +47,9 @@ class PlayArgs(ModelArgs):
     engine: Literal["ours", "textworld"] = "ours"
     """(ALFWorld) Game engine; textworld is the slow reference."""
     mode: Literal["text", "text_rich"] = "text"
-    """(WebShop) Form of pages: parts joined by [SEP], or one part a line with buttons marked."""
+    """(WebShop) Page format: parts joined by [SEP], or one part per line with buttons marked."""
     tell_commands: bool = False
-    """Append the list of the world's commands to the opening, for agents that do not know the world."""
+    """Append the list of commands to the first observation, for agents that do not know the world."""
     prompt: Path | None = None
     """File with a few-shot example that precedes every session of the agent (prompts/; paper: in round 0). Training
     does not see it."""
@@ -58,15 +58,15 @@ class PlayArgs(ModelArgs):
     top_p: float = 1.0
     """Nucleus sampling: keep the likeliest tokens with this total probability; 1 keeps all."""
     max_turns: int = 20
-    """Turn limit of an attempt; thoughts and the action after them are one turn (not stated in the paper)."""
+    """Turn limit of an attempt; an action and the thoughts before it are one turn (not stated in the paper)."""
     patience: int = 3
-    """End an attempt as stuck when an action gets the same answer this many more times; 0: never (not in the paper)."""
+    """End an attempt as stuck once an action and its answer have repeated this often in a row; 0: never (not in the
+    paper)."""
     deadline: float | None = None
-    """Seconds after which an attempt ends as timeout, which never counts as a failure of the agent (default: no
-    limit)."""
+    """Seconds after which an attempt ends as timeout, which never counts as the agent's failure (default: no limit)."""
     turn_deadline: float = 60.0
-    """Seconds for one step of a third-party world. Then its process is killed and the attempt retried once in a new
-    one, before it ends as env_error."""
+    """Seconds for one step of a third-party world. After that its process is killed, and the attempt is retried once in
+    a new one before it ends as env_error."""
     processes: int | None = None
     """Subprocesses for third-party worlds (default: two per core)."""
     seed: int = 0
@@ -76,7 +76,7 @@ class PlayArgs(ModelArgs):
 
 
 def make_settings(args: PlayArgs, stage: str, round_index: int, compose: Compose | None = None) -> AttemptSettings:
-    """What all attempts of a stage share."""
+    """The settings shared by all attempts of a stage."""
     return AttemptSettings(
         env=args.env,
         stage=stage,
@@ -93,7 +93,7 @@ def make_settings(args: PlayArgs, stage: str, round_index: int, compose: Compose
 
 
 def world_maker(args: PlayArgs, perturb: str = "none") -> Callable[[], World]:
-    """Makes the worlds of a stage, in this process or another: picklable."""
+    """Returns a picklable function that makes a world, in this process or a subprocess."""
     return functools.partial(
         make_world,
         args.env,
@@ -106,14 +106,14 @@ def world_maker(args: PlayArgs, perturb: str = "none") -> Callable[[], World]:
 
 
 def make_policy(args: PlayArgs, server: Server, replies: Path, adapter: Path | None, prompt: Path | None) -> Policy:
-    """The server's policy if one is named, caching replies in the file `replies`; else the base, with or without an
-    adapter. Raises ValueError for a --top-p outside of (0, 1]."""
+    """The server's policy, with replies cached in the file `replies`, if `server` has a URL; else the local base, with
+    or without an adapter. Raises ValueError for a --top-p outside (0, 1]."""
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p is {args.top_p}; expected more than 0 and at most 1")
     example = prompt.read_text().rstrip("\n") + "\n\n" if prompt else ""
     if server.url:
         return ServerPolicy(server, replies, prompt=example, top_p=args.top_p)
-    from agent.local import LocalPolicy  # on demand: who asks a server needs no engine
+    from agent.local import LocalPolicy  # on demand: a server needs no engine
 
     return LocalPolicy(
         args.model,
@@ -129,5 +129,5 @@ def make_policy(args: PlayArgs, server: Server, replies: Path, adapter: Path | N
 
 
 def prompt_facts(*prompts: Path | None) -> dict[str, str]:
-    """sha256 of prompts, for a stage's config.json."""
+    """The sha256 of prompts, for a stage's config.json."""
     return {f"prompt {path.name}": sha256(path) for path in prompts if path}

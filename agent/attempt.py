@@ -1,9 +1,9 @@
-"""One attempt at one task: a ReAct session, and beside it an ActRe session with the sampling rule of A3T.
+"""One attempt at one task: a ReAct session and, with A3T's sampling rule, a parallel ActRe session.
 
-An attempt is a generator: it yields what it waits for, an ask of a policy or a world in a process of its own, and is
-sent what has come, so that it reads top to bottom while many others are played beside it (agent/loop.py).
+An attempt is a generator. It yields what it waits for, a request to a policy or a world in a subprocess, and is resumed
+with the result, so that it reads top to bottom while many attempts run concurrently (loop.py).
 
-Left out: who answers (policy.py), what becomes of the trajectory (the stages), text and tokens (artifacts/).
+Left out: policies (policy.py), uses of the trajectory (the stages), text and tokens (artifacts/).
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from artifacts.trajectory import End, Trajectory, Turn
 from envs.base import Observation, Result, World
 from envs.process import WorldProcess, call
 
-MAX_THOUGHTS = 3  # think lines in one turn; a further one is taken for the (invalid) action of the turn
-FORCE_AFTER = 3  # invalid actions of the policy's own in a row, after which A3T forces a sampled action
+MAX_THOUGHTS = 3  # think lines per turn; a further one counts as the (invalid) action of the turn
+FORCE_AFTER = 3  # consecutive invalid actions of the policy after which A3T forces a sampled action
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compose:
-    """A3T's sampling rule: when the agent's action is replaced by a sampled one, and who writes the reason."""
+    """A3T's sampling rule: when a sampled action replaces the agent's, and who writes its reason."""
 
     probability: float
     sample: Literal["commands", "verbs"] = "commands"
@@ -51,8 +51,8 @@ class Compose:
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptSettings:
-    """What all attempts of a stage share (see PlayArgs); (seed, stage, round) with task, trial and turn address every
-    draw."""
+    """Settings shared by all attempts of a stage (see PlayArgs). Each draw is addressed by (seed, stage, round) with
+    task, trial and turn."""
 
     env: str
     stage: str
@@ -71,29 +71,29 @@ class AttemptSettings:
 
 
 def sample_action(actions: list[str], how: str, rng: np.random.Generator, task: str) -> str:
-    """One admissible action: uniform over commands, or over verbs first and then over that verb's commands.
+    """Samples an admissible action: uniformly over commands, or first over verbs and then over that verb's commands.
 
-    An open action, `search[`, is completed with one to six words of the task, in their order there.
+    An open action, `search[`, is completed with one to six words of the task, in the task's order.
     """
     if how == "verbs":
         verbs = [re.split(r"[ \[]", action)[0] for action in actions]
         verb = rng.choice(sorted(set(verbs)))
-        actions = [action for action, its in zip(actions, verbs, strict=True) if its == verb]
+        actions = [action for action, other in zip(actions, verbs, strict=True) if other == verb]
     action = str(rng.choice(actions))
     if not action.endswith("["):
         return action
     words = re.findall(r"[a-z0-9]+", task.lower())
-    places = rng.choice(len(words), rng.integers(1, min(6, len(words)) + 1), replace=False)
-    return f"{action}{' '.join(words[place] for place in sorted(places))}]"
+    indices = rng.choice(len(words), rng.integers(1, min(6, len(words)) + 1), replace=False)
+    return f"{action}{' '.join(words[index] for index in sorted(indices))}]"
 
 
 def template_reason(action: str) -> str:
-    """The reason of the ablation without ActRe: the same words whatever the situation."""
+    """The reason in the ablation without ActRe: a fixed sentence, whatever the situation."""
     return f"I try to {action}."
 
 
 def repetitions(turns: list[Turn]) -> int:
-    """How many turns just before the last one had its action and its observation."""
+    """How many consecutive turns just before the last have the same action and observation."""
     last = turns[-1]
     alike = itertools.takewhile(lambda t: (t.action, t.observation) == (last.action, last.observation), turns[-2::-1])
     return sum(1 for _ in alike)
@@ -108,14 +108,14 @@ class Job(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """What an attempt waits for: a line from that policy."""
+    """A request that an attempt waits for, and the policy it goes to."""
 
     policy: Policy
     ask: Ask
 
 
 class ContextFull(Exception):
-    """A session has no room for another line."""
+    """A session has no room for another reply."""
 
 
 class WorldFailed(Exception):
@@ -123,7 +123,7 @@ class WorldFailed(Exception):
 
 
 class Overdue(Exception):
-    """An attempt has taken longer than it may."""
+    """An attempt is past its deadline."""
 
 
 ENDS: dict[type[Exception], End] = {
@@ -136,43 +136,43 @@ Course = Generator[Waiting | WorldProcess, Any, Any]
 
 
 class Attempt:
-    """One attempt at one task. `course` plays it, and returns the trajectory; the rest is where it stands.
+    """One attempt at one task: `course` plays it and returns the trajectory; the other fields are its state.
 
-    With settings.compose, each action is sampled with that probability, or always after FORCE_AFTER invalid actions in
-    a row; the reason then comes from `actre`'s own session over the same trajectory.
+    With settings.compose, each action is sampled with that probability, and always after FORCE_AFTER invalid actions in
+    a row; its reason then comes from a session of `actre` over the same trajectory.
     """
 
     def __init__(
         self, job: Job, settings: AttemptSettings, world: World | WorldProcess, react: Policy, actre: Policy | None
     ):
         self.job, self.settings, self.world, self.react, self.actre = job, settings, world, react, actre
-        self.place = (settings.seed, settings.stage, settings.round, job.task_id, job.trial)
+        self.address = (settings.seed, settings.stage, settings.round, job.task_id, job.trial)
         self.explains = settings.compose is not None and settings.compose.reason == "actre"
         self.opening = Observation(text="", task="")
         self.session: int | None = None
-        self.reasons: int | None = None  # ActRe's session
+        self.actre_session: int | None = None
         self.turns: list[Turn] = []
         self.result: Result | None = None
         self.progress, self.invalid_in_row = 0.0, 0
-        self.asked: Waiting | None = None  # a line that is still to come
-        self.why = ""  # what went wrong, where something did
-        self.broken = False  # the world has not given its last answer
+        self.asked: Waiting | None = None  # the request whose reply is still due
+        self.why = ""  # what went wrong, if anything did
+        self.broken = False  # a call of the world is pending or failed
         self.started = time.monotonic()
-        self.seconds_in_world = 0.0  # seconds in a world that is stepped here
-        self.sampled: list[list[int]] = []  # of each session, which ids the model sampled
+        self.seconds_in_world = 0.0  # only in a world of this process
+        self.sampled: list[list[int]] = []  # per session: 1 where the model sampled the id
         self.course = self.play()
 
     def play(self) -> Course:
-        """Plays the task to its end and returns the trajectory."""
+        """Plays the task to the end and returns the trajectory."""
         end: End = "max_turns"
         try:
             self.opening = yield from self.call_world("reset", self.job.task_id)
             first = opening_text(self.opening.text, self.opening.task)
             self.session = self.react.open(first)
             if self.explains:
-                self.reasons = self.actre.open(first)
-            for number in range(self.settings.max_turns):
-                ended = yield from self.turn(number)
+                self.actre_session = self.actre.open(first)
+            for index in range(self.settings.max_turns):
+                ended = yield from self.turn(index)
                 if ended:
                     end = ended
                     break
@@ -182,48 +182,56 @@ class Attempt:
                 tqdm.write(f"{self.job.task_id} trial {self.job.trial}: {end}\n{why}")
         return self.record(end)
 
-    def turn(self, number: int) -> Course:
-        """Plays a turn; returns how the attempt ended with it, or None."""
-        settings, rng = self.settings, generator(*self.place, number, "explore")
+    def turn(self, index: int) -> Course:
+        """Plays one turn. Returns how the attempt ended, or None if it continues."""
+        settings, rng = self.settings, generator(*self.address, index, "explore")
         force = self.invalid_in_row >= FORCE_AFTER
         sampled = settings.compose is not None and (rng.random() < settings.compose.probability or force)
-        thought, action = yield from (self.composed_turn(rng) if sampled else self.own_turn(number))
+        thought, action = yield from (self.composed_turn(rng) if sampled else self.own_turn(index))
         result = self.result = yield from self.call_world("step", action)
         self.progress = max(self.progress, result.progress)
-        by = ("actre", "sampled") if sampled else ("react", "react")
-        self.turns.append(Turn(thought, action, result.observation, *by, result.valid))
+        turn = Turn(
+            thought=thought,
+            action=action,
+            observation=result.observation,
+            thought_by="actre" if sampled else "react",
+            action_by="sampled" if sampled else "react",
+            valid=result.valid,
+        )
+        self.turns.append(turn)
         self.invalid_in_row = 0 if result.valid else self.invalid_in_row + (not sampled)
         stuck = 0 < settings.patience <= repetitions(self.turns)
-        last = result.done or stuck or number == settings.max_turns - 1
+        last = result.done or stuck or index == settings.max_turns - 1
         text = (last_observation_text if last else observation_text)(result.observation)
         self.react.extend(self.session, text)
         if self.explains and not last:
-            self.actre.extend(self.reasons, text if sampled else actre_turn_text(self.turns[-1]) + text)
+            self.actre.extend(self.actre_session, text if sampled else actre_turn_text(turn) + text)
         if result.done:
             return "success" if result.success else "finished"
         return "stuck" if stuck else None
 
-    def own_turn(self, number: int) -> Course:
-        """The agent's own thoughts and action: (thought, action)."""
+    def own_turn(self, index: int) -> Course:
+        """Returns the agent's own (thought, action)."""
         thoughts: list[str] = []
         while True:
-            seed = draw_seed(*self.place, number, len(thoughts))
-            line = yield from self.line(self.react, Ask(self.session, self.settings.temperature, seed))
-            said, text = parse_reply(line)
-            if said == "act" or len(thoughts) == MAX_THOUGHTS:
+            seed = draw_seed(*self.address, index, len(thoughts))
+            ask = Ask(session=self.session, temperature=self.settings.temperature, seed=seed)
+            kind, text = parse_reply((yield from self.line(self.react, ask)))
+            if kind == "act" or len(thoughts) == MAX_THOUGHTS:
                 return "\n".join(thoughts), text
             thoughts.append(text)
             self.react.extend(self.session, OK)
 
     def composed_turn(self, rng: np.random.Generator) -> Course:
-        """A sampled action and the reason written for it: (thought, action)."""
+        """Returns (thought, action) for a sampled action; the thought is the reason written for it."""
         compose = self.settings.compose
         actions = yield from self.call_world("actions")
         action = sample_action(actions, compose.sample, rng, self.opening.task)
         reason = template_reason(action) if compose.reason == "template" else ""
         if self.explains:
-            self.actre.extend(self.reasons, act_line(action) + REASON)
-            reason = parse_reason((yield from self.line(self.actre, Ask(self.reasons, 0.0, 0))))
+            self.actre.extend(self.actre_session, act_line(action) + REASON)
+            line = yield from self.line(self.actre, Ask(session=self.actre_session, temperature=0.0, seed=0))
+            reason = parse_reason(line)
         if reason:
             self.react.extend(self.session, think_line(reason))
             self.react.extend(self.session, OK)
@@ -231,7 +239,7 @@ class Attempt:
         return reason, action
 
     def line(self, policy: Policy, ask: Ask) -> Course:
-        """One line from a model. Raises ContextFull; NoReply and Overdue are thrown in by `play`."""
+        """Returns one line from a policy. Raises ContextFull; the play loop throws in NoReply and Overdue."""
         self.asked = Waiting(policy, ask)
         line = yield self.asked
         if line is None:
@@ -239,7 +247,7 @@ class Attempt:
         return line
 
     def call_world(self, method: str, *args) -> Course:
-        """What a method of the world returns, here or in its process. Raises WorldFailed with what went wrong."""
+        """Calls a method of the world, here or in its subprocess. Raises WorldFailed with what went wrong."""
         self.broken = True
         if isinstance(self.world, WorldProcess):
             self.world.send(method, *args)
@@ -254,9 +262,9 @@ class Attempt:
         return value
 
     def record(self, end: End) -> Trajectory:
-        """Ends the sessions; the trajectory. It has no ids where the agent's line is still to come."""
+        """Ends the sessions and returns the trajectory, without ids if the agent's reply is still due."""
         ids, flags = self.close(self.react, self.session)
-        self.close(self.actre, self.reasons)
+        self.close(self.actre, self.actre_session)
         return Trajectory(
             env=self.settings.env,
             split=self.job.task_id.split("/")[0],
@@ -277,7 +285,7 @@ class Attempt:
         )
 
     def close(self, policy: Policy | None, session: int | None) -> tuple[list[int], list[int]]:
-        """Ends a session, if there is one and it is not asked: then `Player` ends it when its line has come."""
+        """Ends a session, if there is one and no reply is due; otherwise PlayLoop ends it after the reply."""
         asked = self.asked is not None and (self.asked.policy, self.asked.ask.session) == (policy, session)
         if session is None or asked:
             return [], []

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from agent.policy import Ask, Line
 from lora.decoding import RolloutWeights
 from lora.engine import Engine
 from lora.load import load_adapter, load_model
 from lora.tokenizer import encode_piece, load_tokenizer, prompt_ids
 
-if TYPE_CHECKING:
-    pass
-from agent.policy import Ask, Line
-
 
 class LocalPolicy:
-    """A local JAX model. Sessions live in the slots of one engine, each with its KV cache over all its turns.
+    """A local JAX model. Sessions occupy the slots of one engine; each keeps its KV cache over all its turns.
 
-    A `prompt` is held once for all sessions (lora.tokenizer.prompt_ids). The ids of a session are what they would be
-    without it, and so are those that are trained on; what the tokenizer puts before a text (<s>) is played once,
-    before the prompt.
+    A `prompt` is cached once for all sessions (lora.tokenizer.prompt_ids). It changes no session's ids, hence not what
+    is trained on; the tokenizer's leading tokens (<s>) are played once, before the prompt.
     """
 
     def __init__(
@@ -48,11 +43,11 @@ class LocalPolicy:
         model = load_model(model_dir, **how) if adapter is None else load_adapter(model_dir, adapter, **how)
         self._newline = self.encode("\n", first=False)
         if len(self._newline) != 1:
-            raise ValueError(f"{model_dir}: a newline is {len(self._newline)} tokens; one was expected, as the stop")
-        self._end = model.config.eos_token_id  # what ends an instructed model's reply where a newline does not
+            raise ValueError(f"{model_dir}: a newline is {len(self._newline)} tokens; expected one, which ends a reply")
+        self._end = model.config.eos_token_id  # ends the reply of an instructed model that writes no newline
         stop_ids = self._newline if self._end is None else [*self._newline, self._end]
         prefix = prompt_ids(self._tokenizer, model_dir, prompt) if prompt else []
-        self._played = len(self._tokenizer.encode("").ids) if prompt else 0  # ids of a session that the prefix has too
+        self._in_prefix = len(self._tokenizer.encode("").ids) if prompt else 0  # leading ids that the prefix has too
         self._engine = Engine(
             model,
             slots=slots,
@@ -79,8 +74,8 @@ class LocalPolicy:
         self._append(session, self.encode(text, first=False), 0)
 
     def _append(self, session: int, ids: list[int], sampled: int) -> None:
-        if not sampled:  # sampled ids are in the cache already
-            self._engine.extend(session, ids if self._ids[session] else ids[self._played :])
+        if not sampled:  # sampled ids are cached already
+            self._engine.extend(session, ids if self._ids[session] else ids[self._in_prefix :])
         self._ids[session] += ids
         self._sampled[session] += [sampled] * len(ids)
         self.counts["completion_tokens" if sampled else "prompt_tokens"] += len(ids)
@@ -89,7 +84,7 @@ class LocalPolicy:
         self._engine.submit(*ask, self._top_p)
 
     def poll(self, wait: bool = True) -> list[tuple[int, Line]]:
-        """See Policy. A line that has no newline (cut off by its limit, or ended) gets one, so that the form holds."""
+        """See Policy. A reply without a newline (cut off by its limit, or ended) gets one."""
         lines: list[tuple[int, Line]] = []
         for session, reply in self._engine.poll(wait).items():
             if reply is None:

@@ -1,4 +1,4 @@
-"""The play loop: runs many attempts (agent/attempt.py) concurrently, for rollout.py, actre.py and evaluate.py.
+"""The play loop: runs many attempts (attempt.py) concurrently, for rollout.py, actre.py and evaluate.py.
 
     loop = PlayLoop(jobs, settings, make_world, react)
     for trajectory in loop:
@@ -6,8 +6,8 @@
     loop.rates.summary()
 
 Each pass collects finished replies and world steps, resumes the attempts waiting for them, and blocks only when nothing
-can progress. So the model sees full batches, and no attempt waits for another.
-Left out: the steps of one attempt (agent/attempt.py), what becomes of a trajectory (the stages).
+can progress. So the model gets full batches, and no attempt waits for another.
+Left out: the steps of one attempt (attempt.py), uses of a trajectory (the stages).
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ MOMENT = 0.1  # seconds between deadline checks while only worlds are pending
 
 
 class Rates:
-    """How fast it goes, what is waited for, and what the models' caches save."""
+    """Throughput, waiting times, and the savings of the models' prefix caches."""
 
     def __init__(self, policies: Sequence[Policy]):
         self.policies, self.started = policies, time.monotonic()
         self.before = [dict(policy.counts) for policy in policies]
         self.done = self.won = self.sent = self.kept = 0
-        self.waited = {"worlds": 0.0, "model": 0.0}  # seconds in which nobody went on
+        self.waited = {"worlds": 0.0, "model": 0.0}  # seconds in which no attempt could progress
 
     def count(self, trajectory: Trajectory) -> None:
         self.done += 1
         self.won += trajectory.success
 
     def count_session(self, sampled: list[int]) -> None:
-        """A client that keeps nothing would send the whole session with each ask, that is where sampled ids begin; ours
-        computes the ids of others once, and sampled ones when they are sampled."""
-        asks = [place for place, (before, flag) in enumerate(itertools.pairwise([0, *sampled])) if flag > before]
+        """Adds a session to the prefix reuse. A client without a cache would send the whole session with each request,
+        which starts where a run of sampled ids does; ours computes other ids once, and sampled ids while sampling."""
+        asks = [index for index, (before, flag) in enumerate(itertools.pairwise([0, *sampled])) if flag > before]
         if asks:
             self.sent += sum(asks)
             self.kept += sum(asks) - (asks[-1] - sum(sampled[: asks[-1]]))
 
     def summary(self) -> dict[str, float | None]:
         """For done.json: trajectories_per_hour; tokens_per_second (sampled); waiting_for_worlds and waiting_for_model,
-        shares of the time in which nobody could go on before a world or the model had answered; prefix_reuse, the share
-        of ids that a client which keeps nothing would have sent and that were not computed again (of a server: that it
-        says to have had in its cache)."""
+        the shares of time in which every attempt was blocked on a world or the model; prefix_reuse, the share of ids
+        that a client without a cache would have sent and that were not recomputed (for a server: that it reports as
+        cached)."""
         elapsed = max(1e-9, time.monotonic() - self.started)
         counts = [
             Counter({name: count - before.get(name, 0) for name, count in policy.counts.items()})
@@ -73,7 +73,7 @@ class Rates:
         }
 
     def line(self) -> str:
-        """For the progress bar."""
+        """The text of the progress bar."""
         now = self.summary()
         reuse = "" if now["prefix_reuse"] is None else f", reuse {now['prefix_reuse']:.0%}"
         return (
@@ -86,10 +86,10 @@ class Rates:
 class PlayLoop:
     """Plays jobs concurrently, as many at once as `react` has slots, and yields trajectories as they finish.
 
-    The order of trajectories depends on timing; their content does not. `add` queues further jobs while the loop is
-    iterated. A world that fails (raises, dies, or is isolated and misses settings.turn_deadline) is not reused, and its
-    job is played once more, with the same draws, in a new one. Isolated worlds (envs/base.py) run in subprocesses, for
-    which `make_world` must be picklable.
+    The order of trajectories depends on timing; their content does not. `add` queues more jobs during iteration. A
+    world that fails (raises, dies, or is isolated and misses settings.turn_deadline) is not reused, and its job is
+    retried once, with the same draws, in a new one. Isolated worlds (envs/base.py) run in subprocesses, for which
+    `make_world` must be picklable.
     """
 
     def __init__(
@@ -107,10 +107,10 @@ class PlayLoop:
         self.asked: dict[tuple[int, int], Attempt] = {}  # (policy index, session) -> the attempt waiting for its reply
         self.stepping: dict[WorldProcess, Attempt] = {}
         self.any_world_started = False
-        self.late: set[tuple[int, int]] = set()  # sessions of attempts that are over and whose reply is still due
+        self.late: set[tuple[int, int]] = set()  # sessions of finished attempts whose reply is still due
 
     def add(self, jobs: Iterable[Job]) -> None:
-        """Queues further jobs; call it between two trajectories."""
+        """Queues more jobs; call it between two trajectories."""
         jobs = list(jobs)
         self.pending.extend(jobs)
         self.bar.total += len(jobs)
@@ -124,18 +124,18 @@ class PlayLoop:
         ):
             while self.pending or self.asked or self.stepping:
                 self.start()
-                yield from self.handed_over()
+                yield from self.pop_finished()
                 for attempt, event in self.collect():
                     self.advance(attempt, event)
-                yield from self.handed_over()
+                yield from self.pop_finished()
 
-    def handed_over(self) -> Iterator[Trajectory]:
+    def pop_finished(self) -> Iterator[Trajectory]:
         """The trajectories finished since the last call."""
         while self.finished:
             yield self.finished.popleft()
 
     def start(self) -> None:
-        """Starts as many attempts as there is room for. Raises ValueError if there is no room for any."""
+        """Starts attempts while slots and worlds are free. Raises ValueError if none can ever start."""
         while self.pending and self.worlds.room() and self.playing() < self.react.slots:
             job = self.pending.popleft()
             self.advance(Attempt(job, self.settings, self.worlds.take(), self.react, self.actre), None)
@@ -163,7 +163,7 @@ class PlayLoop:
         self.any_world_started |= bool(attempt.opening.text)
 
     def finish(self, attempt: Attempt, trajectory: Trajectory) -> None:
-        """Hands a trajectory over. A world that failed is dropped, and its job is retried once in another.
+        """Frees the attempt's world and keeps its trajectory, or retries its job once if the world failed.
 
         Raises ValueError if no world starts at all.
         """
@@ -198,7 +198,7 @@ class PlayLoop:
         return events + self.overdue_attempts()
 
     def replies(self, index: int, wait: bool) -> list[tuple[Attempt, Line]]:
-        """Finished replies of a policy. A late one only closes its session."""
+        """Finished replies of a policy. A late reply only closes its session."""
         start, policy, events = time.monotonic(), self.policies[index], []
         replies = policy.poll(wait)
         self.rates.waited["model"] += time.monotonic() - start
@@ -226,7 +226,7 @@ class PlayLoop:
         return deadline is not None and time.monotonic() - attempt.started > deadline
 
     def overdue_attempts(self) -> list[tuple[Attempt, Overdue]]:
-        """Attempts past their deadline, which stop waiting for a reply or a world."""
+        """Attempts past their deadline, no longer waiting for a reply or a world."""
         asked = [key for key, attempt in self.asked.items() if self.overdue(attempt)]
         stepping = [world for world, attempt in self.stepping.items() if self.overdue(attempt)]
         self.late.update(asked)

@@ -1,16 +1,15 @@
-"""Who answers: policies over append-only sessions.
+"""The policy protocol: models, servers and scripts that write lines into append-only sessions.
 
 A policy holds many sessions. `open(text)` starts one, `extend(session, text)` appends what the world (or the sampling
-rule) wrote, `ask(...)` wants one line of it in a session, `lines()` gives the lines that have come, `close(session)`
-frees it. Text is only ever appended, so the ids of a session are never tokenised twice: they are what was played and
+rule) wrote, `submit(ask)` requests one line in a session, `poll()` returns the finished replies, and `close(session)`
+frees the session. Text is only appended, so no text is tokenised twice: a session's ids are both what was played and
 what is trained on.
 
-    LocalPolicy     a JAX model (lora/engine.py), with or without an adapter
-    ServerPolicy    any OpenAI-compatible server (agent/server.py)
-    ScriptedPolicy  a demonstration or a replay
+    LocalPolicy     a JAX model, with or without an adapter (local.py)
+    ServerPolicy    any OpenAI-compatible server (server.py)
+    ScriptedPolicy  a demonstration or a replay (scripted.py)
 
-A prompt (prompts/) is an example that stands before every session and is no part of it: what is trained on is the
-session alone.
+A prompt (prompts/) is an example that precedes every session without being part of it: only the session is trained on.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 
 class Ask(NamedTuple):
-    """One line wanted: temperature 0 is greedy; the same seed in the same session gives the same line."""
+    """A request for one line. Temperature 0 is greedy; the same seed in the same session gives the same line."""
 
     session: int
     temperature: float
@@ -27,16 +26,16 @@ class Ask(NamedTuple):
 
 
 class NoReply(Exception):
-    """A server gave no usable reply, however often it was asked: the trajectory ends as llm_error."""
+    """A server gave no usable reply after all retries: the trajectory ends as llm_error."""
 
 
-# What came of an ask: the line with its newline, None where the context is full, or why there is none.
+# The reply to an Ask: the line with its newline, None if the context is full, or why there is no line.
 Line = str | None | NoReply
 
 
 class Policy(Protocol):
-    slots: int  # how many sessions may be open at once
-    counts: dict[str, int]  # what was asked of the model, for done.json
+    slots: int  # maximum number of open sessions
+    counts: dict[str, int]  # usage of the model, for done.json
 
     def open(self, text: str) -> int: ...
 
@@ -45,12 +44,9 @@ class Policy(Protocol):
     def submit(self, ask: Ask) -> None: ...
 
     def poll(self, wait: bool = True) -> list[tuple[int, Line]]:
-        """Lines that have come, each with its session. May be empty; `wait` gives them time to come, or makes them."""
+        """Finished replies, each with its session; may be empty. `wait` waits for replies, or computes them."""
         ...
 
     def close(self, session: int) -> tuple[list[int], list[int]]:
-        """Ends the session; its token ids as played and which of them the model sampled (empty: text only)."""
+        """Ends the session. Returns its token ids as played and 1 for each sampled one (both empty: text only)."""
         ...
-
-
-# ---- scripts ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from envs.alfworld.demonstrator import Demonstrator
 
 
 class ScriptedPolicy:
-    """Plays a script: `make(opening text)` gives, for each session, an object with extend(text) and reply() -> line."""
+    """Plays scripts: for each session, `make(opening text)` returns an object with extend(text) and reply() -> line."""
 
     def __init__(self, make: Callable[[str], object], slots: int = 64):
         self.slots = slots
@@ -41,13 +41,13 @@ class ScriptedPolicy:
 
 
 class DemonstratorScript:
-    """A world's demonstrator behind the session's text: it reads what an agent reads and writes what an agent writes.
-    `player` makes it of the opening: ALFWorld's, or envs.webshop.demonstrator.Demonstrator (in the mode "text")."""
+    """A world's demonstrator as an agent: it reads the session's text and writes an agent's lines. `player` makes it
+    from the opening: ALFWorld's, or envs.webshop.demonstrator.Demonstrator (in mode "text")."""
 
     def __init__(self, opening: str, player: Callable = Demonstrator):
         self._player = player(opening.removeprefix("Observation: ").split("\n")[0])
-        self._action: str | None = None  # decided, its thought already said
-        self._last = ""  # the action in the session's text that waits for its observation
+        self._action: str | None = None  # decided on; its thought is already written
+        self._last = ""  # the last action, whose observation is due
 
     def extend(self, text: str) -> None:
         _, said = parse_reply(text)
@@ -65,13 +65,13 @@ class DemonstratorScript:
 
 
 class ReplayScript:
-    """A fixed list of lines, one a reply; used by tests and to play a recorded trajectory again."""
+    """A fixed list of lines, one per reply: for tests and to replay a recorded trajectory."""
 
     def __init__(self, lines: Sequence[str]):
         self._lines = iter(lines)
 
     def extend(self, text: str) -> None:
-        """A replay does not listen."""
+        """A replay ignores the session."""
 
     def reply(self) -> str | None:
         return next(self._lines, None)

@@ -2,7 +2,7 @@
 
     python rollout.py --server.url http://localhost:8000/v1 --server.model NAME --server.api completions
 
-Left out: streaming, several choices of one request, log-probabilities and token ids (a session is a text).
+Left out: streaming, several choices per request, log-probabilities and token ids (a session is plain text).
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from artifacts.render import ACTION, REASON, flat
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """Where to ask instead of a local model, and how."""
+    """An OpenAI-compatible server, and how requests are sent to it."""
 
     url: str | None = None
-    """Base URL of an OpenAI-compatible server, such as http://localhost:8000/v1 (default: the local model)."""
+    """Base URL, such as http://localhost:8000/v1; without it no server is used."""
     model: str = ""
-    """Name of the model there; for an adapter a name that is never given to another one."""
+    """Name of the model on the server. Replies are cached by it, so never reuse the name of an adapter."""
     api: Literal["chat", "completions"] = "chat"
-    """Chat messages, or plain completions of the text (what a base model wants)."""
+    """Chat messages, or plain text completions (for base models)."""
     key: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key; a server of your own may need none."""
+    """Environment variable with the API key; your own server may need none."""
     extra: str = "{}"
-    """JSON object of further parameters of each request; null takes one out. Hosted reasoning models want
+    """JSON object of additional request parameters; null removes one. Hosted reasoning models need
     '{"max_tokens": null, "temperature": null, "seed": null, "max_completion_tokens": 4096}'."""
     concurrency: int = 16
-    """Requests under way at once."""
+    """Concurrent requests."""
     retries: int = 6
-    """Further tries, with growing pauses, after 429, 5xx, a timeout, a dropped connection or an unreadable reply."""
+    """Retries, with backoff, after 429, 5xx, a timeout, a dropped connection or an unreadable reply."""
     timeout: float = 60.0
-    """Seconds that one try may be without a byte from the server."""
+    """Seconds that one try waits for a byte from the server."""
     max_tokens: int = 128
-    """Most tokens of a line."""
+    """Token limit of one reply."""
 
 
 SYSTEM = (
@@ -53,22 +53,22 @@ SYSTEM = (
 )
 
 
-# What reading a reply raises that is no JSON, or JSON without a choice.
+# Raised by a reply that is not JSON, or JSON without a choice.
 UNREADABLE = (AttributeError, IndexError, TypeError, json.JSONDecodeError)
-# How servers say, in an error 400 or 422, that a session has become too long.
+# Words by which an error 400 or 422 says that the session is too long.
 FULL = ("context", "too long", "maximum number of tokens")
-# What the client's methods take by name; all else goes into the request's body as it is.
+# Parameters that the client takes by name; all others are passed on in the request's body.
 NAMED = ("model", "messages", "prompt")
 
 
 class ServerPolicy:
-    """Sessions whose lines come from an OpenAI-compatible server: a session is its text, sent whole with each request.
+    """Sessions continued by an OpenAI-compatible server. A session is text, sent whole with each request.
 
-    Replies are kept in `cache`, a SQLite file keyed by the sha256 of the request, before they are used: a resumed run
-    asks only what was not answered. The `openai` client repeats 429 (after Retry-After), 5xx, timeouts and dropped
-    connections. When that is of no use, a short question tells the session from the server: if it is answered, the line
-    is NoReply; if not, as with a wrong key, address or model, nothing could be played on and `lines` raises ValueError.
-    `whole`: a session is no transcript but says itself what is wanted, and a reply is a text of many lines, as it came.
+    Replies are stored in `cache`, a SQLite file keyed by the sha256 of URL and request, before they are used: a resumed
+    run sends only unanswered requests. The `openai` client retries 429 (after Retry-After), 5xx, timeouts and dropped
+    connections. If that fails, a short probe tells a bad session from a bad server: if the probe is answered, the reply
+    is NoReply; if not, or if the key, address or model is wrong, no session can continue and `poll` raises ValueError.
+    `whole`: sessions are complete prompts instead of transcripts, and replies are returned with all their lines.
     """
 
     def __init__(self, server: Server, cache: str | Path, *, prompt: str = "", top_p: float = 1.0, whole: bool = False):
@@ -91,7 +91,7 @@ class ServerPolicy:
         self._cache.execute("PRAGMA journal_mode=WAL")
         self._cache.execute("CREATE TABLE IF NOT EXISTS replies (request TEXT PRIMARY KEY, reply TEXT) WITHOUT ROWID")
         self._permits = threading.Semaphore(server.concurrency)
-        self._came: queue.SimpleQueue = queue.SimpleQueue()
+        self._results: queue.SimpleQueue = queue.SimpleQueue()
         self._text: dict[int, str] = {}
         self._opened = 0
         self._ready: list[tuple[int, Line]] = []
@@ -112,15 +112,15 @@ class ServerPolicy:
         if known:
             self.counts["from_cache"] += 1
             self._finish(ask.session, json.loads(known[0]))
-        else:  # a daemon, so that a run that is interrupted or stops does not wait for the server
+        else:  # a daemon, so that an interrupted run does not wait for the server
             threading.Thread(target=self._send, args=(ask.session, key, request), daemon=True).start()
 
     def poll(self, wait: bool = True) -> list[tuple[int, Line]]:
-        """See Policy. Raises ValueError where the server refuses whatever is asked."""
+        """See Policy. Raises ValueError if the server refuses every request."""
         patience = 0.1 if wait and not self._ready else 0.0
         while True:
             try:
-                self._take(*self._came.get(timeout=patience))
+                self._take(*self._results.get(timeout=patience))
             except queue.Empty:
                 break
             patience = 0.0
@@ -128,38 +128,38 @@ class ServerPolicy:
         return ready
 
     def close(self, session: int) -> tuple[list[int], list[int]]:
-        """Ends the session: a text, without ids. A reply that is still to come is kept, and is no line of `lines`."""
+        """Ends the session, which has no ids. A reply that is still due is cached, but `poll` does not return it."""
         del self._text[session]
         return [], []
 
     def _request(self, text: str, temperature: float, seed: int) -> dict:
-        """The request's body."""
-        what = {
+        """The body of a request."""
+        body = {
             "model": self._server.model,
             "temperature": temperature,
             "seed": seed % 2**31,
             "max_tokens": self._server.max_tokens,
         }
         if self._top_p < 1:
-            what["top_p"] = self._top_p
+            body["top_p"] = self._top_p
         if self._server.api == "completions":
-            what |= {"prompt": text, "stop": None if self._whole else "\n"}
+            body |= {"prompt": text, "stop": None if self._whole else "\n"}
         else:
             system = [] if self._whole else [{"role": "system", "content": SYSTEM}]
-            what["messages"] = [*system, {"role": "user", "content": text}]
-        return {name: value for name, value in (what | self._extra).items() if value is not None}
+            body["messages"] = [*system, {"role": "user", "content": text}]
+        return {name: value for name, value in (body | self._extra).items() if value is not None}
 
     def _send(self, session: int, key: str, request: dict) -> None:
-        """Asks the server, in a thread of its own, and queues the session, the request's key and what came."""
+        """Runs in a thread: sends the request and queues the session, the request's key and the result."""
         with self._permits:
             try:
-                came = self._reply(request, self._server.retries)
+                result = self._reply(request, self._server.retries)
             except (*UNREADABLE, self._openai.OpenAIError) as error:
-                came = self._judge(error)
-        self._came.put((session, key, came))
+                result = self._judge(error)
+        self._results.put((session, key, result))
 
     def _reply(self, request: dict, retries: int) -> dict:
-        """One reply. One that is no JSON or holds no choice is asked for again."""
+        """Returns the reply to a request. Retries if it is not JSON or has no choice."""
         client = self._client.with_options(max_retries=retries)
         create = client.completions.create if "prompt" in request else client.chat.completions.create
         named = {name: request[name] for name in NAMED if name in request}
@@ -170,13 +170,13 @@ class ServerPolicy:
                 choice = reply.choices[0]
                 text = choice.text if "prompt" in request else choice.message.content
                 usage = reply.usage
-                came = {
+                result = {
                     "text": text or "",
                     "prompt_tokens": usage.prompt_tokens if usage else 0,
                     "completion_tokens": usage.completion_tokens if usage else 0,
                 }
                 cached = getattr(usage and usage.prompt_tokens_details, "cached_tokens", None)
-                return came if cached is None else came | {"cached_tokens": cached}  # few servers say it
+                return result if cached is None else result | {"cached_tokens": cached}  # few servers report it
             except (*UNREADABLE, self._openai.APIResponseValidationError):
                 if attempt == retries:
                     raise
@@ -184,8 +184,8 @@ class ServerPolicy:
         raise AssertionError("unreachable")
 
     def _judge(self, error: Exception) -> NoReply | ValueError | None:
-        """What it means that no reply came: the context is full (None), the session or the server is at fault."""
-        openai, server, said = self._openai, self._server, f"{type(error).__name__}: {error}"
+        """The meaning of a failed request: the context is full (None), or the session or the server is at fault."""
+        openai, server, reason = self._openai, self._server, f"{type(error).__name__}: {error}"
         if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)):
             return ValueError(
                 f"{server.url} refuses model {server.model!r} with the key in ${server.key}: {error}. Check the "
@@ -198,36 +198,36 @@ class ServerPolicy:
             self._reply(self._request("Say OK.", 0.0, 0), min(1, server.retries))
         except (*UNREADABLE, openai.OpenAIError):
             return ValueError(
-                f"{server.url} {'does not take the request' if refused else 'does not answer'}: {said}. Is it up? Are "
-                "address, model and --server.api right? --server.extra '{\"NAME\": null}' takes out a parameter. What "
-                "was played is kept: run again to go on."
+                f"{server.url} {'does not take the request' if refused else 'does not answer'}: {reason}. Is it up? "
+                "Are address, model and --server.api right? --server.extra '{\"NAME\": null}' removes a parameter. "
+                "What was played is kept: run again to resume."
             )
-        return NoReply(said[:500])
+        return NoReply(reason[:500])
 
-    def _take(self, session: int, key: str, came: dict | NoReply | ValueError | None) -> None:
-        """Keeps a reply that has come; says what became of one that has not."""
-        if isinstance(came, ValueError):
-            raise came
-        if isinstance(came, NoReply) or came is None:
-            return self._ready.append((session, came))
+    def _take(self, session: int, key: str, result: dict | NoReply | ValueError | None) -> None:
+        """Caches and counts a reply; passes on or raises what a failed request means."""
+        if isinstance(result, ValueError):
+            raise result
+        if isinstance(result, NoReply) or result is None:
+            return self._ready.append((session, result))
         with self._cache:
-            self._cache.execute("INSERT OR IGNORE INTO replies VALUES (?, ?)", (key, json.dumps(came)))
+            self._cache.execute("INSERT OR IGNORE INTO replies VALUES (?, ?)", (key, json.dumps(result)))
         self.counts["requests"] += 1
-        for name in came.keys() - {"text"}:
-            self.counts[name] = self.counts.get(name, 0) + came[name]
-        return self._finish(session, came)
+        for name in result.keys() - {"text"}:
+            self.counts[name] = self.counts.get(name, 0) + result[name]
+        return self._finish(session, result)
 
     def _finish(self, session: int, reply: dict) -> None:
-        """The reply's first line of text after what it thought, if it says that, without the words that it was to
-        follow and no longer than its tokens allow."""
+        """Queues the first non-empty line after the reply's reasoning, if any, without a repeated "Action:" and cut to
+        what its tokens allow."""
         text = reply["text"].rpartition("</think>")[2]
         if self._whole:
             self._ready.append((session, text))
             return
-        said = next((line for line in text.splitlines() if line.strip()), "").strip()
+        content = next((line for line in text.splitlines() if line.strip()), "").strip()
         for words in (REASON, ACTION):
-            said = said.removeprefix(words).strip()
-        line = f" {flat(said[: 16 * self._server.max_tokens])}\n"
+            content = content.removeprefix(words).strip()
+        line = f" {flat(content[: 16 * self._server.max_tokens])}\n"
         if session in self._text:
             self._text[session] += line
         self._ready.append((session, line))

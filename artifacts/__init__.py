@@ -1,1 +1,1 @@
-"""What lies on disk: the trajectory record, stage directories, packed rows, scores and reports. Imports no JAX."""
+"""Files on disk: the trajectory record, stage directories, packed rows, scores and reports. Imports no JAX."""

@@ -1,6 +1,6 @@
-"""Whole files or none: a reader sees the old file or the new one, and a killed run leaves no half-written file.
+"""Atomic file writes: a reader sees the old file or the new one, and a killed run leaves no half-written file.
 
-The ground floor of the project: imports nothing of it, and every package may import it.
+Imports nothing else of the project; every package may import it.
 """
 
 from __future__ import annotations

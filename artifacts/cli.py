@@ -1,6 +1,6 @@
-"""Command lines from dataclasses (tyro), with help in groups: a command's own flags, then those it inherits, by class.
+"""Command lines from dataclasses (tyro), with the help in groups: a command's own flags, then inherited ones by class.
 
-On the ground floor, as every command of the project is parsed here: imports nothing of it.
+Imports nothing else of the project, because every command is parsed here.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -18,56 +19,57 @@ T = TypeVar("T")
 
 
 def parse(cls: type[T], description: str, args: Sequence[str] | None = None) -> T:
-    """An instance of the dataclass `cls` from a command line (default: sys.argv).
+    """Parses a command line (default: sys.argv) into an instance of the dataclass `cls`.
 
-    Flags are flat: --name for every field, inherited or not, and --group.name for the fields of a nested dataclass. A
-    default of None is not shown, since its sentence says what happens then.
+    Flags are flat: --name for every field, inherited or not, and --group.name for the fields of a nested dataclass.
+    Inherited and nested fields need a default. A default of None is not shown: its sentence says what happens then.
     """
-    return _from_view(cls, tyro.cli(_view_type(cls), description=description, args=args))
+    words = sys.argv[1:] if args is None else list(args)
+    if {"-h", "--help"} & set(words):
+        print(f"{description.strip()}\n")  # tyro would join its lines
+    return _from_view(cls, tyro.cli(_make_view(cls), description="", args=words))
 
 
-def _view_type(cls: type) -> type:
-    """What tyro sees: the fields of `cls` itself, then one nested dataclass for each class it inherits from, then its
-    nested dataclasses."""
-    own, inherited, nested = [], {}, []
+def _make_view(cls: type) -> type:
+    """The dataclass that tyro parses: the fields of `cls` itself, one nested dataclass for each class it inherits
+    from, then the nested dataclasses of `cls`."""
     hints, sentences = get_type_hints(cls, include_extras=True), _sentences(cls)
-    for field in dataclasses.fields(cls):
-        owner = _owner(cls, field.name)
-        if dataclasses.is_dataclass(hints[field.name]):
-            view = _view_type(hints[field.name])
-            values = {f.name: getattr(field.default, f.name) for f in dataclasses.fields(field.default)}
-            described = Annotated[view, tyro.conf.arg(help=sentences[field.name])]
-            nested.append((field.name, described, dataclasses.field(default=view(**values))))
-            continue
-        described = tyro.conf.arg(help=sentences[field.name], help_behavior_hint=_shown_default)
-        entry = (field.name, Annotated[hints[field.name], described], dataclasses.field(default=field.default))
-        (own if owner is cls else inherited.setdefault(owner, [])).append(entry)
-    groups = []
-    for owner, entries in sorted(inherited.items(), key=lambda item: cls.__mro__.index(item[0])):
-        group = dataclasses.make_dataclass(owner.__name__, entries, frozen=True, kw_only=True)
-        described = Annotated[tyro.conf.OmitArgPrefixes[group], tyro.conf.arg(help=owner.__doc__)]
-        groups.append((_group_name(owner), described, dataclasses.field(default=group())))
-    return dataclasses.make_dataclass(cls.__name__, [*own, *groups, *nested], frozen=True, kw_only=True)
+    remaining = {field.name: field for field in dataclasses.fields(cls)}
+    own, groups, nested = [], [], []
+    for owner in cls.__mro__:
+        flags = []
+        for field in [remaining.pop(name) for name in vars(owner).get("__annotations__", {}) if name in remaining]:
+            hint, default, sentence = hints[field.name], field.default, sentences[field.name]
+            if dataclasses.is_dataclass(hint):
+                view = _make_view(hint)
+                nested.append(_entry(field.name, view, view(**vars(default)), help=sentence))
+            else:
+                flags.append(_entry(field.name, hint, default, help=sentence, help_behavior_hint=_shown_default))
+        if owner is cls:
+            own = flags
+        elif flags:
+            group = _make_dataclass(owner.__name__, flags)
+            title = owner.__name__.removesuffix("Args").lower()
+            flat = tyro.conf.OmitArgPrefixes[group]
+            groups.append(_entry(owner.__name__, flat, group(), name=title, help=owner.__doc__))
+    return _make_dataclass(cls.__name__, [*own, *groups, *nested])
 
 
-def _from_view(cls: type[T], parsed: Any) -> T:
-    """The instance of `cls` that an instance of its view stands for."""
+def _from_view(cls: type[T], view: Any) -> T:
+    """The instance of `cls` with the values of an instance of its view."""
     hints, values = get_type_hints(cls), {}
-    for field in dataclasses.fields(cls):
-        owner = _owner(cls, field.name)
-        if dataclasses.is_dataclass(hints[field.name]):
-            values[field.name] = _from_view(hints[field.name], getattr(parsed, field.name))
-        else:
-            values[field.name] = getattr(parsed if owner is cls else getattr(parsed, _group_name(owner)), field.name)
-    return cls(**values)
+    for name, value in vars(view).items():
+        values |= {name: value} if name in hints else vars(value)
+    return cls(**{n: _from_view(hints[n], v) if dataclasses.is_dataclass(v) else v for n, v in values.items()})
 
 
-def _owner(cls: type, name: str) -> type:
-    return next(c for c in cls.__mro__ if name in c.__annotations__)
+def _entry(field: str, hint: Any, default: Any, /, **how: Any) -> tuple[str, Any, Any]:
+    """A field for _make_dataclass; `how`: see tyro.conf.arg."""
+    return field, Annotated[hint, tyro.conf.arg(**how)], dataclasses.field(default=default)
 
 
-def _group_name(owner: type) -> str:
-    return owner.__name__.removesuffix("Args").lower()
+def _make_dataclass(name: str, entries: list[tuple[str, Any, Any]]) -> type:
+    return dataclasses.make_dataclass(name, entries, frozen=True, kw_only=True)
 
 
 def _shown_default(label: str) -> str:
@@ -75,7 +77,7 @@ def _shown_default(label: str) -> str:
 
 
 def _sentences(cls: type) -> dict[str, str]:
-    """The sentence below each field, of `cls` and of those it inherits from, on one line."""
+    """The sentence below each field of `cls` and of the classes it inherits from, on one line."""
     found: dict[str, str] = {}
     for owner in reversed([c for c in cls.__mro__ if dataclasses.is_dataclass(c)]):
         [definition] = ast.parse(textwrap.dedent(inspect.getsource(owner))).body

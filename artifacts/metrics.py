@@ -1,4 +1,4 @@
-"""metrics.jsonl: one flushed line per optimizer step, with a progress bar of the same figures."""
+"""metrics.jsonl: one flushed line per optimizer step, and a progress bar with the same figures."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from artifacts.atomic import atomic_write
 class MetricsLog:
     """`with MetricsLog(directory, done, total) as log: log.write({"step": 1, "loss": 2.0, ...})`.
 
-    A resumed run keeps the first `done` lines and drops later ones, which it will write again. With `active` False it
-    writes and shows nothing: of several processes, one logs.
+    A resumed run keeps the first `done` lines and drops later ones, whose steps it repeats. With active=False it writes
+    and shows nothing, since only one of several processes logs.
     """
 
     def __init__(self, directory: Path, done: int, total: int, *, active: bool = True):

@@ -1,22 +1,20 @@
-"""Token weights, packed rows, and the files that say what was trained on (packed.npz, packed.jsonl).
+"""Token weights, packed rows, and the files that record what was trained on (packed.npz, packed.jsonl).
 
-Shapes: N packed rows, L tokens."""
+Shapes: N packed rows, L tokens.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from artifacts.trajectory import Trajectory
-
-if TYPE_CHECKING:
-    pass
 from artifacts.atomic import atomic_write
 from artifacts.render import react_segments
+from artifacts.trajectory import Trajectory
 
 
 class Tokens(NamedTuple):
@@ -30,9 +28,9 @@ class Tokens(NamedTuple):
 def tokens_of(trajectory: Trajectory, encode: Callable[[str, bool], list[int]]) -> Tokens:
     """The trajectory's token ids, each with its author and turn.
 
-    `ids` are those that were played where the record has them; a text-only record is rendered and encoded segment by
-    segment: `encode(text, first)` is told of the first one (lora.tokenizer.encode_piece). Raises ValueError where the
-    played ids do not spell the record's own text.
+    `ids` are the played ids if the record has them. A text-only record is rendered and encoded segment by segment;
+    `first` marks the first one in `encode(text, first)` (lora.tokenizer.encode_piece). Raises ValueError if the played
+    ids do not spell the record's text.
     """
     ids, agent, turn = [], [], []
     played, sampled = trajectory.ids, trajectory.sampled
@@ -45,7 +43,7 @@ def tokens_of(trajectory: Trajectory, encode: Callable[[str, bool], list[int]]) 
             while end < len(played) and sampled[end]:
                 end += 1
             piece = played[start:end]
-            newline = encode("\n", False)  # a reply cut off by its token limit was closed by the harness
+            newline = encode("\n", False)  # the harness ends a reply that its token limit cut off
             if played[end : end + len(newline)] == newline and piece[-len(newline) :] != newline:
                 piece = piece + newline
         else:
@@ -58,7 +56,7 @@ def tokens_of(trajectory: Trajectory, encode: Callable[[str, bool], list[int]]) 
         ids += piece
         agent += [int(segment.agent)] * len(piece)
         turn += [segment.turn] * len(piece)
-    return Tokens(ids, agent, turn)
+    return Tokens(ids=ids, agent=agent, turn=turn)
 
 
 def token_weights(
@@ -66,7 +64,7 @@ def token_weights(
 ) -> list[float]:
     """One weight per token: `value` on the whole trajectory, observations included (A3T, Eq. 1).
 
-    world_weight: share of it on the tokens that the world wrote. masked: turns that have 0 (AgentRefine: mistakes).
+    world_weight: factor on the tokens that the world wrote. masked: turns with weight 0 (AgentRefine: mistakes).
     """
     return [
         0.0 if turn in masked else value * (1.0 if agent else world_weight)
@@ -75,8 +73,8 @@ def token_weights(
 
 
 class Packed(NamedTuple):
-    """Rows of whole trajectories: ids_NL int32, segments_NL int32 (1, 2, ...; 0 = padding), weights_NL float32,
-    and for each trajectory, in the order given, its (row, segment)."""
+    """Rows of whole trajectories: ids_NL int32, segments_NL int32 (1, 2, ...; 0 = padding), weights_NL float32, and the
+    (row, segment) of each trajectory, in the order given."""
 
     ids_NL: np.ndarray
     segments_NL: np.ndarray
@@ -107,7 +105,12 @@ def pack(sequences: Sequence[tuple[Sequence[int], Sequence[float]]], length: int
         rows[row].append(index)
         room[row] -= size
     shape = (len(rows), length)
-    packed = Packed(np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32), [])
+    packed = Packed(
+        ids_NL=np.zeros(shape, np.int32),
+        segments_NL=np.zeros(shape, np.int32),
+        weights_NL=np.zeros(shape, np.float32),
+        positions=[],
+    )
     positions: dict[int, tuple[int, int]] = {}
     for row, members in enumerate(rows):
         start = 0
@@ -122,11 +125,11 @@ def pack(sequences: Sequence[tuple[Sequence[int], Sequence[float]]], length: int
     return packed._replace(positions=[positions[i] for i in range(len(sequences))])
 
 
-# ---- what was trained on ---------------------------------------------------------------------------------------------
+# ---- examples --------------------------------------------------------------------------------------------------------
 
 
 class Example(NamedTuple):
-    """A trajectory that is trained on, its weight, and the file and line it came from."""
+    """A training trajectory, its weight, and the file and line that it was read from."""
 
     trajectory: Trajectory
     weight: float
@@ -135,7 +138,7 @@ class Example(NamedTuple):
 
 
 def save_packed(directory: Path, packed: Packed, examples: list[Example]) -> None:
-    """packed.npz, and packed.jsonl with the origin of each (row, segment)."""
+    """Writes packed.npz, and packed.jsonl with the source of each (row, segment)."""
     with atomic_write(directory / "packed.npz") as temporary, open(temporary, "wb") as file:
         np.savez(file, ids_NL=packed.ids_NL, segments_NL=packed.segments_NL, weights_NL=packed.weights_NL)
     lines = [
@@ -148,11 +151,11 @@ def save_packed(directory: Path, packed: Packed, examples: list[Example]) -> Non
 
 
 def preview(packed: Packed, examples: list[Example], decode: Callable[[list[int]], str], count: int) -> None:
-    """Prints packed trajectories: green +, red -, plain 0."""
+    """Prints packed trajectories, coloured by weight: green +, red -, plain 0."""
     for (row, segment), example in list(zip(packed.positions, examples, strict=True))[:count]:
         print(f"--- row {row} segment {segment}: {example.file}:{example.line} weight {example.weight:+g}")
-        where = packed.segments_NL[row] == segment
-        ids, weights = packed.ids_NL[row][where], packed.weights_NL[row][where]
+        inside = packed.segments_NL[row] == segment
+        ids, weights = packed.ids_NL[row][inside], packed.weights_NL[row][inside]
         for run in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(weights)) + 1):
             colour = {1: "\033[32m", -1: "\033[31m", 0: ""}[int(np.sign(weights[run[0]]))]
             print(f"{colour}{decode(ids[run].tolist())}\033[0m", end="")

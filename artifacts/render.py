@@ -1,6 +1,6 @@
-"""The one rendering of a trajectory as text, and back. As text it has A3T's surface form (the paper's appendix).
+"""Renders trajectories as text in A3T's surface form (the paper's appendix), and parses replies in that form.
 
-A thought is an action of its own that the harness answers with "OK.", a command is wrapped in act[...]:
+A thought is a separate action that the harness answers with "OK."; a command is wrapped in act[...]:
 
     Observation: Your task is to: put a mug in desk. You are in the middle of a room. ...
     Action: think[I need a mug. I check shelf 1.]
@@ -8,7 +8,7 @@ A thought is an action of its own that the harness answers with "OK.", a command
     Action: act[go to shelf 1]
     Observation: You arrive at shelf 1. On the shelf 1, you see a mug 2.
 
-ActRe sees the same trajectory with the order inside a turn changed to (observation, action, reason):
+ActRe sees the same trajectory with each turn reordered to (observation, action, reason):
 
     Action: act[go to shelf 1]
     Reason for the action: [I need a mug. I check shelf 1.]
@@ -31,7 +31,7 @@ OK = f"Observation: OK.\n{ACTION}"
 
 
 class Segment(NamedTuple):
-    """A piece of the rendering: who wrote it and in which turn (-1: the opening)."""
+    """A piece of the rendering, whether the agent wrote it, and its turn (-1: the opening)."""
 
     text: str
     agent: bool
@@ -39,12 +39,12 @@ class Segment(NamedTuple):
 
 
 def flat(text: str) -> str:
-    """One line: runs of newlines become a space, so that a text cannot imitate the harness. Nothing else changes."""
+    """Joins lines: runs of newlines become a space, so that text cannot imitate the harness. Nothing else changes."""
     return re.sub(r"\s*\n\s*", " ", text.strip("\n ")).replace("\r", " ")
 
 
 def opening_text(first_observation: str, task: str) -> str:
-    """The first observation with the paragraph that states the task moved to the front, as A3T's prompts have it."""
+    """The first observation, with the paragraph that states the task moved to the front as in A3T's prompts."""
     paragraphs = [p for p in first_observation.split("\n\n") if p.strip()]
     stating = [p for p in paragraphs if task and task in p]
     ordered = stating + [p for p in paragraphs if p not in stating]
@@ -72,8 +72,8 @@ def reason_line(reason: str) -> str:
 
 
 def parse_reply(line: str) -> tuple[Literal["think", "act"], str]:
-    """What the agent's line says: ("think", thought) or ("act", command). A line in neither form is a command as it
-    stands, which the world will not know: a malformed reply is an invalid action, never a crash."""
+    """Parses the agent's line into ("think", thought) or ("act", command). Any other line is taken as a command, which
+    the world rejects: a malformed reply is an invalid action, never a crash."""
     line = line.strip()
     for kind in ("think", "act"):
         if line.startswith(f"{kind}[") and line.endswith("]"):
@@ -82,39 +82,48 @@ def parse_reply(line: str) -> tuple[Literal["think", "act"], str]:
 
 
 def parse_reason(line: str) -> str:
-    """The text inside ActRe's brackets; a line without brackets is taken whole."""
+    """The text inside ActRe's brackets, or the whole line without brackets."""
     line = line.strip()
     return line[1:-1].strip() if line.startswith("[") and line.endswith("]") else line
 
 
 def react_segments(trajectory: Trajectory) -> list[Segment]:
-    """The ReAct rendering: (observation, thoughts, action) in order; concatenated texts are the whole trajectory."""
-    segments = [Segment(opening_text(trajectory.first_observation, trajectory.task), False, -1)]
-    for number, turn in enumerate(trajectory.turns):
+    """The ReAct rendering in order (observation, thoughts, action); its texts concatenate to the whole trajectory."""
+    segments = [_opening(trajectory)]
+    for index, turn in enumerate(trajectory.turns):
         for thought in filter(None, turn.thought.split("\n")):
-            segments += [Segment(think_line(thought), True, number), Segment(OK, False, number)]
-        segments.append(Segment(act_line(turn.action), True, number))
-        last = number == len(trajectory.turns) - 1
-        segments.append(Segment((last_observation_text if last else observation_text)(turn.observation), False, number))
+            segments.append(Segment(text=think_line(thought), agent=True, turn=index))
+            segments.append(Segment(text=OK, agent=False, turn=index))
+        segments.append(Segment(text=act_line(turn.action), agent=True, turn=index))
+        segments.append(_observation(trajectory, index))
     return segments
 
 
 def actre_turn_text(turn: Turn) -> str:
-    """One turn as ActRe's session sees it, up to the observation: the action, then the reason where there is one."""
+    """One turn in ActRe's session, up to the observation: the action, then the reason if there is one."""
     reason = f"{REASON}{reason_line(turn.thought)}" if turn.thought else ""
     return act_line(turn.action) + reason
 
 
 def actre_segments(trajectory: Trajectory) -> list[Segment]:
-    """The ActRe rendering, synchronised with the ReAct one: (observation, action, reason). Agent = the reasons."""
-    segments = [Segment(opening_text(trajectory.first_observation, trajectory.task), False, -1)]
-    for number, turn in enumerate(trajectory.turns):
-        segments.append(Segment(act_line(turn.action) + (REASON if turn.thought else ""), False, number))
+    """The ActRe rendering of the same turns: (observation, action, reason). Only reasons have agent=True."""
+    segments = [_opening(trajectory)]
+    for index, turn in enumerate(trajectory.turns):
+        action = act_line(turn.action) + (REASON if turn.thought else "")
+        segments.append(Segment(text=action, agent=False, turn=index))
         if turn.thought:
-            segments.append(Segment(reason_line(turn.thought), True, number))
-        last = number == len(trajectory.turns) - 1
-        segments.append(Segment((last_observation_text if last else observation_text)(turn.observation), False, number))
+            segments.append(Segment(text=reason_line(turn.thought), agent=True, turn=index))
+        segments.append(_observation(trajectory, index))
     return segments
+
+
+def _opening(trajectory: Trajectory) -> Segment:
+    return Segment(text=opening_text(trajectory.first_observation, trajectory.task), agent=False, turn=-1)
+
+
+def _observation(trajectory: Trajectory, index: int) -> Segment:
+    render = last_observation_text if index == len(trajectory.turns) - 1 else observation_text
+    return Segment(text=render(trajectory.turns[index].observation), agent=False, turn=index)
 
 
 def text_of(segments: Iterable[Segment]) -> str:

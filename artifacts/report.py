@@ -1,10 +1,10 @@
-"""A run's report: one HTML file with every score, its interval, and trajectories to look at. evaluate.py writes it.
+"""A run's report: one HTML file with every score, its interval, and sample trajectories. evaluate.py writes it.
 
-    python -m artifacts.report --run runs/a3t          # again, from what is there
+    python -m artifacts.report --run runs/a3t          # rewrite it from the run's files
 
-Everything is in the file, so it can be sent by itself; only the links to trajectories.jsonl need the run beside it.
-Reads scores.json, trajectories.jsonl and evaluate_all*.json of evaluations that are finished; writes <run>/report.html.
-Left out: curves of training (train_pg/metrics.jsonl).
+The file is self-contained; only its links to trajectories.jsonl need the run's directory.
+Reads scores.json, trajectories.jsonl and evaluate_all*.json of finished evaluations; writes <run>/report.html.
+Left out: training curves (train_pg/metrics.jsonl).
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ padding: .8em; font-size: 13px; } summary { cursor: pointer; } .note { color: #6
 @dataclass(frozen=True, kw_only=True)
 class Args:
     run: Path = Path("runs/a3t")
-    """The run's directory."""
+    """Directory of the run."""
 
 
 def evaluations(run: Path) -> list[str]:
-    """Names of the finished evaluations of a run: evaluate, evaluate_P1, ..."""
+    """The names of a run's finished evaluations: evaluate, evaluate_P1, ..."""
     return sorted(
         {done.parent.name for folder in subjects(run).values() for done in folder.glob("evaluate*/done.json")}
     )
@@ -47,7 +47,7 @@ def cells(values: Iterable[Any], tag: str = "td") -> str:
 
 
 def interval_bar(rate: float, low: float, high: float) -> str:
-    """A picture of a share in its interval, from 0 to 100 %."""
+    """An SVG bar of a share and its interval, from 0 to 100 %."""
     return (
         f'<svg width="120" height="12" role="img"><rect width="120" height="12" fill="#eee"/>'
         f'<rect x="{120 * low:.1f}" width="{120 * (high - low):.1f}" height="12" fill="#9bd"/>'
@@ -56,7 +56,7 @@ def interval_bar(rate: float, low: float, high: float) -> str:
 
 
 def score_table(scores: dict[str, dict[str, Any]]) -> str:
-    """A row for each panel and place."""
+    """An HTML table with one row per panel and subject."""
     head = (
         "panel",
         "round",
@@ -98,7 +98,7 @@ def score_table(scores: dict[str, dict[str, Any]]) -> str:
 
 
 def examples(path: Path) -> list[Trajectory]:
-    """The first trajectory that was won, and the first that was not."""
+    """The first success and the first other trajectory."""
     found: dict[bool, Trajectory] = {}
     for trajectory in read_trajectories(path):
         found.setdefault(trajectory.success, trajectory)
@@ -127,8 +127,8 @@ def write_report(run: Path) -> Path:
     """Writes <run>/report.html, atomically, and returns its path."""
     title = f"Evaluations of {escape(run.name)}"
     note = (
-        "Intervals are Wilson's. round: whose adapter (base: none; adapter: one that was given). progress: the "
-        "share of the goal reached at best. Of reward and progress, 100 is all."
+        "Intervals are Wilson's. round: the round that trained the adapter (base: no adapter; adapter: the one given "
+        "by --adapter). progress: the largest share of the goal reached. Reward and progress are out of 100."
     )
     body = "\n".join(sections(run))
     path = run / "report.html"

@@ -1,8 +1,8 @@
-"""Figures of played trajectories, and the tables that evaluate.py prints of them.
+"""Scores of played trajectories, and the tables that evaluate.py prints.
 
 `score` makes one entry of a scores.json: success with its interval, reward, progress, by type, best of several trials.
-The tables read scores.json files only, those of the base, of a given adapter and of every round of a run.
-Left out: who plays (evaluate.py).
+The tables read only scores.json files: those of the base, of a given adapter and of every round of a run.
+Left out: playing (evaluate.py).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ WORDINGS = ("none", *PERTURBATIONS)
 PEOPLE = "people on WebShop's official test (arXiv 2207.01206): average reward 75.5, success 50.0; experts 82.1, 59.6"
 
 
-# ---- figures ---------------------------------------------------------------------------------------------------------
+# ---- scores ----------------------------------------------------------------------------------------------------------
 
 
 def wilson(won: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share. Source: Wilson (1927)."""
+    """Wilson's 95 % interval of a proportion. Source: Wilson (1927)."""
     if n == 0:
         return 0.0, 1.0
     share, width = won / n, z * z / n
@@ -39,7 +39,7 @@ def wilson(won: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def success_by_type(trajectories: Sequence[Trajectory]) -> dict[str, dict[str, int]]:
-    """{"Pick": {"success": 3, "n": 5}, ...} over ALFWorld's six task types; other worlds have none."""
+    """{"Pick": {"success": 3, "n": 5}, ...} over ALFWorld's six task types; empty for other worlds."""
     if any(trajectory.env != "alfworld" for trajectory in trajectories):
         return {}
     by_type = {name: {"success": 0, "n": 0} for name in SHORT.values()}
@@ -51,16 +51,16 @@ def success_by_type(trajectories: Sequence[Trajectory]) -> dict[str, dict[str, i
 
 
 def mean(numbers: Iterable[float]) -> float:
-    """Rounded to four places; 0 of nothing."""
+    """The mean, rounded to four decimals; 0 if empty."""
     numbers = list(numbers)
     return round(sum(numbers) / max(1, len(numbers)), 4)
 
 
 def score(trajectories: Sequence[Trajectory], trials: int = 1) -> dict[str, Any]:
-    """Means over single attempts, `trials` of each task: success, its interval, reward, progress, turns, invalid
-    actions; by type; how attempts ended; and, of several trials, `best_of`. Faults are counted, never scored.
+    """Means over single attempts, `trials` per task: success, its interval, reward, progress, turns, invalid actions;
+    success by type; counts of ends; with several trials, `best_of`. Faults are counted but never scored.
 
-    The interval is that of one attempt at each task: several at the same task are not independent.
+    The interval is that of one attempt per task, since attempts at the same task are not independent.
     """
     rows = [t for t in trajectories if t.end not in FAULTS]
     by_task = defaultdict(list)
@@ -85,37 +85,37 @@ def score(trajectories: Sequence[Trajectory], trials: int = 1) -> dict[str, Any]
 
 
 def best_of(tasks: Sequence[Sequence[Trajectory]], trials: int) -> dict[str, Any]:
-    """Any success and the largest progress in so many trials (AgentRefine, best of N), over the tasks that have all of
-    them: one that lost a trial to a fault had fewer chances."""
-    whole = [rows for rows in tasks if len(rows) == trials]
-    won = sum(any(t.success for t in rows) for rows in whole)
+    """Any success and the largest progress in `trials` attempts (AgentRefine, best of N). Leaves out tasks that lost a
+    trial to a fault, which had fewer chances."""
+    complete = [rows for rows in tasks if len(rows) == trials]
+    won = sum(any(t.success for t in rows) for rows in complete)
     return {
         "trials": trials,
         "success": won,
-        "n": len(whole),
-        "rate": round(won / max(1, len(whole)), 4),
-        "wilson95": [round(x, 4) for x in wilson(won, len(whole))],
-        "progress": mean(max(t.progress for t in rows) for rows in whole),
+        "n": len(complete),
+        "rate": round(won / max(1, len(complete)), 4),
+        "wilson95": [round(x, 4) for x in wilson(won, len(complete))],
+        "progress": mean(max(t.progress for t in rows) for rows in complete),
     }
 
 
-# ---- where scores lie ------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def directory_name(env: str, perturb: str, trials: int) -> str:
-    """Of an evaluation: evaluate (ALFWorld as it is), evaluate_P1, evaluate_babyai, evaluate_babyai_best_of_10, ..."""
+    """The folder of an evaluation: evaluate (unchanged ALFWorld), evaluate_P1, evaluate_babyai_best_of_10, ..."""
     parts = [env] * (env != "alfworld") + [perturb] * (perturb != "none") + [f"best_of_{trials}"] * (trials > 1)
     return "_".join(["evaluate", *parts])
 
 
 def subjects(run: Path) -> dict[str, Path]:
-    """Whose scores a run may have: the base, an adapter that was given, and every trained round."""
+    """The folders of all subjects that a run may score: the base, a given adapter, and every trained round."""
     found = {"base": run / "base", "adapter": run / "adapter"}
-    return found | {str(number): round_directory(run, number) for number in range(current_round(run))}
+    return found | {str(index): round_directory(run, index) for index in range(current_round(run))}
 
 
 def read_scores(run: Path, name: str) -> dict[str, dict[str, Any]]:
-    """{place: {panel: score}} of the finished evaluations called `name`; progress is NaN where it was not scored."""
+    """{subject: {panel: score}} of the finished evaluations called `name`; progress is NaN where it was not scored."""
     found = {}
     for subject, folder in subjects(run).items():
         if (folder / name / "done.json").exists():
@@ -128,7 +128,7 @@ def read_scores(run: Path, name: str) -> dict[str, dict[str, Any]]:
 
 
 def table(run: Path, name: str) -> str:
-    """One line per panel and place, best of rounds beside it; best of the trials where there are several."""
+    """One line per panel and subject, with the best of rounds and, with several trials, the best of trials."""
     scores = read_scores(run, name)
     entries = [s for by_panel in scores.values() for s in by_panel.values()]
     types = [short for short in SHORT.values() if any(s["types"] for s in entries)]
@@ -167,8 +167,8 @@ def table(run: Path, name: str) -> str:
 
 
 def perturbations(run: Path, env: str, trials: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """{place: {panel: {"success": {"none": %, "P1": %, ..., "mean", "std"}, "progress": ...}}} where all six wordings
-    were played: mean and population standard deviation over them, as AgentRefine's table has."""
+    """{subject: {panel: {"success": {"none": %, "P1": %, ..., "mean", "std"}, "progress": ...}}} where all six wordings
+    were played: mean and population standard deviation over them, as in AgentRefine's table."""
     by_wording = {name: read_scores(run, directory_name(env, name, trials)) for name in WORDINGS}
     found = {}
     for subject in subjects(run):
@@ -184,7 +184,7 @@ def perturbations(run: Path, env: str, trials: int) -> dict[str, dict[str, dict[
 
 
 def perturbation_table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Of what `perturbations` found: a line for success and one for progress, for each panel and place."""
+    """The table of `perturbations`: a line for success and one for progress per panel and subject."""
     columns = ("original", *PERTURBATIONS, "mean", "std")
     lines = [f"{'panel':<24}{'round':>8}{'in %':>10}" + "".join(f"{column:>9}" for column in columns)]
     for subject, panels in found.items():

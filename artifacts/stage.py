@@ -2,9 +2,9 @@
 
     runs/<name>/round_0/{rollout,actre,train_pg,evaluate}/
 
-A stage that was killed is run again and resumes (what ended as env_error, llm_error or timeout is played again); one
-that is finished says so; one whose arguments have changed is refused and nothing is replaced. Left out: what a stage
-does (rollout.py, actre.py, train_pg.py, evaluate.py).
+A killed stage resumes when it is run again, and replays what ended as env_error, llm_error or timeout. A finished stage
+says so. A stage whose arguments have changed is refused, and nothing is replaced.
+Left out: what a stage does (rollout.py, actre.py, train_pg.py, evaluate.py).
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from typing import Any
 
 from artifacts.atomic import atomic_write
 
-# Settings that change how a stage asks a server or waits for a world, and not what for: it may be resumed with others.
-HOW_ONLY = ("concurrency", "timeout", "retries", "deadline", "turn_deadline", "processes")
+# Transport and timeout settings: they cannot change results, so a stage may resume with different values.
+TRANSPORT = ("concurrency", "timeout", "retries", "deadline", "turn_deadline", "processes")
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy", "alfworld")
 ROOT = Path(__file__).parents[1]  # the project's folder
 
 
 class StageError(Exception):
-    """What was got, what was expected, what to do. A command prints it and exits with status 2."""
+    """Says what was got, what was expected and what to do. A command prints it and exits with status 2."""
 
 
 def run_main(main, args) -> None:
-    """Runs a stage's main(args); a StageError, ValueError, missing file or package becomes one line and exit status 2.
+    """Runs a stage's main(args). A StageError, ValueError, missing file or package becomes one line and exit status 2.
 
-    Compiled programs are kept under runs/.compiled, because every stage of every round needs the same few.
+    Compiled programs are cached under runs/.compiled, since all stages of all rounds share the same few.
     """
     import jax
 
@@ -67,37 +67,37 @@ def sha256(path: Path) -> str:
 # ---- rounds ----------------------------------------------------------------------------------------------------------
 
 
-def round_directory(run: Path, number: int) -> Path:
-    return Path(run) / f"round_{number}"
+def round_directory(run: Path, round_index: int) -> Path:
+    return Path(run) / f"round_{round_index}"
 
 
 def current_round(run: Path) -> int:
     """The first round whose train_pg/done.json is missing."""
-    number = 0
-    while (round_directory(run, number) / "train_pg" / "done.json").exists():
-        number += 1
-    return number
+    round_index = 0
+    while (round_directory(run, round_index) / "train_pg" / "done.json").exists():
+        round_index += 1
+    return round_index
 
 
 def require_done(directory: Path, command: str) -> dict:
-    """The done.json of an earlier stage. Raises StageError: not finished, and the command that finishes it."""
+    """The done.json of an earlier stage. If it is not finished, raises StageError with the command that finishes it."""
     path = directory / "done.json"
     if not path.exists():
         raise StageError(f"{directory} is not finished (no done.json); run: {command}")
     return read_json(path)
 
 
-def adapter_of_round(run: Path, number: int) -> Path | None:
-    """The adapter that the policy of round `number` carries: the one trained in the round before; None in round 0."""
-    if number == 0:
+def adapter_of_round(run: Path, round_index: int) -> Path | None:
+    """The adapter that plays a round: the one trained in the round before; None in round 0."""
+    if round_index == 0:
         return None
-    directory = round_directory(run, number - 1) / "train_pg"
-    require_done(directory, f"python train_pg.py --run {run} --round {number - 1}")
+    directory = round_directory(run, round_index - 1) / "train_pg"
+    require_done(directory, f"python train_pg.py --run {run} --round {round_index - 1}")
     return directory / "adapter"
 
 
 def adapter_sha(adapter: Path | None) -> str | None:
-    """What tells adapters apart in a config.json: the sha256 of the weights."""
+    """Identifies an adapter in a config.json: the sha256 of its weights."""
     return None if adapter is None else sha256(adapter / "adapter_model.safetensors")
 
 
@@ -105,7 +105,7 @@ def adapter_sha(adapter: Path | None) -> str | None:
 
 
 def by_name(settings: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings as one dict: {"args": {"server": {"model": "x"}}} -> {"args.server.model": "x"}."""
+    """Flattens nested settings: {"args": {"server": {"model": "x"}}} -> {"args.server.model": "x"}."""
     found = {}
     for name, value in settings.items():
         inner = by_name(value) if isinstance(value, dict) else {}
@@ -114,15 +114,15 @@ def by_name(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_json(args: Any) -> dict[str, Any]:
-    """The fields of a dataclass as config.json has them."""
+    """The fields of a dataclass as config.json stores them."""
     return json.loads(json.dumps(dataclasses.asdict(args), default=str))
 
 
 class Stage:
     """`stage = Stage(directory, args, facts)`; `if stage.finished: return`; ...; `stage.finish(counts)`.
 
-    facts: what the result depends on beside the arguments (hashes of panel, base, adapter, inputs).
-    Raises StageError if the directory holds a stage of other arguments or facts.
+    facts: what the result depends on besides the arguments (hashes of panel, base, adapter, inputs).
+    Raises StageError if the directory holds a stage with other arguments or facts.
     """
 
     def __init__(self, directory: Path, args: Any, facts: dict[str, Any]):
@@ -132,19 +132,19 @@ class Stage:
         path = self.directory / "config.json"
         if path.exists():
             old = read_json(path)
-            there, now = (by_name({"args": c.get("args", {}), "facts": c.get("facts", {})}) for c in (old, config))
+            then, now = (by_name({"args": c.get("args", {}), "facts": c.get("facts", {})}) for c in (old, config))
             defaults = {f.name: f.default for f in dataclasses.fields(args) if f.default is not dataclasses.MISSING}
-            # A setting that is newer than the directory had its default there.
-            there = by_name({"args": as_json(dataclasses.replace(args, **defaults))}) | there
+            # A setting that is newer than the directory had its default then.
+            then = by_name({"args": as_json(dataclasses.replace(args, **defaults))}) | then
             differing = [
-                f"{name}: there {there.get(name)!r}, now {now.get(name)!r}"
-                for name in sorted({*there, *now})
-                if there.get(name) != now.get(name) and name.split(".")[-1] not in HOW_ONLY
+                f"{name}: there {then.get(name)!r}, now {now.get(name)!r}"
+                for name in sorted({*then, *now})
+                if then.get(name) != now.get(name) and name.split(".")[-1] not in TRANSPORT
             ]
             if differing:
                 raise StageError(
                     f"{self.directory} belongs to a run with other settings ({'; '.join(differing)}). "
-                    "Repeat those settings, or give another --run, or remove the directory."
+                    "Use those settings, choose another --run, or remove the directory."
                 )
         else:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ class Stage:
             print(f"{self.directory}: finished already")
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Writes done.json, the last file of a stage. `seconds` counts this process only, not an interrupted one."""
+        """Writes done.json, the last file of a stage. `seconds` counts only this process, not interrupted ones."""
         write_json(self.directory / "done.json", {**summary, "seconds": round(time.time() - self.started, 1)})
 
 

@@ -1,7 +1,7 @@
-"""The record that every stage reads and writes: an attempt at a task, one JSON line of `trajectories.jsonl` (schema 1).
+"""The record that all stages share: one attempt at a task, one JSON line of `trajectories.jsonl` (schema 1).
 
-A trajectory is what the world first said, then turns of (thought, action, observation). `render.py` turns it into text,
-`packing.py` into token ids and weights.
+A trajectory is the world's first observation, then turns of (thought, action, observation). render.py turns it into
+text, packing.py into token ids and weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from artifacts.atomic import atomic_write
 
 SCHEMA = 1
 End = Literal["success", "finished", "stuck", "max_turns", "context_full", "env_error", "llm_error", "timeout"]
-FAULTS = ("env_error", "llm_error", "timeout")  # evidence, never training data and never a failure of the agent
+FAULTS = ("env_error", "llm_error", "timeout")  # kept as evidence; neither training data nor failures of the agent
 
 
 class Turn(msgspec.Struct, forbid_unknown_fields=True):
@@ -34,7 +34,7 @@ class Turn(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Trajectory(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """One attempt at one task; the fields are explained in the README ("The record")."""
+    """One attempt at one task; docs/artifacts.md explains the fields."""
 
     schema: int = SCHEMA
     env: str
@@ -68,18 +68,18 @@ _encoder = msgspec.json.Encoder()
 def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
     """Yields the trajectories of a JSONL file in order.
 
-    Lines end at the byte 0x0A only: U+2028 and its like are ordinary text inside a string.
-    Raises ValueError naming file:line for anything that is not a whole record of this schema.
+    Only the byte 0x0A ends a line: U+2028 and the like are ordinary text inside a string. Raises ValueError with
+    file:line for anything but a complete record of this schema.
     """
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            yield parse_line(line, f"{path}:{number}")
+        for index, line in enumerate(file, 1):
+            yield parse_line(line, f"{path}:{index}")
 
 
 def parse_line(line: bytes, where: str) -> Trajectory:
-    """One JSONL line into a Trajectory; ValueError names `where` (file:line) and what was wrong."""
+    """Parses one JSONL line. Raises ValueError with `where` (file:line) and what is wrong."""
     if not line.endswith(b"\n"):
-        raise ValueError(f"{where}: the line is cut off (no newline at its end); run the stage that writes it again")
+        raise ValueError(f"{where}: the line is cut off (no newline at its end); rerun the stage that writes it")
     try:
         trajectory = _decoder.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -99,8 +99,7 @@ class Writer:
     """Appends one flushed line per trajectory, so that a killed stage loses at most the line in flight.
 
     `with Writer(path) as writer: writer.write(trajectory)`. Opening an existing file drops an unterminated last line,
-    and rows that ended in a fault, so that a mended world or server is asked again; `writer.known` holds the (task_id,
-    trial) keys that stay.
+    and rows that ended in a fault, which are played again; `writer.known` holds the remaining (task_id, trial) keys.
     """
 
     def __init__(self, path: str | Path):
@@ -108,14 +107,14 @@ class Writer:
         self.known: set[tuple[str, int]] = set()
         if self.path.exists():
             data = self.path.read_bytes()
-            whole = data.rfind(b"\n") + 1
-            if whole < len(data):
-                os.truncate(self.path, whole)
-            there = list(read_trajectories(self.path))
-            kept = [trajectory for trajectory in there if trajectory.end not in FAULTS]
-            if len(kept) < len(there):
+            complete = data.rfind(b"\n") + 1
+            if complete < len(data):
+                os.truncate(self.path, complete)
+            found = list(read_trajectories(self.path))
+            kept = [trajectory for trajectory in found if trajectory.end not in FAULTS]
+            if len(kept) < len(found):
                 write_file(self.path, kept)
-                print(f"{self.path}: {len(there) - len(kept)} trajectories ended in a fault and are played again")
+                print(f"{self.path}: {len(found) - len(kept)} trajectories ended in a fault and are played again")
             self.known = {trajectory.key for trajectory in kept}
         self._file = open(self.path, "ab")
 
@@ -137,20 +136,20 @@ class Writer:
 
 
 def sort_file(path: str | Path) -> list[Trajectory]:
-    """Rewrites a finished file sorted by (task_id, trial), atomically, and returns its trajectories."""
+    """Atomically rewrites a finished file sorted by (task_id, trial), and returns its trajectories."""
     trajectories = sorted(read_trajectories(path), key=lambda t: t.key)
     write_file(path, trajectories)
     return trajectories
 
 
 def write_file(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
-    """Writes a whole file, atomically."""
+    """Atomically writes a file of trajectories."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(b"".join(map(to_line, trajectories)))
 
 
 def fault_note(trajectories: Iterable[Trajectory], directory: Path) -> str:
-    """What a stage says at its end of rows that ended in a fault; nothing where none did."""
+    """A stage's closing note on rows that ended in a fault; empty if there are none."""
     ends = Counter(t.end for t in trajectories if t.end in FAULTS)
     named = ", ".join(f"{end}: {count}" for end, count in sorted(ends.items()))
     return f"\n  not the agent's failures: {named}; to play them again, remove {directory}/done.json" if ends else ""

@@ -201,7 +201,7 @@ def test_bad_input_is_named(unbroken, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"trajectories\.jsonl:10: the line is cut off"):
         train_pg.main(train_pg.Args(run=tmp_path))
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "mod')
-    with pytest.raises(ValueError, match=r"tokenizer\.json is not a whole"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a valid"):
         load_tokenizer(tmp_path)
 
 

@@ -289,7 +289,7 @@ def test_a_server_that_goes_down_stops_the_run_which_goes_on_as_if_nothing_had_b
     server.answers[:] = [completion("act[look]")] * 6 + [(500, {}, b"")]
     args = rollout.Args(run=tmp_path, limit=6, server=Server(url=server.url, model="m", retries=0, concurrency=1))
     path = tmp_path / "round_0/rollout/trajectories.jsonl"
-    with pytest.raises(ValueError, match=r"does not answer: InternalServerError.*run again to go on"):
+    with pytest.raises(ValueError, match=r"does not answer: InternalServerError.*run again to resume"):
         rollout.main(args)
     assert [row.end for row in read_trajectories(path)] == ["stuck"]
     server.answers[:] = [completion("act[look]")]

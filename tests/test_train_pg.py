@@ -138,7 +138,7 @@ def test_the_objective_is_ten_lines_of_numpy(model):
             logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             picked = logprobs[np.arange(len(alone[0]) - 1), alone[0][1:]]
             total += (weights_BL[row_number][where][1:] * picked).sum()
-    value, positive, negative = objective(merged, Batch(*batch()), 3.0)
+    value, (positive, negative) = objective(merged, Batch(*batch()), 3.0)
     assert float(value) == pytest.approx(total / 3.0, rel=1e-4)
     assert float(positive - negative) == pytest.approx(total, rel=1e-4) and negative < 0 and positive < 0
 
@@ -186,7 +186,7 @@ def test_a_step_that_is_not_finite_or_runs_away_is_named(tmp_path):
 def test_rows_that_cannot_be_divided_are_refused():
     assert dict(training_mesh((-1, 1, 1), 3, 1).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
     assert dict(training_mesh((-1, 1, 1), 4, 2).shape) == {"data": 2, "fsdp": 1, "tensor": 1}
-    with pytest.raises(ValueError, match="--batch-rows 3 is no multiple of .* give a multiple of 2"):
+    with pytest.raises(ValueError, match="--batch-rows 3 is not a multiple of .* give a multiple of 2"):
         training_mesh((-1, 1, 1), 3, 2)
 
 
