@@ -1,6 +1,6 @@
 """Retries the agent's failed tasks with sampled actions, whose reasons ActRe writes after the fact (A3T, 1.3).
 
-The policy replays every task that this round's rollout did not solve. At each step, with the given --probability (and
+The policy retries every task that this round's rollout did not solve. At each step, with the given --probability (and
 always after three invalid actions in a row), a sampled admissible action replaces its own; ActRe, the frozen base in
 the order observation-action-reason, then writes the reason. Round 0 composes nothing and leaves an empty file, since
 the paper keeps only the prompted agent's successes.

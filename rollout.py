@@ -3,7 +3,7 @@
     python rollout.py                        # the current round of runs/a3t
     python rollout.py --run runs/x --panel train-600 --temperature 0.7
 
-Writes <run>/round_<k>/rollout/trajectories.jsonl. A killed run resumes with the same command, and replays attempts that
+Writes <run>/round_<k>/rollout/trajectories.jsonl. A killed run resumes with the same command, and retries attempts that
 ended as env_error, llm_error or timeout.
 Left out: sampled actions and ActRe (actre.py), training (train_pg.py), scores on held-out tasks (evaluate.py).
 """

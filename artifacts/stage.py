@@ -2,7 +2,7 @@
 
     runs/<name>/round_0/{rollout,actre,train_pg,evaluate}/
 
-A killed stage resumes when it is run again, and replays what ended as env_error, llm_error or timeout. A finished stage
+A killed stage resumes when it is run again, and retries what ended as env_error, llm_error or timeout. A finished stage
 says so. A stage whose arguments have changed is refused, and nothing is replaced.
 Left out: what a stage does (rollout.py, actre.py, train_pg.py, evaluate.py).
 """
