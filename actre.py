@@ -1,9 +1,9 @@
-"""Retries the agent's failed tasks with sampled actions, whose reasons ActRe writes after the fact (A3T, 1.3).
+"""Retries the agent's failed tasks with sampled actions, each with a reason that ActRe writes after the fact (A3T).
 
 The policy retries every task that this round's rollout did not solve. At each step, with the given --probability (and
-always after three invalid actions in a row), a sampled admissible action replaces its own; ActRe, the frozen base in
-the order observation-action-reason, then writes the reason. Round 0 composes nothing and leaves an empty file, since
-the paper keeps only the prompted agent's successes.
+always after three invalid actions in a row), a sampled admissible action replaces its own; ActRe (the frozen base,
+given observation and action) then writes the reason. Round 0 composes nothing and leaves an empty file, since the paper
+keeps only the prompted agent's successes.
 
     python actre.py                          # the current round of runs/a3t
     python actre.py --reason empty           # compose without ActRe
@@ -57,7 +57,7 @@ class Args(PlayArgs):
     budget: int = 3
     """Maximum compositions per failed task (paper: 40 on ALFWorld, 20 on WebShop)."""
     force: int = 1
-    """Compositions always made per failed task, before one success is enough (paper: the whole budget on ALFWorld, 3 on
+    """Minimum compositions per failed task, made even after a success (paper: the whole budget on ALFWorld, 3 on
     WebShop)."""
     temperature: float = 1.0
     """Sampling temperature of the agent's own turns; 0 is greedy (not stated in the paper)."""

@@ -1,4 +1,4 @@
-"""Plays an adapter, or the bare base, on panels of held-out tasks and prints the table of all rounds so far.
+"""Evaluates an adapter, or the base alone, on panels of held-out tasks and prints the table of all rounds so far.
 
     python evaluate.py                       # every trained round of runs/a3t that is not evaluated yet
     python evaluate.py --round 2 --panels valid_seen-140
@@ -9,7 +9,7 @@
 
 Writes <run>/round_<k>/evaluate/{trajectories.jsonl,scores.json}; for --base and --adapter, base/ or adapter/ replaces
 round_<k>/. The last folder names what was played: evaluate (unchanged ALFWorld), evaluate_P1, evaluate_webshop,
-evaluate_best_of_10. Best-of-rounds counts a task that any round so far solved: an oracle over that many attempts,
+evaluate_best_of_10. Best-of-rounds counts a task that any round so far solved: an oracle that picks the right round,
 comparable only with pass@k.
 Finally writes <run>/report.html: all scores of the run, with sample trajectories (artifacts/report.py).
 Left out: figures and tables (artifacts/scores.py).
@@ -42,7 +42,7 @@ class Args(PlayArgs):
     round: int | None = None
     """Evaluate the adapter trained in this round (default: every trained round not evaluated yet)."""
     base: bool = False
-    """Evaluate the base without an adapter."""
+    """Evaluate the base without an adapter, or with --server.url the server's model."""
     adapter: Path | None = None
     """Evaluate the adapter in this folder (adapter_model.safetensors), from any run."""
     panels: tuple[str, ...] = ()

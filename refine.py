@@ -1,16 +1,16 @@
 """Synthesises worlds, and trajectories that contain mistakes and their corrections (AgentRefine).
 
-    python refine.py                                  # 600 by the procedural teacher -> runs/refine/refine
+    python refine.py                                  # 600 trajectories, procedural teacher -> runs/refine/refine
     python refine.py --server.url URL --server.model NAME --count 40       # a language model as the teacher
     python refine.py --verify FILE                    # judge a JSONL of {"script", "turns"}, one verdict per line
 
 The procedural teacher (agentrefine/) samples worlds and plays them by their rules. A language model receives a persona,
-writes a script (environment, goal, actions) and then plays it as both DM and Player. From either teacher only what the
-verifier accepts is kept: at least two mistakes, each followed by another attempt, and the goal reached. When a model's
-reply has a fault, the turns before it are kept and the next request continues from there, up to --calls requests per
-persona.
-Writes <run>/refine/trajectories.jsonl, where `errors` of a turn lists what it did wrong; train_pg.py --inputs trains on
-it, agentrefine/conversations.py exports it.
+writes a script (environment, goal, actions) and then plays it as both game master (DM) and player. From either teacher
+only what the verifier accepts is kept: at least two mistakes, each followed by another attempt, and the goal reached.
+When a model's reply has a fault, the turns before it are kept and the next request continues from there, up to --calls
+requests per persona.
+Writes <run>/refine/trajectories.jsonl, where `errors` of a turn lists its kinds of mistake; train_pg.py --inputs trains
+on it, agentrefine/conversations.py exports it.
 Left out: scoring worlds (envs/synthetic/world.py), a second model to judge mistakes.
 """
 

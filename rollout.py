@@ -1,4 +1,4 @@
-"""Plays the ReAct agent on every task of a panel, in round k with the adapter trained in round k - 1.
+"""Plays every task of a panel with the ReAct agent: round k uses the adapter of round k - 1, round 0 the base.
 
     python rollout.py                        # the current round of runs/a3t
     python rollout.py --run runs/x --panel train-600 --temperature 0.7

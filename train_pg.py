@@ -1,13 +1,13 @@
-"""Trains the adapter by policy gradient with binarised rewards on all trajectories so far (A3T, sections 1.3-1.5).
+"""Trains the adapter by policy gradient with binarised rewards on all trajectories so far (A3T).
 
 Reads rollout/ and actre/ of this round and all earlier ones. Keeps every success (+1); keeps the policy's own failure
-of a task (R_f, -1 in the paper) only if the task was also solved in the same round; drops failed compositions. Then
+at a task (R_f, -1 in the paper) only if the task was also solved in the same round; drops failed compositions. Then
 maximises sum(w * log p) / trajectories over whole trajectories, observations included. Trains only LoRA weights; the
-base stays quantised. The saved adapter averages those at the end of each epoch, in PEFT's layout. Trajectories of
-refine.py (--inputs, --refinement) are trained on as in AgentRefine: only thoughts and actions, mistakes masked.
+base stays quantised. The saved adapter is the average of the adapters after each epoch, in PEFT's layout. Trajectories
+of refine.py (--inputs, --refinement) are trained on as in AgentRefine: only thoughts and actions, mistakes masked.
 
     python train_pg.py                       # the current round of runs/a3t
-    python train_pg.py --run runs/refine --inputs runs/refine/refine
+    python train_pg.py --run runs/refine --inputs runs/refine/refine --row-length 2048
     python train_pg.py --preview 3           # print three trajectories coloured by weight, train nothing
 
 Left out: baselines, importance weights, KL, ratio clipping (the paper has none).
@@ -69,7 +69,7 @@ class Args:
     """Round to train (default: the first untrained round)."""
     inputs: tuple[Path, ...] = ()
     """Finished stage directories to train on instead of the run's rollout/ and actre/: demonstrations, synthetic
-    trajectories of refine.py, rollouts of any run; several are mixed."""
+    trajectories of refine.py, rollouts of any run. Several are pooled."""
     refinement: Literal["mask-errors", "mask-refined", "drop-errors", "no-mask"] = "mask-errors"
     """Mistakes in synthetic trajectories: masked (AgentRefine), masked with the turn that follows, dropped from the
     text, or imitated (the paper's three controls)."""
@@ -98,7 +98,7 @@ class Args:
     device_rows: int = 1
     """Rows per device in a microbatch; a step accumulates gradients over its microbatches."""
     mesh: tuple[int, int, int] = (-1, 1, 1)
-    """Devices along data, fsdp and tensor (lora/sharding.py); data -1: as many as divide --batch-rows."""
+    """Devices along data, fsdp and tensor (lora/sharding.py); -1 for data: as many as divide --batch-rows."""
     remat: Literal["none", "full", "dots"] = "none"
     """Rematerialisation: layers keep all activations (none), only their input (full), or input and matmuls (dots)."""
     attention: Literal["blocks", "splash", "cudnn", "xla"] | None = None
@@ -108,12 +108,12 @@ class Args:
     weight_decay: float = 0.0
     """AdamW's weight decay on the adapter (not stated in the paper)."""
     clip: float = 1.0
-    """Clip the gradient of the mean over tokens to this global norm (not stated in the paper)."""
+    """Clip the global norm of a step's gradient to this (not stated in the paper)."""
     average: bool = True
     """Average the adapters at the end of each epoch (paper: rounds 1-3) instead of keeping the last one."""
     failure_reward: float = -0.5
-    """R_f, the weight of the policy's own failure of a task that was also solved (paper: -1; 0 is plain SFT). At -1,
-    the tiny base's failures, a fifth of the data and twice as long as successes, outweigh the rest."""
+    """R_f, the weight of the policy's own failure at a task that was also solved (paper: -1; 0 is plain SFT). At -1 the
+    loss of a tiny base, which fails often and at length, diverges."""
     floor: float = -20.0
     """Stop if the mean log-probability of a step's failures falls below this: with R_f < 0 the loss is unbounded."""
     fractional: bool = False
@@ -128,7 +128,7 @@ class Args:
     seed: int = 0
     """Seeds LoRA's initial weights, dropout and the order of rows."""
     preview: int = 0
-    """Print this many packed trajectories, coloured by weight, instead of training (0: train)."""
+    """Print this many packed trajectories, coloured by weight, instead of training."""
 
 
 # ---- selecting and weighting trajectories ----------------------------------------------------------------------------

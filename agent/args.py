@@ -18,7 +18,7 @@ from envs.make import make_world
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs:
-    """The local model, which plays both the agent and ActRe."""
+    """The local model."""
 
     model: Path = Path("models/tiny-alfworld")
     """Base model: a Hugging Face folder."""
@@ -28,9 +28,9 @@ class ModelArgs:
     """Base weights during sampling: fp32 with the adapter merged, bf16 with it separate, or NF4 (default: fp32 on a
     CPU, bf16 on an accelerator)."""
     slots: int = 64
-    """Attempts played concurrently."""
+    """Attempts played concurrently (a server: --server.concurrency)."""
     context: int = 1024
-    """Tokens per session; an attempt that needs more ends as context_full."""
+    """Maximum tokens of an attempt; one that needs more ends as context_full."""
     max_new_tokens: int = 64
     """Token limit of one reply."""
 
@@ -60,8 +60,8 @@ class PlayArgs(ModelArgs):
     max_turns: int = 20
     """Turn limit of an attempt; an action and the thoughts before it are one turn (not stated in the paper)."""
     patience: int = 3
-    """End an attempt as stuck once an action and its answer have repeated this often in a row; 0: never (not in the
-    paper)."""
+    """End an attempt as stuck when an action gets the same answer this many further times in a row; 0: never (not in
+    the paper)."""
     deadline: float | None = None
     """Seconds after which an attempt ends as timeout, which never counts as the agent's failure (default: no limit)."""
     turn_deadline: float = 60.0

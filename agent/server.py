@@ -29,7 +29,7 @@ class Server:
     url: str | None = None
     """Base URL, such as http://localhost:8000/v1; without it no server is used."""
     model: str = ""
-    """Name of the model on the server. Replies are cached by it, so never reuse the name of an adapter."""
+    """Name of the model on the server. Cached replies are keyed by this name: give each new adapter a new one."""
     api: Literal["chat", "completions"] = "chat"
     """Chat messages, or plain text completions (for base models)."""
     key: str = "OPENAI_API_KEY"
@@ -42,7 +42,7 @@ class Server:
     retries: int = 6
     """Retries, with backoff, after 429, 5xx, a timeout, a dropped connection or an unreadable reply."""
     timeout: float = 60.0
-    """Seconds that one try waits for a byte from the server."""
+    """Seconds to wait for the next byte before a retry."""
     max_tokens: int = 128
     """Token limit of one reply."""
 
