@@ -34,10 +34,14 @@ class Rates:
     """Throughput, waiting times, and the savings of the models' prefix caches."""
 
     def __init__(self, policies: Sequence[Policy]):
-        self.policies, self.started = policies, time.monotonic()
+        self.policies, self.started, self.stopped = policies, time.monotonic(), None
         self.before = [dict(policy.counts) for policy in policies]
         self.done = self.won = self.sent = self.kept = 0
         self.waited = {"worlds": 0.0, "model": 0.0}  # seconds in which no attempt could progress
+
+    def stop(self) -> None:
+        """Ends the time that the rates refer to: what a stage does with its trajectories does not count."""
+        self.stopped = time.monotonic()
 
     def count(self, trajectory: Trajectory) -> None:
         self.done += 1
@@ -56,7 +60,7 @@ class Rates:
         the shares of time in which every attempt was blocked on a world or the model; prefix_reuse, the share of ids
         that a client without a cache would have sent and that were not recomputed (for a server: that it reports as
         cached)."""
-        elapsed = max(1e-9, time.monotonic() - self.started)
+        elapsed = max(1e-9, (self.stopped or time.monotonic()) - self.started)
         counts = [
             Counter({name: count - before.get(name, 0) for name, count in policy.counts.items()})
             for policy, before in zip(self.policies, self.before, strict=True)
@@ -100,7 +104,7 @@ class PlayLoop:
         react: Policy,
         actre: Policy | None = None,
     ):
-        self.pending, self.retried, self.finished = deque(jobs), set[Job](), deque[Trajectory]()
+        self.pending, self.retried = deque(jobs), set[Job]()
         self.settings, self.make_world, self.react, self.actre = settings, make_world, react, actre
         self.policies = [policy for policy in (react, actre) if policy is not None]
         self.rates = Rates(self.policies)
@@ -123,33 +127,27 @@ class PlayLoop:
             tqdm(total=len(self.pending), desc=title, unit="trajectory") as self.bar,
         ):
             while self.pending or self.asked or self.stepping:
-                self.start()
-                yield from self.pop_finished()
+                while self.pending and self.worlds.room() and self.playing() < self.react.slots:
+                    yield from self.start(self.pending.popleft())
+                if self.pending and not self.playing():
+                    raise ValueError(
+                        f"no attempt can be played in {self.react.slots} slots and "
+                        f"{settings.processes} processes; expected at least one of each"
+                    )
                 for attempt, event in self.collect():
-                    self.advance(attempt, event)
-                yield from self.pop_finished()
+                    yield from self.advance(attempt, event)
+        self.rates.stop()
 
-    def pop_finished(self) -> Iterator[Trajectory]:
-        """The trajectories finished since the last call."""
-        while self.finished:
-            yield self.finished.popleft()
-
-    def start(self) -> None:
-        """Starts attempts while slots and worlds are free. Raises ValueError if none can ever start."""
-        while self.pending and self.worlds.room() and self.playing() < self.react.slots:
-            job = self.pending.popleft()
-            self.advance(Attempt(job, self.settings, self.worlds.take(), self.react, self.actre), None)
-        if self.pending and not self.playing():
-            raise ValueError(
-                f"no attempt can be played in {self.react.slots} slots and "
-                f"{self.settings.processes} processes; expected at least one of each"
-            )
+    def start(self, job: Job) -> list[Trajectory]:
+        """Starts an attempt. Returns its trajectory if it is over already."""
+        return self.advance(Attempt(job, self.settings, self.worlds.take(), self.react, self.actre), None)
 
     def playing(self) -> int:
         return len(self.asked) + len(self.stepping) + len(self.late)
 
-    def advance(self, attempt: Attempt, event: Any) -> None:
-        """Resumes an attempt with what it was waiting for, until it waits again or finishes."""
+    def advance(self, attempt: Attempt, event: Any) -> list[Trajectory]:
+        """Resumes an attempt with what it was waiting for, until it waits again; its trajectory if it finishes."""
+        finished = []
         try:
             course = attempt.course
             wanted = course.throw(event) if isinstance(event, Exception) else course.send(event)
@@ -159,11 +157,12 @@ class PlayLoop:
                 wanted.policy.submit(wanted.ask)
                 self.asked[self.policies.index(wanted.policy), wanted.ask.session] = attempt
         except StopIteration as stop:
-            self.finish(attempt, stop.value)
+            finished = self.finish(attempt, stop.value)
         self.any_world_started |= bool(attempt.opening.text)
+        return finished
 
-    def finish(self, attempt: Attempt, trajectory: Trajectory) -> None:
-        """Frees the attempt's world and keeps its trajectory, or retries its job once if the world failed.
+    def finish(self, attempt: Attempt, trajectory: Trajectory) -> list[Trajectory]:
+        """Frees the attempt's world. Returns its trajectory, or nothing if the world failed and the job is retried.
 
         Raises ValueError if no world starts at all.
         """
@@ -176,11 +175,11 @@ class PlayLoop:
             self.pending.append(attempt.job)
             if len(self.retried) == HOPELESS and not self.any_world_started:
                 raise ValueError(f"no world starts: {HOPELESS} attempts failed at the reset, the last:\n{attempt.why}")
-            return
+            return []
         self.rates.count(trajectory)
-        self.finished.append(trajectory)
         self.bar.set_postfix_str(self.rates.line(), refresh=False)
         self.bar.update()
+        return [trajectory]
 
     def collect(self) -> list[tuple[Attempt, Any]]:
         """Attempts that can be resumed, each with its reply, world answer or Overdue.

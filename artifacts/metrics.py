@@ -25,7 +25,7 @@ class MetricsLog:
             with atomic_write(path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in kept))
         self._file = open(path if active else os.devnull, "a")
-        self._bar = tqdm(total=total, initial=done, desc="train_pg", disable=not active)
+        self._bar = tqdm(total=total, initial=done, desc=directory.name, disable=not active)
 
     def write(self, line: dict) -> None:
         self._file.write(json.dumps(line) + "\n")

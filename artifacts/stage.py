@@ -21,7 +21,7 @@ from typing import Any
 
 from artifacts.atomic import atomic_write
 
-# Transport and timeout settings: they cannot change results, so a stage may resume with different values.
+# Transport and timeout settings: how a stage asks and waits, not what for. It may resume with different values.
 TRANSPORT = ("concurrency", "timeout", "retries", "deadline", "turn_deadline", "processes")
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy", "alfworld")
 ROOT = Path(__file__).parents[1]  # the project's folder

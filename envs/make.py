@@ -6,6 +6,7 @@ Each world is imported on demand, so that playing one does not require another's
 from __future__ import annotations
 
 from envs.base import World
+from envs.wording import Perturbed, TellCommands
 
 WORLDS = ("alfworld", "webshop", "synthetic", "pddl", "babyai", "scienceworld", "jericho")
 
@@ -15,8 +16,6 @@ def make_world(env: str, *, perturb: str = "none", tell_commands: bool = False, 
 
     Raises ValueError for an unknown name, FileNotFoundError if the world's data is missing.
     """
-    from envs.wording import Perturbed, TellCommands
-
     world = plain_world(env, **how)
     world = world if perturb == "none" else Perturbed(world, perturb)
     return TellCommands(world) if tell_commands else world

@@ -131,11 +131,8 @@ def default_panels(purpose: str, env: str, data: str | None) -> tuple[str, ...]:
     Raises ValueError if there is none.
     """
     if env == "webshop":
-        from envs.webshop.catalogue import (
-            data_folder,
-            open_catalogue,
-            prepare,
-        )  # on demand: only WebShop needs its packages
+        # On demand: only WebShop needs its packages.
+        from envs.webshop.catalogue import data_folder, open_catalogue, prepare
 
         splits = open_catalogue(prepare(data_folder(data))).splits
         families = (OFFICIAL_SHOP, SMALL_SHOP, GENERATED_SHOP)

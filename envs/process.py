@@ -168,10 +168,18 @@ def serve(descriptor: int, folder: str) -> None:
     watcher.start()
     connection = Connection(descriptor)
     with contextlib.suppress(EOFError, ConnectionError):
-        world = connection.recv()()
+        world = make_here(connection.recv())
         while True:
             connection.send(call(world, *connection.recv()))
     watcher.join()  # it sees the same hang-up, and removes the folder before it ends this process
+
+
+def make_here(make: Callable[[], World]) -> World:
+    """The world. A connection error of its own becomes a RuntimeError, so that it is not taken for the parent's end."""
+    try:
+        return make()
+    except (EOFError, ConnectionError) as error:
+        raise RuntimeError(f"the world cannot be made: {error}") from error
 
 
 def exit_with_parent(descriptor: int, folder: str) -> None:

@@ -2,7 +2,7 @@
 
 `extend` only queues ids and `submit` only queues a request. A group of slots then prefills all queued ids but the last
 of its requests, several sessions per batch, and decodes in one jitted `while_loop` until every row has sampled a stop
-id, reach its limit, filled its context or sampled a chunk of ids. `poll` returns the finished replies; the other rows
+id, reached its limit, filled its context or sampled a chunk of ids. `poll` returns the finished replies; the other rows
 resume in their group's next chunk together with new requests. Groups run independently. Keys and values computed in a
 call stay in a small buffer; the cache is only read, and the buffer is written into it once at the end. A `prefix`
 shared by all sessions is computed and cached once: attention reads it for all rows together. There may be more sessions

@@ -188,6 +188,25 @@ def test_actre_is_asked_while_the_agent_is():
     assert any(both)
 
 
+def test_what_has_finished_is_handed_over_before_another_attempt_breaks():
+    """All reach their last turn in the same pass; the fourth breaks there, and the first three are not lost."""
+
+    class Breaks(Room):
+        steps = 0
+
+        def step(self, action):
+            Breaks.steps += 1
+            if Breaks.steps == 10:
+                raise KeyboardInterrupt
+            return super().step(action)
+
+    done, policy = [], ScriptedPolicy(lambda opening: ReplayScript([" act[wave]\n", " act[win]\n"]))
+    with pytest.raises(KeyboardInterrupt):
+        for trajectory in PlayLoop([Job(TASK, trial) for trial in range(6)], settings(), Breaks, policy):
+            done.append(trajectory)
+    assert [t.trial for t in done] == [0, 1, 2]
+
+
 def test_rates_count_what_a_client_without_a_cache_would_send():
     rates = Rates([])
     rates.count_session([0] * 10 + [1] * 3 + [0] * 4 + [1] * 2 + [0] * 5)  # asked at 10 and at 17; 14 were computed
@@ -207,6 +226,7 @@ def test_rates_of_a_server_and_shares_of_waiting():
     loop = PlayLoop([Job(TASK, 0)], settings(), Slow, policy)
     for _ in loop:
         policy.counts = {"prompt_tokens": 300, "cached_tokens": 200, "completion_tokens": 9}
+    time.sleep(0.1)  # what a stage does afterwards does not count
     rates = loop.rates.summary()
     assert rates["prefix_reuse"] == 0.75 and rates["tokens_per_second"] > 0 and rates["trajectories_per_hour"] > 0
     assert rates["waiting_for_worlds"] > 0.5 > rates["waiting_for_model"]

@@ -143,7 +143,7 @@ class Demonstrator:
             product.text += " " + " ".join(nodes[4:]).lower()
 
     def _read(self, nodes: list[str]) -> None:
-        self.nodes, self.values = nodes, []
+        self.values = []
         heading = next((node for node in nodes if node.startswith("Page ") and "(Total results:" in node), None)
         if nodes[0] == "WebShop":
             self.page = "search"

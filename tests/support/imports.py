@@ -23,6 +23,7 @@ def imports_of(root: Path, file: str) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: a relative import, which this does not follow"
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     paths = (f"{name.replace('.', '/')}.py" for name in names)
     return {path for path in paths if (root / path).is_file()} - {file}

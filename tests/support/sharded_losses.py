@@ -14,14 +14,12 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from lora import model as mistral
+from lora import model as decoder
 from lora.linear import TARGETS, LoRAConfig, LoRAParam
 from lora.load import load_model
-from lora.sharding import ROWS, join_processes, make_mesh, to_host
-from lora.train_step import Batch, initial_state, make_update
+from lora.sharding import join_processes, make_mesh, to_host
+from lora.train_step import Batch, initial_state, make_update, shard_rows
 from train_pg import objective
 
 B, L = 8, 48
@@ -40,9 +38,7 @@ def losses(folder: str, weights: str, shape: tuple[int, int, int]) -> list[float
     ids = rng.integers(0, model.config.vocab_size, (B, L)).astype(np.int32)
     segments = np.broadcast_to(1 + 2 * np.arange(L) // L, (B, L)).astype(np.int32)
     weights_BL = np.where(segments == 2, -0.5, 1.0).astype(np.float32)
-    place, at_once = NamedSharding(mesh, P(None, *ROWS)), shape[0] * shape[1]
-    rows = (x.reshape(-1, at_once, L) for x in (ids, segments, weights_BL))
-    batch = Batch(*(jax.make_array_from_callback(x.shape, place, lambda index, x=x: x[index]) for x in rows))
+    batch = shard_rows(Batch(ids=ids, segments=segments, weights=weights_BL), mesh, device_rows=1)
     found = []
     for _ in range(10):
         adapter, state, values = update(adapter, state, frozen, 3e-3, batch, np.float32(B * L), None)
@@ -55,5 +51,5 @@ if __name__ == "__main__":
     folder, weights, devices, *meshes = sys.argv[1:]
     jax.config.update("jax_num_cpu_devices", int(devices))
     join_processes()
-    mistral.UNROLLED_LAYERS = 0  # a scan, as large models have it, compiles faster too
+    decoder.UNROLLED_LAYERS = 0  # a scan, as large models have it, compiles faster too
     print(json.dumps([losses(folder, weights, tuple(map(int, mesh.split(",")))) for mesh in meshes]))
