@@ -40,7 +40,7 @@ def call(world: World, method: str, args: tuple) -> tuple[bool, Any]:
     """(True, the method's result), or (False, the traceback) if it raised."""
     try:
         return True, getattr(world, method)(*args)
-    except Exception:  # the only blanket except: the boundary to third-party worlds
+    except Exception:  # a blanket except: the boundary to third-party worlds
         return False, traceback.format_exc()
 
 
