@@ -14,52 +14,67 @@ Left out: training.
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from agent.args import PlayArgs, make_policy, make_settings, prompt_facts, world_maker
+from agent.args import (
+    PlayArgs,
+    agent_facts,
+    make_policy,
+    make_settings,
+    require_file,
+    resolve,
+    world_identity,
+    world_maker,
+)
 from agent.attempt import Compose, Job
 from agent.loop import PlayLoop
 from agent.server import Server
-from artifacts.cli import parse
+from artifacts.cli import Range
+from artifacts.json_io import read_json
+from artifacts.scores import closing_notes
 from artifacts.stage import (
     Stage,
     adapter_of_round,
-    adapter_sha,
     current_round,
+    joined_identity,
     require_done,
     round_directory,
-    run_main,
+    run_stage,
     sha256,
 )
-from artifacts.trajectory import FAULTS, Trajectory, Writer, fault_note, read_trajectories, sort_file
-from lora.checkpoint import base_sha
+from artifacts.trajectory import FAULTS, Trajectory, Writer, read_trajectories, sort_file
+from envs.base import World
+from envs.panel import require_tasks
+from lora.checkpoint import base_facts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args(PlayArgs):
     run: Path = Path("runs/a3t")
     """Directory of the run."""
-    round: int | None = None
+    round: Annotated[int, Range(0, 10_000)] | None = None
     """Round to compose for (default: the first untrained round)."""
     actre_server: Server = Server()
     """An OpenAI-compatible server as ActRe, in place of the local base; its model may differ from the agent's."""
     actre_prompt: Path | None = None
     """File with a few-shot example that precedes every session of ActRe (prompts/; paper: always)."""
-    probability: float = 0.1
+    probability: Annotated[float, Range(0, 1)] = 0.1
     """p, the probability of a sampled action at each step (the paper's value is not recoverable)."""
     sample: Literal["commands", "verbs"] = "commands"
     """Sample uniformly over admissible commands, or first over verbs and then over the verb's commands."""
     reason: Literal["actre", "template", "empty"] = "actre"
     """Reason of a sampled action: written by ActRe, a fixed sentence, or none."""
-    budget: int = 3
+    budget: Annotated[int, Range(1, 10_000)] = 3
     """Maximum compositions per failed task (paper: 40 on ALFWorld, 20 on WebShop)."""
-    force: int = 1
+    force: Annotated[int, Range(1, 10_000)] = 1
     """Minimum compositions per failed task, made even after a success (paper: the whole budget on ALFWorld, 3 on
     WebShop)."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Range(0, 10)] = 1.0
     """Sampling temperature of the agent's own turns; 0 is greedy (not stated in the paper)."""
 
 
@@ -115,22 +130,34 @@ def compose(args: Args, round_index: int, failed: list[str], writer: Writer, ada
 
 
 def main(args: Args) -> None:
+    args = resolve(args)
+    require_file("--actre-prompt", args.actre_prompt)
     round_index = current_round(args.run) if args.round is None else args.round
+    joined_identity(args.run, {"env": args.env})  # before tasks of another world are looked for
     adapter = adapter_of_round(args.run, round_index)
     rollout = round_directory(args.run, round_index) / "rollout"
     require_done(rollout, f"python rollout.py --run {args.run} --round {round_index}")
     played = rollout / "trajectories.jsonl"
-    directory = round_directory(args.run, round_index) / "actre"
+    tasks = sorted({trajectory.task_id for trajectory in read_trajectories(played)})
+    world = world_maker(args)()
+    require_tasks(world, tasks)
+    panel = read_json(rollout / "config.json", dict[str, Any])["facts"]["panel"]
+    explains = args.reason == "actre" and not args.actre_server.url
     facts = {
         "rollout": sha256(played),
-        "base": base_sha(args.model),
-        "adapter": adapter_sha(adapter),
-        **prompt_facts(args.prompt, args.actre_prompt),
+        "world": world.facts,
+        **agent_facts(args, adapter, prompt=args.prompt, actre_prompt=args.actre_prompt),
+        "explainer": base_facts(args.model) if explains else None,
     }
-    stage = Stage(directory, args, facts)
-    if stage.finished:
-        return
-    path = directory / "trajectories.jsonl"
+    directory = round_directory(args.run, round_index) / "actre"
+    with Stage(directory, args, facts, world_identity(args, world, panel, tasks)) as stage:
+        if not stage.finished:
+            compose_all(args, round_index, world, played, adapter, stage)
+
+
+def compose_all(args: Args, round_index: int, world: World, played: Path, adapter: Path | None, stage: Stage) -> None:
+    """Composes what is missing for the failed tasks of the rollout `played`, and finishes the stage."""
+    path = stage.directory / "trajectories.jsonl"
     failed = failed_tasks(played) if round_index else []
     with Writer(path) as writer:
         counts = compose(args, round_index, failed, writer, adapter)
@@ -155,9 +182,9 @@ def main(args: Args) -> None:
     print(
         f"actre round {round_index}: {len(won)}/{len(composed)} compositions won, "
         f"{len(solved)}/{len(failed)} failed tasks solved{why} -> {path}"
-        f"{fault_note(composed, directory)}"
+        f"{closing_notes(composed, stage.directory, world.facts.get('grammar'))}"
     )
 
 
 if __name__ == "__main__":
-    run_main(main, parse(Args, __doc__))
+    run_stage(main, Args, __doc__)

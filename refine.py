@@ -16,6 +16,8 @@ Left out: scoring worlds (envs/synthetic/world.py), a second model to judge mist
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import itertools
 import json
 import time
@@ -23,7 +25,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tqdm import tqdm
 
@@ -31,11 +33,12 @@ from agent.policy import Ask
 from agent.server import Server, ServerPolicy
 from agentrefine.teacher import make_script, make_trajectory, make_turns, teach
 from agentrefine.verify import main_over, to_trajectory, verified_prefix, verify
-from artifacts.cli import parse
+from artifacts.cli import Range
+from artifacts.json_io import parse_json
 from artifacts.seeds import draw_seed, generator
-from artifacts.stage import Stage, run_main, sha256
+from artifacts.stage import Stage, run_stage, sha256
 from artifacts.trajectory import Trajectory, Writer, sort_file
-from envs.synthetic.spec import WORLDS
+from envs.synthetic.spec import WORLDS, fill
 
 PROMPTS = Path(__file__).parent / "prompts"
 WORLDS_PER_SEED = 100_000  # seed s starts at world s * WORLDS_PER_SEED
@@ -46,17 +49,17 @@ SCRIPT_RULES = ("json", "keys", "regex_invalid", "regex_self")
 class Args:
     run: Path = Path("runs/refine")
     """Directory of the run."""
-    count: int = 600
+    count: Annotated[int, Range(1, 10**8)] = 600
     """Trajectories to keep (procedural teacher), or personas to request (server)."""
     server: Server = Server(max_tokens=4096)
     """A language model that writes worlds and plays them (default: the procedural teacher)."""
-    personas: Path = PROMPTS / "personas.txt"
+    personas: Path = Path("prompts/personas.txt")
     """File with one persona per line, for the server; they are reused in order until the count is reached."""
-    calls: int = 4
+    calls: Annotated[int, Range(1, 1000)] = 4
     """Maximum requests per persona, script and turns together (paper: 4)."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Range(0, 10)] = 1.0
     """Sampling temperature of the server."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Seed of worlds, mistakes and requests."""
     verify: Path | None = None
     """Only judge this JSONL file of {"script", "turns"}; nothing is synthesised."""
@@ -91,14 +94,15 @@ def run_procedural_teacher(args: Args, writer: Writer, bar: tqdm) -> Counter[str
 
 
 def extract_objects(text: str) -> list[dict[str, Any]]:
-    """The JSON objects in a text, skipping what is between them; stops at the first malformed or truncated one."""
+    """The JSON objects in a text, skipping what is between them; stops at the first that is cut or cannot be read, as
+    for NaN, half an emoji, thousands of digits or levels."""
     decoder, objects, start = json.JSONDecoder(), [], text.find("{")
     while start != -1:
         try:
-            value, end = decoder.raw_decode(text, start)
-        except (json.JSONDecodeError, RecursionError):
+            _, end = decoder.raw_decode(text, start)
+            objects.append(parse_json(text[start:end]))
+        except (ValueError, RecursionError):
             break
-        objects.append(value)
         start = text.find("{", end)
     return objects
 
@@ -118,12 +122,12 @@ def request_trajectory(args: Args, persona: str) -> Generator[str, str | None, t
             continue
         script_json = json.dumps(script, ensure_ascii=False)
         turns_json = "\n".join(json.dumps(turn, ensure_ascii=False) for turn in turns)
-        reply = yield turns_prompt.replace("{script}", script_json).replace("{turns}", turns_json)
+        reply = yield fill(turns_prompt, {"script": script_json, "turns": turns_json})
         candidate = turns + extract_objects(reply or "")
         verdict = verify(script, candidate)
         if verdict.ok:
             return "accepted", script, candidate
-        turns, rule = candidate[: verified_prefix(script, candidate)], verdict.rule
+        turns, rule = candidate[: verified_prefix(verdict, candidate)], verdict.rule
     return rule, script, turns
 
 
@@ -170,17 +174,20 @@ def run_server_teacher(args: Args, writer: Writer, bar: tqdm, directory: Path) -
 def main(args: Args) -> None:
     if args.verify:
         return main_over(args.verify)
-    if min(args.count, args.calls) < 1:
-        raise ValueError(f"--count {args.count} and --calls {args.calls} must be at least 1")
-    directory = args.run / "refine"
     prompts = [args.personas, PROMPTS / "refine_script.txt", PROMPTS / "refine_play.txt"] if args.server.url else []
-    stage = Stage(directory, args, {"worlds": WORLDS, "prompts": [sha256(path) for path in prompts]})
-    if stage.finished:
-        return None
-    started, path, requests = time.monotonic(), directory / "trajectories.jsonl", {}
+    facts = {"worlds": WORLDS, "prompts": [sha256(path) for path in prompts]}
+    with Stage(args.run / "refine", args, facts) as stage:
+        if not stage.finished:
+            synthesise(args, stage)
+    return None
+
+
+def synthesise(args: Args, stage: Stage) -> None:
+    """Makes what is missing, and finishes the stage."""
+    started, path, requests = time.monotonic(), stage.directory / "trajectories.jsonl", {}
     with Writer(path) as writer, tqdm(total=args.count, desc="refine", unit="trajectory") as bar:
         if args.server.url:
-            verdicts, requests = run_server_teacher(args, writer, bar, directory)
+            verdicts, requests = run_server_teacher(args, writer, bar, stage.directory)
         else:
             verdicts = run_procedural_teacher(args, writer, bar)
     kept = sort_file(path)
@@ -201,8 +208,7 @@ def main(args: Args) -> None:
         f"refine: {len(kept)} of {made} accepted ({100 * verdicts['accepted'] / made:.1f} %), {per_hour:.0f} made per "
         f"hour; rejected: {dict(verdicts - Counter(accepted=made)) or 'none'} -> {path}"
     )
-    return None
 
 
 if __name__ == "__main__":
-    run_main(main, parse(Args, __doc__))
+    run_stage(main, Args, __doc__)

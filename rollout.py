@@ -10,57 +10,66 @@ Left out: sampled actions and ActRe (actre.py), training (train_pg.py), scores o
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from agent.args import PlayArgs, make_policy, make_settings, prompt_facts, world_maker
+from agent.args import PlayArgs, agent_facts, make_policy, make_settings, resolve, world_identity, world_maker
 from agent.attempt import Job
 from agent.loop import PlayLoop
-from artifacts.cli import parse
-from artifacts.scores import success_by_type
-from artifacts.stage import Stage, adapter_of_round, adapter_sha, current_round, round_directory, run_main
-from artifacts.trajectory import Writer, fault_note, sort_file
+from artifacts.cli import Range
+from artifacts.scores import closing_notes, success_by_type
+from artifacts.stage import Stage, adapter_of_round, current_round, round_directory, run_stage
+from artifacts.trajectory import Writer, sort_file
+from envs.base import World
 from envs.panel import default_panels, pick_tasks, require_tasks
-from lora.checkpoint import base_sha
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args(PlayArgs):
     run: Path = Path("runs/a3t")
     """Directory of the run."""
-    round: int | None = None
+    round: Annotated[int, Range(0, 10_000)] | None = None
     """Round to play (default: the first untrained round)."""
     panel: str | None = None
     """Panel of training tasks (default: the one made for the world's data, such as train-600 or gen_train-120; `python
     -m envs.panel` lists all)."""
-    limit: int | None = None
+    limit: Annotated[int, Range(1)] | None = None
     """Play at most this many tasks, spread evenly over the panel (default: all)."""
-    trials: int = 1
+    trials: Annotated[int, Range(1, 10_000)] = 1
     """Attempts per task (paper: 1)."""
 
 
 def main(args: Args) -> None:
+    args = resolve(args)
     round_index = current_round(args.run) if args.round is None else args.round
     adapter = adapter_of_round(args.run, round_index)
     panel = args.panel or default_panels("train", args.env, args.data)[0]
     tasks, panel_hash = pick_tasks(panel, args.limit)
-    directory = round_directory(args.run, round_index) / "rollout"
     world = world_maker(args)()
+    require_tasks(world, tasks)
+    identity = world_identity(args, world, panel, tasks)
     facts = {
         "panel": panel,
         "panel_sha256": panel_hash,
+        "tasks": len(tasks),
+        "content": identity["content"],
         "world": world.facts,
-        "base": base_sha(args.model),
-        "adapter": adapter_sha(adapter),
-        **prompt_facts(args.prompt),
+        **agent_facts(args, adapter, prompt=args.prompt),
     }
-    stage = Stage(directory, args, facts)
-    if stage.finished:
-        return
-    require_tasks(world, tasks)
+    directory = round_directory(args.run, round_index) / "rollout"
+    with Stage(directory, args, facts, identity) as stage:
+        if not stage.finished:
+            play(args, round_index, world, tasks, adapter, stage)
+
+
+def play(args: Args, round_index: int, world: World, tasks: list[str], adapter: Path | None, stage: Stage) -> None:
+    """Plays what is missing, and finishes the stage."""
+    path = stage.directory / "trajectories.jsonl"
     settings = make_settings(args, "rollout", round_index)
-    react = make_policy(args, args.server, directory / "replies.sqlite", adapter, args.prompt)
-    path = directory / "trajectories.jsonl"
+    react = make_policy(args, args.server, stage.directory / "replies.sqlite", adapter, args.prompt)
     with Writer(path) as writer:
         jobs = [Job(task, trial) for task in tasks for trial in range(args.trials)]
         loop = PlayLoop([job for job in jobs if job not in writer.known], settings, world_maker(args), react)
@@ -84,9 +93,9 @@ def main(args: Args) -> None:
     )
     print(
         f"rollout round {round_index}: {won}/{len(trajectories)} won, {turns:.1f} turns each -> {path}"
-        f"{fault_note(trajectories, directory)}"
+        f"{closing_notes(trajectories, stage.directory, world.facts.get('grammar'))}"
     )
 
 
 if __name__ == "__main__":
-    run_main(main, parse(Args, __doc__))
+    run_stage(main, Args, __doc__)

@@ -14,6 +14,15 @@ cd "$(dirname "$0")"
 # Put large buffers in huge pages where Linux has them: a CPU trains a tenth faster.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
+# A stage runs in the background, so that SIGTERM to this script reaches it at once.
+stage() {
+  python "$@" <&0 &
+  pid=$!
+  wait "$pid"
+}
+trap 'kill -TERM "${pid:-}" 2>/dev/null; wait; exit 143' TERM
+trap 'kill -INT "${pid:-}" 2>/dev/null; wait; exit 130' INT
+
 what=${1:-tiny}
 case "$what" in webshop | refine) RUN=${RUN:-runs/$what} ;; esac
 RUN=${RUN:-runs/a3t} ROUNDS=${ROUNDS:-4} SEED=${SEED:-0}
@@ -22,25 +31,25 @@ case "$what" in
   refine)
     common+=(--model "${MODEL:-models/tiny-neutral}")
     unseen=(--round 0 --tell-commands --context 1536) # for worlds it was not trained on
-    python refine.py --run "$RUN" --seed "$SEED" --count "${COUNT:-2000}"
-    python train_pg.py "${common[@]}" --round 0 --inputs "$RUN/refine" --epochs 1 --rank 32 --alpha 64 \
+    stage refine.py --run "$RUN" --seed "$SEED" --count "${COUNT:-2000}"
+    stage train_pg.py "${common[@]}" --round 0 --inputs "$RUN/refine" --epochs 1 --rank 32 --alpha 64 \
       --learning-rate 8e-3 --row-length 1792 --world-weight 0
-    python evaluate.py "${common[@]}" "${unseen[@]}" --env synthetic
-    python evaluate.py "${common[@]}" "${unseen[@]}" --perturb all --panels gen_valid-100 --limit 60
-    python evaluate.py "${common[@]}" "${unseen[@]}" --env pddl --max-turns 30
+    stage evaluate.py "${common[@]}" "${unseen[@]}" --env synthetic
+    stage evaluate.py "${common[@]}" "${unseen[@]}" --perturb all --panels gen_valid-100 --limit 60
+    stage evaluate.py "${common[@]}" "${unseen[@]}" --env pddl --max-turns 30
     exit ;;
   tiny)
-    common+=(--model "${MODEL:-models/tiny-alfworld}")
+    common+=(${MODEL:+--model "$MODEL"}) # else the world's own base
     compose+=(--budget "${BUDGET:-3}") ;;
   webshop)
-    common+=(--model "${MODEL:-models/tiny-webshop}")
-    play+=(--env webshop --context 3072) # pages are long
+    common+=(${MODEL:+--model "$MODEL"})
+    play+=(--env webshop)
     compose+=(--force 3 --budget "${BUDGET:-20}") # as in the paper: three, then up to twenty until one wins
     train+=(--row-length 4096 --learning-rate 4e-3) ;; # at 1e-3 the base keeps its habits
   paper)
     base="$RUN/base-nf4" # quantised once; every stage reads it instead of the 16-bit files
     [ -e "$base/config.json" ] ||
-      python -m lora.convert --weights nf4 --out "$base" \
+      stage -m lora.convert --weights nf4 --out "$base" \
         --model "${MODEL:?MODEL must name the folder of Mistral-7B-Instruct-v0.2}"
     common+=(--model "$base")
     first+=(--prompt prompts/alfworld_react.txt) # only round 0 is prompted; trained policies play without
@@ -54,8 +63,8 @@ esac
 
 for ((round = 0; round < ROUNDS; round++)); do
   ((round == 0)) || first=()
-  python rollout.py "${common[@]}" --round "$round" ${first[@]+"${first[@]}"} ${play[@]+"${play[@]}"}
-  python actre.py "${common[@]}" --round "$round" ${play[@]+"${play[@]}"} ${compose[@]+"${compose[@]}"}
-  python train_pg.py "${common[@]}" --round "$round" ${train[@]+"${train[@]}"}
-  python evaluate.py "${common[@]}" --round "$round" ${play[@]+"${play[@]}"}
+  stage rollout.py "${common[@]}" --round "$round" ${first[@]+"${first[@]}"} ${play[@]+"${play[@]}"}
+  stage actre.py "${common[@]}" --round "$round" ${play[@]+"${play[@]}"} ${compose[@]+"${compose[@]}"}
+  stage train_pg.py "${common[@]}" --round "$round" ${train[@]+"${train[@]}"}
+  stage evaluate.py "${common[@]}" --round "$round" ${play[@]+"${play[@]}"}
 done

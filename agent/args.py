@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from agent.attempt import AttemptSettings, Compose
 from agent.policy import Policy
 from agent.server import Server, ServerPolicy
-from artifacts.stage import sha256
+from artifacts.cli import Range
+from artifacts.render import FORM
+from artifacts.stage import StageError, adapter_sha, read_run, sha256
 from envs.base import World
-from envs.make import make_world
+from envs.make import DEFAULTS, make_world, require_base_for, require_world
+from lora.checkpoint import base_facts
+
+A = TypeVar("A", bound="PlayArgs")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs:
     """The local model."""
 
-    model: Path = Path("models/tiny-alfworld")
-    """Base model: a Hugging Face folder."""
+    model: Path | None = None
+    """Base model: a Hugging Face folder (default: the run's base; in a new run the world's, models/tiny-alfworld,
+    models/tiny-webshop or, for worlds never trained on, models/tiny-neutral)."""
     weights: Literal["nf4", "fp32"] = "nf4"
     """Values of the base: rounded to NF4, as in training, or unchanged."""
     rollout_weights: Literal["fp32", "bf16", "nf4"] | None = None
     """Base weights during sampling: fp32 with the adapter merged, bf16 with it separate, or NF4 (default: fp32 on a
     CPU, bf16 on an accelerator)."""
-    slots: int = 64
+    slots: Annotated[int, Range(1, 10**6)] = 64
     """Attempts played concurrently (a server: --server.concurrency)."""
-    context: int = 1024
-    """Maximum tokens of an attempt; one that needs more ends as context_full."""
-    max_new_tokens: int = 64
+    context: Annotated[int, Range(16, 10**7)] | None = None
+    """Maximum tokens of an attempt; one that needs more ends as context_full (default: the world's, 1024 for ALFWorld,
+    3072 for WebShop, 1536 for worlds never trained on)."""
+    max_new_tokens: Annotated[int, Range(1, 10**6)] = 64
     """Token limit of one reply."""
 
 
@@ -53,26 +61,53 @@ class PlayArgs(ModelArgs):
     prompt: Path | None = None
     """File with a few-shot example that precedes every session of the agent (prompts/; paper: in round 0). Training
     does not see it."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Range(0, 10)] = 0.0
     """Sampling temperature; 0 is greedy (not stated in the paper; ReAct's own harness is greedy)."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Nucleus sampling: keep the likeliest tokens with this total probability; 1 keeps all."""
-    max_turns: int = 20
+    max_turns: Annotated[int, Range(1, 10_000)] = 20
     """Turn limit of an attempt; an action and the thoughts before it are one turn (not stated in the paper)."""
-    patience: int = 3
+    patience: Annotated[int, Range(0, 10_000)] = 3
     """End an attempt as stuck when an action gets the same answer this many further times in a row; 0: never (not in
     the paper)."""
-    deadline: float | None = None
+    deadline: Annotated[float, Range(0, 10**7, above=True)] | None = None
     """Seconds after which an attempt ends as timeout, which never counts as the agent's failure (default: no limit)."""
-    turn_deadline: float = 60.0
+    turn_deadline: Annotated[float, Range(0, 10**7, above=True)] = 60.0
     """Seconds for one step of a third-party world. After that its process is killed, and the attempt is retried once in
     a new one before it ends as env_error."""
-    processes: int | None = None
+    processes: Annotated[int, Range(1, 10_000)] | None = None
     """Subprocesses for third-party worlds (default: two per core)."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Seeds every draw, together with stage, round, task, trial and turn."""
     server: Server = Server()
     """An OpenAI-compatible server as the agent, in place of the local model."""
+
+    def check(self) -> None:
+        require_world(self.env)
+
+
+def require_file(flag: str, path: Path | None) -> None:
+    """Raises ValueError unless the path is a file of text, or None."""
+    try:
+        if path is not None:
+            path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ValueError(
+            f"{flag} {path} cannot be read as text ({error}); expected a file such as those in prompts/"
+        ) from error
+
+
+def resolve(args: A) -> A:
+    """The arguments with the base and context of the run, or of the world for a new run. Raises StageError if the run's
+    base is no longer where it was, ValueError for a base made for another world or an unreadable prompt."""
+    require_file("--prompt", args.prompt)
+    defaults, known = DEFAULTS[args.env], read_run(args.run).get("model")
+    model = args.model or Path(known or defaults.model)
+    if args.model is None and known and not model.exists():
+        raise StageError(f"{args.run} was played with the base {known}, which is not there; give its folder by --model")
+    if not args.server.url:
+        require_base_for(args.env, model)
+    return dataclasses.replace(args, model=model, context=args.context or defaults.context)
 
 
 def make_settings(args: PlayArgs, stage: str, round_index: int, compose: Compose | None = None) -> AttemptSettings:
@@ -107,10 +142,8 @@ def world_maker(args: PlayArgs, perturb: str = "none") -> Callable[[], World]:
 
 def make_policy(args: PlayArgs, server: Server, replies: Path, adapter: Path | None, prompt: Path | None) -> Policy:
     """The server's policy, with replies cached in the file `replies`, if `server` has a URL; else the local base, with
-    or without an adapter. Raises ValueError for a --top-p outside (0, 1]."""
-    if not 0 < args.top_p <= 1:
-        raise ValueError(f"--top-p is {args.top_p}; expected more than 0 and at most 1")
-    example = prompt.read_text().rstrip("\n") + "\n\n" if prompt else ""
+    or without an adapter."""
+    example = prompt.read_text(encoding="utf-8").rstrip("\n") + "\n\n" if prompt else ""
     if server.url:
         return ServerPolicy(server, replies, prompt=example, top_p=args.top_p)
     from agent.local import LocalPolicy  # on demand: a server needs no engine
@@ -128,6 +161,22 @@ def make_policy(args: PlayArgs, server: Server, replies: Path, adapter: Path | N
     )
 
 
-def prompt_facts(*prompts: Path | None) -> dict[str, str]:
-    """The sha256 of prompts, for a stage's config.json."""
-    return {f"prompt {path.name}": sha256(path) for path in prompts if path}
+# ---- what a stage depends on -----------------------------------------------------------------------------------------
+
+
+def agent_facts(args: PlayArgs, adapter: Path | None, **prompts: Path | None) -> dict[str, Any]:
+    """Facts (Stage) on who plays: the base, unless a server plays, the adapter and the prompts, all by sha256."""
+    base = {} if args.server.url else base_facts(args.model)
+    return {**base, "adapter": adapter_sha(adapter), **{name: path and sha256(path) for name, path in prompts.items()}}
+
+
+def run_identity(args: PlayArgs) -> dict[str, Any]:
+    """What a stage that plays knows of its run (Stage): the base, unless a server plays, and the form of prompts."""
+    base = {} if args.server.url else {"model": str(args.model), **base_facts(args.model)}
+    return {**base, "prompts": FORM}
+
+
+def world_identity(args: PlayArgs, world: World, panel: str, tasks: Sequence[str]) -> dict[str, Any]:
+    """What a stage that plays training tasks knows of its run (Stage): the world, and the content of the tasks."""
+    content = {f"{panel} ({len(tasks)} tasks)": world.fingerprint(tasks)}
+    return run_identity(args) | {"env": args.env, "world": world.facts, "content": content}

@@ -21,6 +21,8 @@ class LocalPolicy:
     is trained on; the tokenizer's leading tokens (<s>) are played once, before the prompt.
     """
 
+    remote = False
+
     def __init__(
         self,
         model_dir: str | Path,
@@ -44,16 +46,27 @@ class LocalPolicy:
         self._newline = self.encode("\n", first=False)
         if len(self._newline) != 1:
             raise ValueError(f"{model_dir}: a newline is {len(self._newline)} tokens; expected one, which ends a reply")
-        self._end = model.config.eos_token_id  # ends the reply of an instructed model that writes no newline
-        stop_ids = self._newline if self._end is None else [*self._newline, self._end]
+        self._ends = set(model.config.eos_token_ids)  # end the reply of an instructed model that writes no newline
+        self._stops, self._limit = [*self._newline, *self._ends], max_new_tokens
         prefix = prompt_ids(self._tokenizer, model_dir, prompt) if prompt else []
+        positions = model.config.max_position_embeddings
+        if len(prefix) + context > positions:
+            with_prompt = f" and --prompt of {len(prefix)} tokens" if prefix else ""
+            raise ValueError(
+                f"--context {context}{with_prompt} need more than the {positions} positions of {model_dir}; expected "
+                + (
+                    f"--context of at most {positions - len(prefix)}"
+                    if len(prefix) < positions
+                    else "a shorter --prompt"
+                )
+            )
         self._in_prefix = len(self._tokenizer.encode("").ids) if prompt else 0  # leading ids that the prefix has too
         self._engine = Engine(
             model,
             slots=slots,
             context=context,
             max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids,
+            stop_ids=self._stops,
             prefix=prefix,
             weights=rollout_weights,
         )
@@ -84,18 +97,18 @@ class LocalPolicy:
         self._engine.submit(*ask, self._top_p)
 
     def poll(self, wait: bool = True) -> list[tuple[int, Line]]:
-        """See Policy. A reply without a newline (cut off by its limit, or ended) gets one."""
+        """See Policy. A reply without a newline (cut off by its limit, or ended) gets one. One that the context cuts
+        off is no line, and not part of the session."""
         lines: list[tuple[int, Line]] = []
         for session, reply in self._engine.poll(wait).items():
-            if reply is None:
+            if reply is None or (len(reply.ids) < self._limit and reply.ids[-1] not in self._stops):
                 lines.append((session, None))
                 continue
             self._append(session, reply.ids, 1)
             if reply.ids[-1] != self._newline[0]:
                 self._append(session, self._newline, 0)
-            lines.append(
-                (session, self._tokenizer.decode([i for i in reply.ids if i != self._end], skip_special_tokens=False))
-            )
+            ids = [i for i in reply.ids if i not in self._ends]
+            lines.append((session, self._tokenizer.decode(ids, skip_special_tokens=False)))
         return lines
 
     def close(self, session: int) -> tuple[list[int], list[int]]:

@@ -21,13 +21,16 @@ from typing import Any
 from tqdm import tqdm
 
 from agent.attempt import Attempt, AttemptSettings, Job, Overdue
-from agent.policy import Line, Policy
+from agent.policy import Line, NoReply, Policy
+from agent.reply import has_form
 from artifacts.trajectory import Trajectory
 from envs.base import World
 from envs.process import WorldProcess, Worlds, ready
 
 HOPELESS = 20  # failed resets after which the loop gives up, if no world has started yet
 MOMENT = 0.1  # seconds between deadline checks while only worlds are pending
+FIRST = 8  # attempts after which the loop gives up, if a server has written no line that can be played
+NO_ROOM = "the context is full before the first line; shorten --prompt or lower --server.max-tokens"
 
 
 class Rates:
@@ -94,6 +97,8 @@ class PlayLoop:
     world that fails (raises, dies, or is isolated and misses settings.turn_deadline) is not reused, and its job is
     retried once, with the same draws, in a new one. Isolated worlds (envs/base.py) run in subprocesses, for which
     `make_world` must be picklable.
+    The first attempts of a server are held back until one of its lines has the form of a thought or a command, or is
+    a valid action without it. If none has, no failure is scored: ValueError shows a reply.
     """
 
     def __init__(
@@ -112,6 +117,9 @@ class PlayLoop:
         self.stepping: dict[WorldProcess, Attempt] = {}
         self.any_world_started = False
         self.late: set[tuple[int, int]] = set()  # sessions of finished attempts whose reply is still due
+        self.playable = not react.remote  # whether lines of the agent can be played
+        self.held: list[Trajectory] = []  # until that is known
+        self.line, self.why = "", NO_ROOM  # a line of the agent, and why there was none
 
     def add(self, jobs: Iterable[Job]) -> None:
         """Queues more jobs; call it between two trajectories."""
@@ -126,7 +134,7 @@ class PlayLoop:
             Worlds(self.make_world, settings.turn_deadline, settings.processes) as self.worlds,
             tqdm(total=len(self.pending), desc=title, unit="trajectory") as self.bar,
         ):
-            while self.pending or self.asked or self.stepping:
+            while self.pending or self.asked or self.stepping or self.held:
                 while self.pending and self.worlds.room() and self.playing() < self.react.slots:
                     yield from self.start(self.pending.popleft())
                 if self.pending and not self.playing():
@@ -136,6 +144,8 @@ class PlayLoop:
                     )
                 for attempt, event in self.collect():
                     yield from self.advance(attempt, event)
+                if self.held and not (self.pending or self.asked or self.stepping):
+                    yield from self.release()
         self.rates.stop()
 
     def start(self, job: Job) -> list[Trajectory]:
@@ -162,9 +172,10 @@ class PlayLoop:
         return finished
 
     def finish(self, attempt: Attempt, trajectory: Trajectory) -> list[Trajectory]:
-        """Frees the attempt's world. Returns its trajectory, or nothing if the world failed and the job is retried.
+        """Frees the attempt's world. Returns its trajectory, and those held back before; or nothing, if the world
+        failed and the job is retried, or if the trajectory is held back.
 
-        Raises ValueError if no world starts at all.
+        Raises ValueError if no world starts at all, or no line can be played.
         """
         (self.worlds.drop if attempt.broken else self.worlds.give_back)(attempt.world)
         self.rates.waited["worlds"] += attempt.seconds_in_world
@@ -179,7 +190,27 @@ class PlayLoop:
         self.rates.count(trajectory)
         self.bar.set_postfix_str(self.rates.line(), refresh=False)
         self.bar.update()
-        return [trajectory]
+        own = [turn for turn in trajectory.turns if turn.action_by == "react"]
+        self.playable |= any(turn.valid for turn in own)
+        if not (self.playable or own or trajectory.end in ("llm_error", "context_full")):
+            return [trajectory]  # it says nothing of the agent's lines
+        self.held.append(trajectory)
+        return self.release() if self.playable or len(self.held) == FIRST else []
+
+    def release(self) -> list[Trajectory]:
+        """Returns what was held back. Raises ValueError if no line of the agent, in earlier runs too, can be played."""
+        if not (self.playable or self.react.knows_the_form()):
+            first = f"the first {len(self.held)} attempts" if len(self.held) > 1 else "the first attempt"
+            if not self.line:
+                raise ValueError(f"{first} got no line from the agent: {self.why}")
+            raise ValueError(
+                f"no line of {first} has the form think[...] or act[...] or is a valid action, so nothing is scored. "
+                f"One of them: {self.line[:300].strip()!r}. Show the agent the form by --prompt (prompts/), choose "
+                "--server.api to suit the model, or take a model that follows it"
+            )
+        self.playable = True
+        released, self.held = self.held, []
+        return released
 
     def collect(self) -> list[tuple[Attempt, Any]]:
         """Attempts that can be resumed, each with its reply, world answer or Overdue.
@@ -197,7 +228,8 @@ class PlayLoop:
         return events + self.overdue_attempts()
 
     def replies(self, index: int, wait: bool) -> list[tuple[Attempt, Line]]:
-        """Finished replies of a policy. A late reply only closes its session."""
+        """Finished replies of a policy. A late reply only closes its session. Lines of the agent tell whether it knows
+        their form."""
         start, policy, events = time.monotonic(), self.policies[index], []
         replies = policy.poll(wait)
         self.rates.waited["model"] += time.monotonic() - start
@@ -209,6 +241,11 @@ class PlayLoop:
                 attempt = self.asked.pop((index, session))
                 attempt.asked = None
                 events.append((attempt, line))
+                if index == 0 and isinstance(line, str):
+                    self.playable |= has_form(line)
+                    self.line = self.line or line
+                elif index == 0 and isinstance(line, NoReply):
+                    self.why = str(line)
         return events
 
     def answers(self, timeout: float) -> list[tuple[Attempt, tuple[bool, Any]]]:
@@ -225,8 +262,13 @@ class PlayLoop:
         return deadline is not None and time.monotonic() - attempt.started > deadline
 
     def overdue_attempts(self) -> list[tuple[Attempt, Overdue]]:
-        """Attempts past their deadline, no longer waiting for a reply or a world."""
+        """Attempts past their deadline, no longer waiting for a reply or a world. A server's session ends at once; in a
+        local model it ends, and frees its slot, with the reply."""
         asked = [key for key, attempt in self.asked.items() if self.overdue(attempt)]
         stepping = [world for world, attempt in self.stepping.items() if self.overdue(attempt)]
-        self.late.update(asked)
+        for index, session in asked:
+            if self.policies[index].remote:
+                self.policies[index].close(session)
+            else:
+                self.late.add((index, session))
         return [(attempt, Overdue()) for attempt in (*map(self.asked.pop, asked), *map(self.stepping.pop, stepping))]

@@ -34,6 +34,7 @@ Line = str | None | NoReply
 
 
 class Policy(Protocol):
+    remote: bool  # a server: a session may be closed while its reply is due, and lines may have any form
     slots: int  # maximum number of open sessions
     counts: dict[str, int]  # usage of the model, for done.json
 
@@ -49,4 +50,8 @@ class Policy(Protocol):
 
     def close(self, session: int) -> tuple[list[int], list[int]]:
         """Ends the session. Returns its token ids as played and 1 for each sampled one (both empty: text only)."""
+        ...
+
+    def knows_the_form(self) -> bool:
+        """(If remote) Whether any reply, in earlier runs too, had the form of a thought or a command."""
         ...

@@ -12,6 +12,8 @@ from envs.alfworld.demonstrator import Demonstrator
 class ScriptedPolicy:
     """Plays scripts: for each session, `make(opening text)` returns an object with extend(text) and reply() -> line."""
 
+    remote = False
+
     def __init__(self, make: Callable[[str], object], slots: int = 64):
         self.slots = slots
         self._make = make

@@ -2,24 +2,47 @@
 
     python rollout.py --server.url http://localhost:8000/v1 --server.model NAME --server.api completions
 
-Left out: streaming, several choices per request, log-probabilities and token ids (a session is plain text).
+Left out: reading replies and errors (reply.py), streaming, several choices per request, log-probabilities and token ids
+(a session is plain text).
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
 import queue
+import re
 import sqlite3
 import threading
 import time
+import urllib.parse
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+import httpx
+import msgspec
+from tqdm import tqdm
 
 from agent.policy import Ask, Line, NoReply
-from artifacts.render import ACTION, REASON, flat
+from agent.reply import Fault, Reply, answer_in, has_form, line_in, read_fault, read_reply
+from artifacts.cli import Range
+from artifacts.json_io import parse_json
+
+SYSTEM = (
+    "You play a text game. The user gives the transcript so far. Reply with the one line that comes next after its "
+    "last words, in the form that earlier lines have, and with nothing else."
+)
+LONGEST_BODY = 2**25  # bytes of a reply
+PATIENCE = 10  # a reply that comes in drops may take so many times --server.timeout
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two requests for a line; the server may ask for more
+SHORTEST_SECRET = 8  # characters; shorter keys are placeholders, such as EMPTY, and words of any text
+make_tls = functools.cache(httpx.create_ssl_context)  # reads all certificates, which takes a while
+NAME_THE_KEY = "put it into an environment variable, and give the variable's name by --server.key"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,68 +56,158 @@ class Server:
     api: Literal["chat", "completions"] = "chat"
     """Chat messages, or plain text completions (for base models)."""
     key: str = "OPENAI_API_KEY"
-    """Environment variable with the API key; your own server may need none."""
+    """Name of the environment variable with the API key, never the key; your own server may need none."""
     extra: str = "{}"
     """JSON object of additional request parameters; null removes one. Hosted reasoning models need
     '{"max_tokens": null, "temperature": null, "seed": null, "max_completion_tokens": 4096}'."""
-    concurrency: int = 16
+    concurrency: Annotated[int, Range(1, 1024)] = 16
     """Concurrent requests."""
-    retries: int = 6
-    """Retries, with backoff, after 429, 5xx, a timeout, a dropped connection or an unreadable reply."""
-    timeout: float = 60.0
+    retries: Annotated[int, Range(0, 100)] = 6
+    """Retries for one line in all, with growing pauses: after 429, 5xx, a timeout, a dropped connection, an error in
+    place of a reply or an unreadable one."""
+    timeout: Annotated[float, Range(0, 86_400, above=True)] = 60.0
     """Seconds to wait for the next byte before a retry."""
-    max_tokens: int = 128
-    """Token limit of one reply."""
+    max_tokens: Annotated[int, Range(1, 10**6)] = 128
+    """Token limit of one reply; a model that thinks before it answers needs thousands."""
+
+    def check(self) -> None:
+        """Raises ValueError for settings with which no server can be asked, and for secrets, which it does not show."""
+        if self.key != Server.key and not os.environ.get(self.key):
+            raise ValueError(
+                "--server.key names no environment variable that is set; expected the name of the variable with the "
+                f"key, such as {Server.key}, and not the key"
+            )
+        if re.search(r"api[-_ ]?key|authorization", self.extra, re.I):
+            raise ValueError(f"--server.extra holds a key; {NAME_THE_KEY}")
+        self.parameters()
+        if self.url is not None:
+            self._check_url()
+        if bool(self.model) != bool(self.url):
+            missing, given = ("--server.url", "--server.model") if self.model else ("--server.model", "--server.url")
+            raise ValueError(f"{given} is {self.model or self.url} and {missing} is missing: a server needs both")
+
+    def _check_url(self) -> None:
+        if re.match(r"(\w*://)?[^/]*@|.*[?#]", self.url):
+            raise ValueError(
+                "--server.url holds credentials or parameters; expected the plain address, such as "
+                f"http://localhost:8000/v1. If there is a key, {NAME_THE_KEY}"
+            )
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+            good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            good = False
+        if not good:
+            raise ValueError(f"--server.url is {self.url!r}; expected an address such as http://localhost:8000/v1")
+
+    def parameters(self) -> dict[str, Any]:
+        """The additional request parameters. Raises ValueError if `extra` is no JSON object."""
+        try:
+            return parse_json(self.extra, dict[str, Any], "it")
+        except ValueError as error:
+            raise ValueError(f"--server.extra is {self.extra!r} ({error}); expected a JSON object") from error
+
+    def secret(self) -> str:
+        """The API key, if there is one. Raises ValueError if no request can carry it."""
+        key = os.environ.get(self.key, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(f"${self.key} holds a character that no key has; set it again")
+        return key
 
 
-SYSTEM = (
-    "You play a text game. The user gives the transcript so far. Reply with the one line that comes next after its "
-    "last words, in the form that earlier lines have, and with nothing else."
-)
+class Replies:
+    """The replies of a stage, in a SQLite file that is made with the first one that is kept. Whatever goes wrong with
+    the file is raised as ValueError."""
 
+    def __init__(self, path: str | Path):
+        self._path, self._database = Path(path), None
 
-# Raised by a reply that is not JSON, or JSON without a choice.
-UNREADABLE = (AttributeError, IndexError, TypeError, json.JSONDecodeError)
-# Words by which an error 400 or 422 says that the session is too long.
-FULL = ("context", "too long", "maximum number of tokens")
-# Parameters that the client takes by name; all others are passed on in the request's body.
-NAMED = ("model", "messages", "prompt")
+    def find(self, key: str) -> Reply | None:
+        """The reply to a request; None if there is none, or none that can be played, which is then forgotten."""
+        if not self._path.exists():
+            return None
+        with self._opened() as database:
+            row = database.execute("SELECT reply FROM replies WHERE request = ?", (key,)).fetchone()
+            reply = self._read(row[0]) if row else None
+            if row and reply is None:
+                database.execute("DELETE FROM replies WHERE request = ?", (key,))
+        return reply
+
+    def keep(self, key: str, reply: Reply) -> None:
+        with self._opened() as database:
+            text = msgspec.json.encode(reply).decode()
+            database.execute("INSERT OR IGNORE INTO replies VALUES (?, ?)", (key, text))
+
+    def texts(self) -> list[str]:
+        """The texts of all replies, in no order."""
+        if not self._path.exists():
+            return []
+        with self._opened() as database:
+            found = [self._read(row[0]) for row in database.execute("SELECT reply FROM replies")]
+        return [reply.text for reply in found if reply]
+
+    def _read(self, row: Any) -> Reply | None:
+        try:
+            reply = parse_json(row, Reply)
+        except (ValueError, TypeError):
+            return None
+        return reply if line_in(reply.text, 1) else None
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[sqlite3.Connection]:
+        try:
+            if self._database is None:
+                self._database = sqlite3.connect(self._path)
+                self._database.text_factory = bytes
+                self._database.execute("PRAGMA journal_mode=WAL")
+                self._database.execute(
+                    "CREATE TABLE IF NOT EXISTS replies (request TEXT PRIMARY KEY, reply TEXT) WITHOUT ROWID"
+                )
+            with self._database:
+                yield self._database
+        except sqlite3.Error as error:
+            raise ValueError(
+                f"{self._path}: {error}. If the disk is full, free some space; if the file is damaged, move it away: "
+                "what was played is kept, and only the lines of unfinished attempts are asked for again"
+            ) from error
 
 
 class ServerPolicy:
     """Sessions continued by an OpenAI-compatible server. A session is text, sent whole with each request.
 
     Replies are stored in `cache`, a SQLite file keyed by the sha256 of URL and request, before they are used: a resumed
-    run sends only unanswered requests. The `openai` client retries 429 (after Retry-After), 5xx, timeouts and dropped
-    connections. If that fails, a short probe tells a bad session from a bad server: if the probe is answered, the reply
-    is NoReply; if not, or if the key, address or model is wrong, no session can continue and `poll` raises ValueError.
+    run sends only unanswered requests. A reply that cannot be played is not stored. For one line `retries` + 1 requests
+    are sent at most, whatever goes wrong with each. If all fail, a short probe tells a bad session from a bad server:
+    if the probe is answered, the reply is NoReply; if not, or if the key, address or model is wrong, no session can
+    continue and `poll` raises ValueError.
+    A server that refuses a system message gets it at the head of the transcript.
     `whole`: sessions are complete prompts instead of transcripts, and replies are returned with all their lines.
     """
 
-    def __init__(self, server: Server, cache: str | Path, *, prompt: str = "", top_p: float = 1.0, whole: bool = False):
-        import openai
+    remote = True
 
-        if not server.model:
-            raise ValueError(f"the server at {server.url} needs the name of its model")
-        if min(server.concurrency, server.max_tokens) < 1 or server.retries < 0 or server.timeout <= 0:
-            raise ValueError(f"{server}: concurrency, max_tokens and timeout must be positive, retries not negative")
-        try:
-            self._extra = dict(json.loads(server.extra))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"--server.extra is {server.extra!r} ({error}); expected a JSON object") from error
+    def __init__(self, server: Server, cache: str | Path, *, prompt: str = "", top_p: float = 1.0, whole: bool = False):
+        server.check()
         self.slots = server.concurrency
-        self._server, self._openai, self._prompt, self._top_p, self._whole = server, openai, prompt, top_p, whole
-        self._client = openai.OpenAI(
-            base_url=server.url, api_key=os.environ.get(server.key) or "none", timeout=server.timeout
+        self._server, self._prompt, self._top_p, self._whole = server, prompt, top_p, whole
+        self._extra, self._key = server.parameters(), server.secret()
+        bearer = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        self._client = httpx.Client(
+            base_url=server.url,
+            headers={"Content-Type": "application/json", **bearer},
+            timeout=server.timeout,
+            verify=make_tls(),
+            follow_redirects=True,  # to another origin without the key
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=server.concurrency),
         )
-        self._cache = sqlite3.connect(cache)
-        self._cache.execute("PRAGMA journal_mode=WAL")
-        self._cache.execute("CREATE TABLE IF NOT EXISTS replies (request TEXT PRIMARY KEY, reply TEXT) WITHOUT ROWID")
+        self._replies = Replies(cache)
         self._permits = threading.Semaphore(server.concurrency)
         self._results: queue.SimpleQueue = queue.SimpleQueue()
+        self._one_turn = False  # whether the model knows no system message
         self._text: dict[int, str] = {}
         self._opened = 0
         self._ready: list[tuple[int, Line]] = []
+        self._failure: ValueError | None = None
         self.counts = {"requests": 0, "from_cache": 0, "prompt_tokens": 0, "completion_tokens": 0}
 
     def open(self, text: str) -> int:
@@ -108,15 +221,15 @@ class ServerPolicy:
     def submit(self, ask: Ask) -> None:
         request = self._request(self._text[ask.session], ask.temperature, ask.seed)
         key = hashlib.sha256(json.dumps([self._server.url, request], sort_keys=True).encode()).hexdigest()
-        known = self._cache.execute("SELECT reply FROM replies WHERE request = ?", (key,)).fetchone()
+        known = self._replies.find(key)
         if known:
             self.counts["from_cache"] += 1
-            self._finish(ask.session, json.loads(known[0]))
+            self._finish(ask.session, known)
         else:  # a daemon, so that an interrupted run does not wait for the server
             threading.Thread(target=self._send, args=(ask.session, key, request), daemon=True).start()
 
     def poll(self, wait: bool = True) -> list[tuple[int, Line]]:
-        """See Policy. Raises ValueError if the server refuses every request."""
+        """See Policy. Raises ValueError if the server refuses every request, after all replies that came are kept."""
         patience = 0.1 if wait and not self._ready else 0.0
         while True:
             try:
@@ -124,15 +237,25 @@ class ServerPolicy:
             except queue.Empty:
                 break
             patience = 0.0
+        failure, self._failure = self._failure, None
+        if failure:
+            raise failure
         ready, self._ready = [each for each in self._ready if each[0] in self._text], []
         return ready
 
     def close(self, session: int) -> tuple[list[int], list[int]]:
-        """Ends the session, which has no ids. A reply that is still due is cached, but `poll` does not return it."""
+        """Ends the session, which has no ids. A reply that is still due is kept, but `poll` does not return it, and its
+        request is not repeated."""
         del self._text[session]
         return [], []
 
-    def _request(self, text: str, temperature: float, seed: int) -> dict:
+    def knows_the_form(self) -> bool:
+        """Whether any reply that is kept, of an earlier run too, has the form of a thought or a command."""
+        return any(has_form(line_in(text, len(text))) for text in self._replies.texts())
+
+    # ---- requests, in threads ----------------------------------------------------------------------------------------
+
+    def _request(self, text: str, temperature: float, seed: int) -> dict[str, Any]:
         """The body of a request."""
         body = {
             "model": self._server.model,
@@ -149,85 +272,131 @@ class ServerPolicy:
             body["messages"] = [*system, {"role": "user", "content": text}]
         return {name: value for name, value in (body | self._extra).items() if value is not None}
 
-    def _send(self, session: int, key: str, request: dict) -> None:
-        """Runs in a thread: sends the request and queues the session, the request's key and the result."""
+    def _send(self, session: int, key: str, request: dict[str, Any]) -> None:
+        """Runs in a thread: queues the session, the request's key and the result, without the API key in any text."""
         with self._permits:
             try:
-                result = self._reply(request, self._server.retries)
-            except (*UNREADABLE, self._openai.OpenAIError) as error:
-                result = self._judge(error)
+                result = self._ask(session, request)
+            except Exception as error:  # a blanket except: without a result, the run would wait for ever
+                result = NoReply(f"{type(error).__name__}: {error}"[:500])
+        if isinstance(result, Reply):
+            result = msgspec.structs.replace(result, text=self._masked(result.text))
+        elif result is not None:
+            result = type(result)(self._masked(str(result)))
         self._results.put((session, key, result))
 
-    def _reply(self, request: dict, retries: int) -> dict:
-        """Returns the reply to a request. Retries if it is not JSON or has no choice."""
-        client = self._client.with_options(max_retries=retries)
-        create = client.completions.create if "prompt" in request else client.chat.completions.create
-        named = {name: request[name] for name in NAMED if name in request}
-        rest = {name: value for name, value in request.items() if name not in NAMED}
-        for attempt in range(retries + 1):
+    def _masked(self, text: str) -> str:
+        return text.replace(self._key, f"${self._server.key}") if len(self._key) >= SHORTEST_SECRET else text
+
+    def _ask(self, session: int, request: dict[str, Any]) -> Reply | NoReply | ValueError | None:
+        """Sends a request until it is answered, at most `retries` + 1 times, or until nobody waits for the answer."""
+        fault = Fault("the session is closed")
+        for attempt in range(self._server.retries + 1):
+            if attempt:
+                time.sleep(min(LONGEST_PAUSE, fault.pause or FIRST_PAUSE * 2 ** min(attempt - 1, 4)))
+            if session not in self._text:
+                return NoReply(str(fault))
             try:
-                reply = create(**named, extra_body=rest)
-                choice = reply.choices[0]
-                text = choice.text if "prompt" in request else choice.message.content
-                usage = reply.usage
-                result = {
-                    "text": text or "",
-                    "prompt_tokens": usage.prompt_tokens if usage else 0,
-                    "completion_tokens": usage.completion_tokens if usage else 0,
-                }
-                cached = getattr(usage and usage.prompt_tokens_details, "cached_tokens", None)
-                return result if cached is None else result | {"cached_tokens": cached}  # few servers report it
-            except (*UNREADABLE, self._openai.APIResponseValidationError):
-                if attempt == retries:
-                    raise
-                time.sleep(min(8.0, 0.5 * 2**attempt))
-        raise AssertionError("unreachable")
+                return self._exchange(request)
+            except NoReply as reason:
+                return reason
+            except Fault as error:
+                if error.full:
+                    return None
+                fault = error
+                if not fault.passes:
+                    break
+        return self._judge(fault)
 
-    def _judge(self, error: Exception) -> NoReply | ValueError | None:
-        """The meaning of a failed request: the context is full (None), or the session or the server is at fault."""
-        openai, server, reason = self._openai, self._server, f"{type(error).__name__}: {error}"
-        if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)):
-            return ValueError(
-                f"{server.url} refuses model {server.model!r} with the key in ${server.key}: {error}. Check the "
-                "address, the model's name and the key; what was played is kept."
-            )
-        refused = isinstance(error, (openai.BadRequestError, openai.UnprocessableEntityError))
-        if refused and any(word in str(error).lower() for word in FULL):
-            return None
+    def _exchange(self, request: dict[str, Any]) -> Reply | None:
+        """One request, or two at first if the model knows no system message. Raises as read_reply does."""
+        messages = request.get("messages", [])
+        one_turn = {"role": "user", "content": "\n\n".join(message["content"] for message in messages)}
+        folded = request | {"messages": [one_turn]}
+        if self._one_turn and messages:
+            return self._post(folded)
         try:
-            self._reply(self._request("Say OK.", 0.0, 0), min(1, server.retries))
-        except (*UNREADABLE, openai.OpenAIError):
+            return self._post(request)
+        except Fault as fault:
+            if not fault.one_turn or len(messages) < 2:
+                raise
+            reply = self._post(folded)
+            first, self._one_turn = not self._one_turn, True
+            if first:
+                tqdm.write(f"{self._server.url} takes no system message ({fault}): it now heads the transcript")
+            return reply
+
+    def _post(self, request: dict[str, Any]) -> Reply | None:
+        """One request. Raises as read_reply does."""
+        path = "/completions" if self._server.api == "completions" else "/chat/completions"
+        content, data, end = json.dumps(request, allow_nan=False), bytearray(), PATIENCE * self._server.timeout
+        end += time.monotonic()
+        try:
+            with self._client.stream("POST", path, content=content) as response:
+                for piece in response.iter_bytes():
+                    data += piece
+                    if len(data) > LONGEST_BODY or time.monotonic() > end:
+                        raise Fault(f"the reply does not end ({len(data)} bytes so far)")
+        except httpx.HTTPError as error:
+            raise Fault(f"{type(error).__name__}: {error}") from error
+        if response.status_code != 200:
+            raise read_fault(response.status_code, bytes(data), response.headers.get("Retry-After", ""))
+        limit = request.get("max_tokens", request.get("max_completion_tokens"))
+        return read_reply(bytes(data), limit if isinstance(limit, int) else None, self._whole)
+
+    def _judge(self, fault: Fault) -> NoReply | ValueError:
+        """The meaning of a request that failed for good: the session or the server is at fault."""
+        server = self._server
+        if fault.status in (401, 403, 404):
+            key = f"the key in ${server.key}{'' if self._key else ' (which is not set)'}"
             return ValueError(
-                f"{server.url} {'does not take the request' if refused else 'does not answer'}: {reason}. Is it up? "
-                "Are address, model and --server.api right? --server.extra '{\"NAME\": null}' removes a parameter. "
-                "What was played is kept: run again to resume."
+                f"{server.url} refuses model {server.model!r} with {key}: {fault}. Check the address, the model's name "
+                "and the key; what was played is kept."
             )
-        return NoReply(reason[:500])
+        with contextlib.suppress(NoReply):  # an answer all the same
+            try:
+                self._exchange(self._request("Say OK.", 0.0, 0))
+            except Fault as again:
+                if not again.full:
+                    return self._stop(fault)
+        return NoReply(str(fault)[:500])
 
-    def _take(self, session: int, key: str, result: dict | NoReply | ValueError | None) -> None:
-        """Caches and counts a reply; passes on or raises what a failed request means."""
+    def _stop(self, fault: Fault) -> ValueError:
+        """Why no session can continue."""
+        kept = "What was played is kept: run again to resume."
+        if fault.spent:
+            return ValueError(
+                f"{self._server.url} limits its use: {fault}. {kept} If it is a limit of the rate, lower "
+                "--server.concurrency."
+            )
+        does = "does not take the request" if 400 <= fault.status < 500 else "does not answer"
+        return ValueError(
+            f"{self._server.url} {'answers with an error' if fault.status == 200 else does}: {fault}. Is it up? Are "
+            "address, model and --server.api right? --server.extra '{\"NAME\": null}' removes a parameter. "
+            f"{kept}"
+        )
+
+    # ---- results -----------------------------------------------------------------------------------------------------
+
+    def _take(self, session: int, key: str, result: Reply | NoReply | ValueError | None) -> None:
+        """Keeps and counts a reply; passes on what a failed request means."""
         if isinstance(result, ValueError):
-            raise result
-        if isinstance(result, NoReply) or result is None:
-            return self._ready.append((session, result))
-        with self._cache:
-            self._cache.execute("INSERT OR IGNORE INTO replies VALUES (?, ?)", (key, json.dumps(result)))
-        self.counts["requests"] += 1
-        for name in result.keys() - {"text"}:
-            self.counts[name] = self.counts.get(name, 0) + result[name]
-        return self._finish(session, result)
+            self._failure = self._failure or result
+        elif isinstance(result, Reply):
+            self._replies.keep(key, result)
+            self.counts["requests"] += 1
+            for name in ("prompt_tokens", "completion_tokens", "cached_tokens"):
+                if (count := getattr(result, name)) is not None:  # few servers report cached ones
+                    self.counts[name] = self.counts.get(name, 0) + count
+            if None in (result.prompt_tokens, result.completion_tokens):
+                self.counts["without_usage"] = self.counts.get("without_usage", 0) + 1
+            self._finish(session, result)
+        else:
+            self._ready.append((session, result))
 
-    def _finish(self, session: int, reply: dict) -> None:
-        """Queues the first non-empty line after the reply's reasoning, if any, without a repeated "Action:" and cut to
-        what its tokens allow."""
-        text = reply["text"].rpartition("</think>")[2]
-        if self._whole:
-            self._ready.append((session, text))
-            return
-        content = next((line for line in text.splitlines() if line.strip()), "").strip()
-        for words in (REASON, ACTION):
-            content = content.removeprefix(words).strip()
-        line = f" {flat(content[: 16 * self._server.max_tokens])}\n"
-        if session in self._text:
+    def _finish(self, session: int, reply: Reply) -> None:
+        """Queues the line of a reply, cut to what its tokens allow."""
+        line = answer_in(reply.text) if self._whole else line_in(reply.text, 16 * self._server.max_tokens)
+        if session in self._text and not self._whole:
             self._text[session] += line
         self._ready.append((session, line))

@@ -18,19 +18,20 @@ Shapes: N thoughts of all files, K dimensions.
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
-from artifacts.cli import parse
+from artifacts.cli import Range, run_main
 from artifacts.seeds import draw_seed, generator
-from artifacts.stage import run_main
 from artifacts.trajectory import read_trajectories
 
 DIMENSIONS = 50
@@ -41,20 +42,26 @@ OCCUPIED = 0.01  # minimum share of a file's thoughts for a cluster to count
 class Args:
     files: tyro.conf.Positional[tuple[Path, ...]]
     """trajectories.jsonl files to compare."""
-    thoughts: int = 2000
+    thoughts: Annotated[int, Range(2)] = 2000
     """Maximum thoughts sampled from each file, without replacement."""
-    clusters: int = 50
+    clusters: Annotated[int, Range(1)] = 50
     """Number of clusters (k) over the thoughts of all files."""
     picture: Path = Path("runs/diversity.png")
     """File to write the picture to; .png or .svg."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Seed of the samples, the clusters and the projection."""
+
+    def check(self) -> None:
+        if not self.files:
+            raise ValueError("no files given; expected trajectories.jsonl files")
+        if self.picture.suffix not in (".png", ".svg"):
+            raise ValueError(f"--picture is {self.picture}; expected a name that ends in .png or .svg")
 
 
 def load_thoughts(path: Path) -> list[str]:
-    """Every thought of every turn, in order. Raises ValueError if there are none."""
+    """Every thought of every turn that has a word in it, in order. Raises ValueError if there are none."""
     turns = (turn for trajectory in read_trajectories(path) for turn in trajectory.turns)
-    found = [thought for turn in turns for thought in turn.thought.split("\n") if thought]
+    found = [thought for turn in turns for thought in turn.thought.split("\n") if re.search(r"\w", thought)]
     if not found:
         raise ValueError(f"{path} holds no thoughts; expected trajectories of an agent that thinks")
     return found
@@ -145,8 +152,6 @@ def compare(args: Args) -> tuple[dict[str, Any], np.ndarray]:
 
 
 def main(args: Args) -> None:
-    if not args.files:
-        raise ValueError("no files given; expected trajectories.jsonl files")
     try:
         found, points_NK = compare(args)
         plot(points_NK, [entry["file"] for entry in found["files"]], args.picture, draw_seed(args.seed, "diversity"))
@@ -161,4 +166,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, parse(Args, __doc__))
+    run_main(main, Args, __doc__)

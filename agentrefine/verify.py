@@ -9,25 +9,26 @@ is not trusted. JSON objects, with the paper's keys:
                "parameter_error": false, "place_error": false, "logic_error": false}
     Player    {"turn": 1, "role": "Player", "Thought": "...", "Action": "cd docs"}
 
-`verify` reports the first fault: in the script, then in the turns in order, then in the trajectory as a whole.
+`verify` reports the first fault: in the script, then in the turns in order, then in the trajectory as a whole. The
+verdict says which rule, at which turn, and in `why` what was got and expected ("Available Actions.ls: missing
+`parameters`").
 
 | rule | fault | turn |
 |---|---|---|
 | json | the script, the turns or the line of the file is not JSON | null |
 | keys | the script or an action lacks a key or has a value of the wrong type; a placeholder has no parameters | null |
 | keys | a turn lacks a key, has an extra one or a value of the wrong type (flags: bool, numbers: int) | that turn |
-| regex_invalid | a verification code does not compile, is too large or takes more than a second | null |
+| regex_invalid | a verification code does not compile, or takes too much time or memory (codes.py) | null |
 | regex_self | a code does not match its own action's name, or no group captures a placeholder of that name | null |
 | order | turns must start with DM, alternate strictly and end with DM | the one out of order |
 | unflagged | an action matches no code with valid parameters, and the DM's reply sets no flag | the Player's |
 | refinements | fewer than two flagged Player turns are followed by another Player turn | the last |
 | incomplete | the last observation does not say "Task completed" | the last |
 
-A code must match the whole action. It is first run on its own action's name to find the group of each placeholder: the
-group that captures "{path}" in the name captures the path in an action. The captured text, stripped of surrounding
-spaces, must be one of the listed values; case matters. Flagged actions are not checked. The "turn" numbers are ignored
-(models lose count); indices in the list are used instead. Extra keys are allowed in the script and its actions, not in
-turns. The flags of the first DM turn are ignored.
+A code must match the whole action, as Python's `re` sees it. The text captured for a placeholder, stripped of
+surrounding spaces, must be one of the listed values; case matters. Flagged actions are not checked. The "turn" numbers
+are ignored (models lose count); indices in the list are used instead. Extra keys are allowed in the script and its
+actions, not in turns. The flags of the first DM turn are ignored.
 
 Left out: whether the DM is right. Only running a world shows what it allows beyond its codes (refine.py).
 """
@@ -35,45 +36,50 @@ Left out: whether the DM is right. Only running a world shows what it allows bey
 from __future__ import annotations
 
 import json
-import math
 import re
-import warnings
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
-import regex
 
+from agentrefine.codes import Code, CodeError, fitting
+from artifacts.json_io import parse_json
 from artifacts.trajectory import Trajectory, Turn
 
 COMPLETED = "Task completed"
 REFINEMENTS = 2  # minimum number of mistakes followed by another attempt, as in the paper
-LARGEST = 100_000  # copies that nested counted repeats may expand to; 40 MB in the regex package
-SECONDS = 1.0  # time limit of a code on one action; beyond it, backtracking counts as catastrophic
+DEEPEST = 100  # levels of nesting in a script
+LONGEST = 300  # characters of a verdict's `why`
+
+T = TypeVar("T")
 
 
 class Verdict(NamedTuple):
-    """`rule` and `turn` (index in the list; None for the script) of the first fault; both None if `ok`."""
+    """`rule`, `turn` (index in the list; None for the script) and `why` of the first fault; all None if `ok`."""
 
     ok: bool
     rule: str | None
     turn: int | None
+    why: str | None
 
 
 class Fault(Exception):
-    """Internal: (rule, turn)."""
+    """Internal: (rule, turn, why)."""
 
 
 class Action(msgspec.Struct):
     code: str = msgspec.field(name="verification code")
-    parameters: dict[str, list[str | Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | float]]
+    parameters: dict[str, Any]
 
 
 class Script(msgspec.Struct):
     environment: dict[str, Any] = msgspec.field(name="Environment")
     goal: str = msgspec.field(name="Goal")
     conditions: list[Any] = msgspec.field(name="Completion Conditions")
-    actions: Annotated[dict[str, Action], msgspec.Meta(min_length=1)] = msgspec.field(name="Available Actions")
+    actions: Annotated[dict[str, Any], msgspec.Meta(min_length=1)] = msgspec.field(name="Available Actions")
+
+
+Values = list[str | Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | float]  # of a parameter
 
 
 class DMTurn(msgspec.Struct, tag_field="role", tag="DM", forbid_unknown_fields=True):
@@ -96,33 +102,31 @@ class PlayerTurn(msgspec.Struct, tag_field="role", tag="Player", forbid_unknown_
     action: str = msgspec.field(name="Action")
 
 
-class Code(NamedTuple):
-    """A compiled verification code, and (group, allowed values) for each group that captures a parameter."""
-
-    pattern: regex.Pattern
-    groups: list[tuple[int, set[str]]]
-
-
 # ---- the rules -------------------------------------------------------------------------------------------------------
 
 
 def verify(script: Any, turns: Any) -> Verdict:
     """The verdict on a parsed script and its parsed turns. Never raises, whatever the JSON values."""
     try:
-        check_whole(read_turns(turns, read_script(script)))
+        codes = read_script(script)
+        read, broken = read_turns(turns)
+        check_actions(codes, read)
+        if broken:
+            raise broken
+        check_whole(read)
     except Fault as fault:
-        rule, turn = fault.args
-        return Verdict(ok=False, rule=rule, turn=turn)
-    return Verdict(ok=True, rule=None, turn=None)
+        rule, turn, why = fault.args
+        return Verdict(ok=False, rule=rule, turn=turn, why=shortened(why))
+    return Verdict(ok=True, rule=None, turn=None, why=None)
 
 
-def verified_prefix(script: Any, turns: Any) -> int:
+def verified_prefix(verdict: Verdict, turns: list[Any]) -> int:
     """Number of leading turns without a fault, ending with a DM turn, from which another request may continue.
 
     0 if the script is at fault or the task was completed with too few refinements: neither can be repaired.
     """
-    ok, rule, turn = verify(script, turns)
-    if ok or rule == "incomplete" or (rule == "refinements" and COMPLETED not in turns[-1]["Observation"]):
+    rule, turn = verdict.rule, verdict.turn
+    if verdict.ok or rule == "incomplete" or (rule == "refinements" and COMPLETED not in turns[-1]["Observation"]):
         return len(turns)
     if rule == "refinements" or not turn:
         return 0
@@ -132,13 +136,15 @@ def verified_prefix(script: Any, turns: Any) -> int:
 def verify_line(line: str | bytes) -> Verdict:
     """The verdict on one line {"script": ..., "turns": ...}; either value may be a string of JSON."""
     try:
-        row = msgspec.json.decode(line)
+        row = parse_json(line, where="the line")
         if not (isinstance(row, dict) and {"script", "turns"} <= row.keys()):
-            return Verdict(ok=False, rule="keys", turn=None)
-        script, turns = (msgspec.json.decode(v) if isinstance(v, str) else v for v in (row["script"], row["turns"]))
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
-        return Verdict(ok=False, rule="json", turn=None)
-    return verify(script, turns)
+            why = "the line: expected an object with the keys `script` and `turns`"
+            return Verdict(ok=False, rule="keys", turn=None, why=why)
+        values = {key: row[key] for key in ("script", "turns")}
+        parts = [parse_json(v, where=f"`{key}`") if isinstance(v, str) else v for key, v in values.items()]
+    except ValueError as error:
+        return Verdict(ok=False, rule="json", turn=None, why=shortened(str(error)))
+    return verify(*parts)
 
 
 def main_over(path: str | Path) -> None:
@@ -148,101 +154,107 @@ def main_over(path: str | Path) -> None:
             print(json.dumps(verify_line(line)._asdict()))
 
 
+def shortened(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def read(value: Any, type: type[T], where: str, turn: int | None = None) -> T:
+    """The value as `type`. Raises Fault, with what is wrong at `where`, for any other value."""
+    try:
+        return msgspec.convert(value, type)
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
+        words, _, path = str(error).partition(" - at `$")
+        words = words.replace("Object missing required field", "missing").replace("Object contains", "has an")
+        raise Fault("keys", turn, f"{where}{path.rstrip('`')}: {words[:1].lower()}{words[1:]}") from None
+
+
 def read_script(script: Any) -> list[Code]:
-    try:
-        actions = msgspec.convert(script, Script).actions
-    except (msgspec.ValidationError, RecursionError):
-        raise Fault("keys", None) from None
-    return [read_code(name, action) for name, action in actions.items()]
+    """The codes of a script's actions."""
+    actions, codes = read(script, Script, "the script").actions, []
+    if nested(script):
+        raise Fault("keys", None, f"the script: nested deeper than {DEEPEST} levels")
+    for name, value in actions.items():
+        where = f"Available Actions.{name}"
+        action, values = read(value, Action, where), {}
+        for key, listed in action.parameters.items():
+            values[key] = [str(each).strip() for each in read(listed, Values, f"{where}.parameters.{key}")]
+        placeholders = re.findall(r"\{([^{}]+)\}", name)
+        if missing := [placeholder for placeholder in placeholders if placeholder not in values]:
+            raise Fault("keys", None, f"{where}.parameters: missing `{missing[0]}`, a placeholder of the action")
+        codes.append(
+            Code(name, action.code, {f"{{{placeholder}}}": values[placeholder] for placeholder in placeholders})
+        )
+    return codes
 
 
-def read_code(name: str, action: Action) -> Code:
-    """Compiles an action's code and runs it on the action's own name to find which group captures which parameter."""
-    placeholders = re.findall(r"\{([^{}]+)\}", name)
-    if not set(placeholders) <= action.parameters.keys():
-        raise Fault("keys", None)
-    match = full_match(compile_code(action.code), name)
-    if match is None:
-        raise Fault("regex_self", None)
-    captured = [(text or "").strip() for text in match.groups()]
-    if not {f"{{{p}}}" for p in placeholders} <= set(captured):
-        raise Fault("regex_self", None)
-    allowed = {f"{{{p}}}": {str(value).strip() for value in action.parameters[p]} for p in placeholders}
-    return Code(match.re, [(group, allowed[text]) for group, text in enumerate(captured, 1) if text in allowed])
+def nested(value: Any) -> bool:
+    """Whether lists and objects lie in one another deeper than DEEPEST levels; whoever writes JSON would give up."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            each
+            for outer in level
+            if isinstance(outer, dict | list)
+            for each in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
 
 
-def compile_code(code: str) -> regex.Pattern:
-    """Python's own `re` decides whether it is a regex; the `regex` package, which supports timeouts, runs it.
-
-    That package expands counted repeats, so nested ones could exhaust memory: the product of the counts is limited.
-    """
-    repeats = [count.lstrip("0")[:9] or "1" for count in re.findall(r"\{(?:\d*,)?(\d+)\}", code)]
-    if math.prod(map(int, repeats)) > LARGEST:
-        raise Fault("regex_invalid", None)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            re.compile(code)
-            return regex.compile(code)
-    except (re.error, regex.error, OverflowError, RecursionError):
-        raise Fault("regex_invalid", None) from None
-
-
-def full_match(pattern: regex.Pattern, text: str) -> regex.Match | None:
-    try:
-        return pattern.fullmatch(text, timeout=SECONDS)
-    except TimeoutError:
-        raise Fault("regex_invalid", None) from None
-
-
-def fits(action: str, codes: list[Code]) -> bool:
-    """Whether any code matches the action with valid parameters."""
-    for pattern, groups in codes:
-        match = full_match(pattern, action)
-        if match and all((match[group] or "").strip() in allowed for group, allowed in groups):
-            return True
-    return False
-
-
-def read_turns(turns: Any, codes: list[Code]) -> list[DMTurn | PlayerTurn]:
-    """The turns as structs, checked one by one: keys, order, and whether a mistake was flagged."""
+def read_turns(turns: Any) -> tuple[list[DMTurn | PlayerTurn], Fault | None]:
+    """The turns as structs, as far as their keys and their order are right, and the fault at which they end."""
     if not isinstance(turns, list):
-        raise Fault("keys", None)
-    read: list[DMTurn | PlayerTurn] = []
+        return [], Fault("keys", None, f"the turns: expected a list, got {type(turns).__name__}")
+    found: list[DMTurn | PlayerTurn] = []
     for index, value in enumerate(turns):
         try:
-            turn = msgspec.convert(value, DMTurn | PlayerTurn)
-        except (msgspec.ValidationError, RecursionError):
-            raise Fault("keys", index) from None
+            turn = read(value, DMTurn | PlayerTurn, f"turn {index}", index)
+        except Fault as fault:
+            return found, fault
         if isinstance(turn, DMTurn) != (index % 2 == 0):
-            raise Fault("order", index)
-        if isinstance(turn, DMTurn) and index and not turn.errors and not fits(read[-1].action, codes):
-            raise Fault("unflagged", index - 1)
-        read.append(turn)
-    if len(read) % 2 == 0:
-        raise Fault("order", max(len(read) - 1, 0))
-    return read
+            wrong = "DM" if index % 2 else "Player"
+            return found, Fault("order", index, f"turn {index} is a {wrong}'s; DM first, then Player and DM in turn")
+        found.append(turn)
+    if len(found) % 2 == 0:
+        last = max(len(found) - 1, 0)
+        return found, Fault("order", last, f"{len(found)} turns; expected a DM's turn as the last")
+    return found, None
 
 
-def check_whole(read: list[DMTurn | PlayerTurn]) -> None:
-    flagged = sum(bool(turn.errors) for turn in read[2:-1:2])  # replies followed by another Player turn
+def check_actions(codes: list[Code], turns: list[DMTurn | PlayerTurn]) -> None:
+    """Checks the codes, and that each action that the DM lets pass matches one of them."""
+    passed = [
+        (index, player.action)
+        for index, (player, dm) in enumerate(zip(turns, turns[1:], strict=False))
+        if isinstance(player, PlayerTurn) and not dm.errors
+    ]
+    try:
+        fit = fitting(codes, [action for _, action in passed])
+    except CodeError as error:
+        rule, why = error.args
+        raise Fault(rule, None, f"Available Actions.{why}") from None
+    for number, (index, action) in enumerate(passed):
+        if number not in fit:
+            raise Fault("unflagged", index, f"turn {index + 1} sets no flag, though no code matches {action!r}")
+
+
+def check_whole(turns: list[DMTurn | PlayerTurn]) -> None:
+    last = len(turns) - 1
+    flagged = sum(bool(turn.errors) for turn in turns[2:-1:2])  # replies followed by another Player turn
     if flagged < REFINEMENTS:
-        raise Fault("refinements", len(read) - 1)
-    if COMPLETED not in read[-1].observation:
-        raise Fault("incomplete", len(read) - 1)
+        why = f"{flagged} of at least {REFINEMENTS} mistakes are followed by another attempt"
+        raise Fault("refinements", last, why)
+    if COMPLETED not in turns[-1].observation:
+        raise Fault("incomplete", last, f"the last observation does not say {COMPLETED!r}")
 
 
 # ---- conversion to a trajectory --------------------------------------------------------------------------------------
 
 
 def to_trajectory(script: Any, turns: Any, *, split: str, task_id: str, seed: int) -> Trajectory:
-    """A script and turns that `verify` accepts, as a trajectory. Raises ValueError naming the fault otherwise.
+    """A script and turns that `verify` accepts, as a trajectory. Raises ValueError for those of another form.
 
     The first observation has the content of the paper's first message: environment, goal, actions, the DM's opening.
     """
-    verdict = verify(script, turns)
-    if not verdict.ok:
-        raise ValueError(f"{task_id}: not a verified trajectory: rule {verdict.rule}, turn {verdict.turn}")
     world = msgspec.convert(script, Script)
     first, *rest = msgspec.convert(turns, list[DMTurn | PlayerTurn])
     opening = [

@@ -1,16 +1,32 @@
-"""Command lines from dataclasses (tyro), with the help in groups: a command's own flags, then inherited ones by class.
+"""Command lines from dataclasses (tyro): help in groups, ranges of numbers, and one way to run and to fail.
 
-Imports nothing else of the project, because every command is parsed here.
+    @dataclass(frozen=True, kw_only=True)
+    class Args:
+        trials: Annotated[int, Range(1, 1000)] = 1
+        "Attempts per task."
+
+        def check(self) -> None: ...        # optional: raises ValueError for values that do not go together
+
+    if __name__ == "__main__":
+        run_main(main, Args, __doc__)
+
+Imports nothing of the project but interrupts.py, because every command is parsed here.
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import errno
 import inspect
+import math
+import os
+import sqlite3
 import sys
 import textwrap
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
@@ -18,16 +34,101 @@ import tyro
 T = TypeVar("T")
 
 
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The values that a number may have: at least `low` (more than `low` if `above`) and at most `high`."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low < value if self.above else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        least = f"{'more than' if self.above else 'at least'} {self.low:g}"
+        return least if self.high == math.inf else f"{least} and at most {self.high:g}"
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+def run_main(main: Callable[[Any], Any], cls: type, description: str) -> None:
+    """Parses the command line and runs main(args). A bad value, a missing file or package, a full disk and the like
+    become one line and exit status 2. A reader that closes the pipe, such as `head`, is no error."""
+    try:
+        main(parse(cls, description))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, ImportError, sqlite3.Error) as error:
+        print(f"{Path(sys.argv[0]).name}: {explain(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def explain(error: Exception) -> str:
+    """An error in one sentence. Those of the file system say what is wrong with which file, and what to do."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error) or type(error).__name__
+    advice = {
+        errno.ENOSPC: "; what is written is kept: free some space and run the same command again",
+        errno.EDQUOT: "; what is written is kept: free some space and run the same command again",
+        errno.ENOTDIR: "; expected a folder: a part of this path is a file",
+        errno.EEXIST: "; expected a folder, or nothing, in this place",
+        errno.ENOENT: "; check the path",
+    }
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror}{advice.get(error.errno, '')}"
+
+
+# ---- parsing ---------------------------------------------------------------------------------------------------------
+
+
 def parse(cls: type[T], description: str, args: Sequence[str] | None = None) -> T:
     """Parses a command line (default: sys.argv) into an instance of the dataclass `cls`.
 
     Flags are flat: --name for every field, inherited or not, and --group.name for the fields of a nested dataclass.
     Inherited and nested fields need a default. A default of None is not shown: its sentence says what happens then.
+    Raises ValueError, with the flag's name, for a number that is not finite or outside its Range, and whatever the
+    `check` methods of the dataclasses raise.
     """
     words = sys.argv[1:] if args is None else list(args)
     if {"-h", "--help"} & set(words):
         print(f"{description.strip()}\n")  # tyro would join its lines
-    return _from_view(cls, tyro.cli(_make_view(cls), description="", args=words))
+    values = _from_view(cls, tyro.cli(_make_view(cls), description="", args=words))
+    check_values(values)
+    return values
+
+
+def check_values(values: Any, prefix: str = "") -> None:
+    """Checks the numbers of a dataclass and of nested ones, then calls their `check`; see `parse`."""
+    for name, hint in get_type_hints(type(values), include_extras=True).items():
+        value = getattr(values, name)
+        if dataclasses.is_dataclass(value):
+            check_values(value, f"{prefix}{name.replace('_', '-')}.")
+        else:
+            _check_number(f"--{prefix}{name.replace('_', '-')}", value, hint)
+    if hasattr(values, "check"):
+        values.check()
+
+
+def _check_number(flag: str, value: Any, hint: Any) -> None:
+    """Raises ValueError for a number outside the Range of its hint; looks into optional values and tuples."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{flag} is {value}; expected a finite number")
+    if isinstance(value, tuple):
+        while typing.get_origin(hint) is not tuple:  # Positional[tuple[...]], tuple[...] | None
+            hint = typing.get_args(hint)[0]
+        hints = typing.get_args(hint)
+        for index, each in enumerate(value):
+            _check_number(flag, each, hints[0] if Ellipsis in hints else hints[index])
+    elif typing.get_origin(hint) is Annotated:
+        allowed = next((each for each in hint.__metadata__ if isinstance(each, Range)), None)
+        if value is not None and allowed is not None and value not in allowed:
+            raise ValueError(f"{flag} is {value}; expected {allowed}")
+    elif value is not None:
+        for inner in typing.get_args(hint):
+            _check_number(flag, value, inner)
 
 
 def _make_view(cls: type) -> type:

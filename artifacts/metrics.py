@@ -1,4 +1,4 @@
-"""metrics.jsonl: one flushed line per optimizer step, and a progress bar with the same figures."""
+"""metrics.jsonl: one flushed line per optimizer step, a progress bar with the same figures, and their limits."""
 
 from __future__ import annotations
 
@@ -6,24 +6,31 @@ import json
 import os
 from pathlib import Path
 
+import msgspec
+import numpy as np
 from tqdm import tqdm
 
 from artifacts.atomic import atomic_write
+from artifacts.json_io import parse_json
+
+
+class Line(msgspec.Struct):
+    """What is read of a line."""
+
+    step: int
 
 
 class MetricsLog:
     """`with MetricsLog(directory, done, total) as log: log.write({"step": 1, "loss": 2.0, ...})`.
 
-    A resumed run keeps the first `done` lines and drops later ones, whose steps it repeats. With active=False it writes
-    and shows nothing, since only one of several processes logs.
+    A resumed run keeps the lines of its first `done` steps and drops those of later ones, which it repeats. With
+    active=False it writes and shows nothing, since only one of several processes logs.
     """
 
     def __init__(self, directory: Path, done: int, total: int, *, active: bool = True):
         path = directory / "metrics.jsonl"
         if active and path.exists():
-            kept = path.read_text().split("\n")[:done]
-            with atomic_write(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept))
+            keep_steps(path, done)
         self._file = open(path if active else os.devnull, "a")
         self._bar = tqdm(total=total, initial=done, desc=directory.name, disable=not active)
 
@@ -44,3 +51,27 @@ class MetricsLog:
     def __exit__(self, *_) -> None:
         self._file.close()
         self._bar.close()
+
+
+def keep_steps(path: Path, done: int) -> None:
+    """Rewrites the file with one line for each of the first `done` steps, in order. A last line that was cut is
+    dropped. Raises ValueError, with file:line, for another one that cannot be read."""
+    *lines, _ = path.read_bytes().split(b"\n")
+    found = {parse_json(line, Line, f"{path}:{number}").step: line for number, line in enumerate(lines, 1)}
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(b"".join(found[step] + b"\n" for step in sorted(found) if step <= done))
+
+
+def check_step(line: dict, floor: float, remedy: str) -> None:
+    """Raises ValueError, with the step and the remedy, if the loss or gradient is not finite or the loss runs away.
+
+    Only tokens with negative weight can run away: failures with R_f > 0 are imitated like successes.
+    """
+    if not np.isfinite([line["loss"], line["gradient_norm"]]).all():
+        raise ValueError(f"step {line['step']}: loss {line['loss']}, gradient norm {line['gradient_norm']}. {remedy}")
+    if line["logprob_negative"] < floor:
+        raise ValueError(
+            f"step {line['step']}: the mean log-probability of tokens with negative weight (failures) is "
+            f"{line['logprob_negative']:.1f}, under --floor {floor:g}: their loss is unbounded below, and diverges. "
+            f"{remedy}"
+        )

@@ -6,57 +6,18 @@ Shapes: N packed rows, L tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+import zipfile
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from artifacts.atomic import atomic_write
-from artifacts.render import react_segments
-from artifacts.trajectory import Trajectory
-
-
-class Tokens(NamedTuple):
-    """ids [L], agent [L] (1 on thoughts, actions and their line ends, whoever wrote them), turn [L] (-1: opening)."""
-
-    ids: list[int]
-    agent: list[int]
-    turn: list[int]
-
-
-def tokens_of(trajectory: Trajectory, encode: Callable[[str, bool], list[int]]) -> Tokens:
-    """The trajectory's token ids, each with its author and turn.
-
-    `ids` are the played ids if the record has them. A text-only record is rendered and encoded segment by segment;
-    `first` marks the first one in `encode(text, first)` (lora.tokenizer.encode_piece). Raises ValueError if the played
-    ids do not spell the record's text.
-    """
-    ids, agent, turn = [], [], []
-    played, sampled = trajectory.ids, trajectory.sampled
-    for segment in react_segments(trajectory):
-        start = len(ids)
-        if played and start == len(played):
-            break  # the context was full before this segment
-        if played and segment.agent and sampled[start]:
-            end = start
-            while end < len(played) and sampled[end]:
-                end += 1
-            piece = played[start:end]
-            newline = encode("\n", False)  # the harness ends a reply that its token limit cut off
-            if played[end : end + len(newline)] == newline and piece[-len(newline) :] != newline:
-                piece = piece + newline
-        else:
-            piece = encode(segment.text, not ids)
-            if played and played[start : start + len(piece)] != piece:
-                raise ValueError(
-                    f"{trajectory.task_id} trial {trajectory.trial}: the ids from position {start} do not spell "
-                    f"{segment.text[:60]!r}; were they played with another tokenizer?"
-                )
-        ids += piece
-        agent += [int(segment.agent)] * len(piece)
-        turn += [segment.turn] * len(piece)
-    return Tokens(ids=ids, agent=agent, turn=turn)
+from artifacts.json_io import parse_json
+from artifacts.tokens import Tokens
+from artifacts.trajectory import Trajectory, read_trajectories
 
 
 def token_weights(
@@ -70,6 +31,9 @@ def token_weights(
         0.0 if turn in masked else value * (1.0 if agent else world_weight)
         for agent, turn in zip(tokens.agent, tokens.turn, strict=True)
     ]
+
+
+# ---- packing ---------------------------------------------------------------------------------------------------------
 
 
 class Packed(NamedTuple):
@@ -125,7 +89,7 @@ def pack(sequences: Sequence[tuple[Sequence[int], Sequence[float]]], length: int
     return packed._replace(positions=[positions[i] for i in range(len(sequences))])
 
 
-# ---- examples --------------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 class Example(NamedTuple):
@@ -137,26 +101,61 @@ class Example(NamedTuple):
     line: int
 
 
-def save_packed(directory: Path, packed: Packed, examples: list[Example]) -> None:
+class Place(msgspec.Struct):
+    """A line of packed.jsonl: a packed trajectory, its weight, and where it was read from."""
+
+    row: int
+    segment: int
+    weight: float
+    file: str
+    line: int
+
+
+def places_of(packed: Packed, examples: Sequence[Example]) -> list[Place]:
+    """The examples in the order of rows and segments."""
+    places = [
+        Place(row=row, segment=segment, weight=e.weight, file=e.file, line=e.line)
+        for (row, segment), e in zip(packed.positions, examples, strict=True)
+    ]
+    return sorted(places, key=lambda place: (place.row, place.segment))
+
+
+def read_examples(directory: Path, name: str) -> list[Example]:
+    """The trajectories of a stage's directory, without weights yet; `name` stands for the file in packed.jsonl."""
+    numbered = enumerate(read_trajectories(directory / "trajectories.jsonl"), 1)
+    return [Example(trajectory=trajectory, weight=0.0, file=name, line=line) for line, trajectory in numbered]
+
+
+def require_trajectories(directory: Path) -> Path:
+    """The directory, given by --inputs. Raises ValueError if it has no trajectories, with the folders in it that do."""
+    if not (directory / "trajectories.jsonl").exists():
+        inside = [*directory.glob("*/trajectories.jsonl"), *directory.glob("*/*/trajectories.jsonl")][:4]
+        meant = f"did you mean {' or '.join(str(path.parent) for path in inside)}?" if inside else "expected a stage"
+        raise ValueError(f"--inputs {directory} has no trajectories.jsonl; {meant}")
+    return directory
+
+
+def save_packed(directory: Path, packed: Packed, examples: Sequence[Example]) -> None:
     """Writes packed.npz, and packed.jsonl with the source of each (row, segment)."""
     with atomic_write(directory / "packed.npz") as temporary, open(temporary, "wb") as file:
         np.savez(file, ids_NL=packed.ids_NL, segments_NL=packed.segments_NL, weights_NL=packed.weights_NL)
-    lines = [
-        {"row": row, "segment": segment, "weight": e.weight, "file": e.file, "line": e.line}
-        for (row, segment), e in zip(packed.positions, examples, strict=True)
-    ]
-    lines.sort(key=lambda line: (line["row"], line["segment"]))
+    lines = [json.dumps(msgspec.structs.asdict(place)) + "\n" for place in places_of(packed, examples)]
     with atomic_write(directory / "packed.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        temporary.write_text("".join(lines))
 
 
-def preview(packed: Packed, examples: list[Example], decode: Callable[[list[int]], str], count: int) -> None:
-    """Prints packed trajectories, coloured by weight: green +, red -, plain 0."""
-    for (row, segment), example in list(zip(packed.positions, examples, strict=True))[:count]:
-        print(f"--- row {row} segment {segment}: {example.file}:{example.line} weight {example.weight:+g}")
-        inside = packed.segments_NL[row] == segment
-        ids, weights = packed.ids_NL[row][inside], packed.weights_NL[row][inside]
-        for run in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(weights)) + 1):
-            colour = {1: "\033[32m", -1: "\033[31m", 0: ""}[int(np.sign(weights[run[0]]))]
-            print(f"{colour}{decode(ids[run].tolist())}\033[0m", end="")
-        print()
+def load_packed(directory: Path) -> tuple[Packed, list[Place]]:
+    """What `save_packed` wrote. Raises ValueError, with the file's name, for files that are damaged."""
+    path = directory / "packed.jsonl"
+    lines = path.read_bytes().splitlines()
+    places = [parse_json(line, Place, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    path = directory / "packed.npz"
+    try:
+        with np.load(path) as arrays:
+            ids_NL, segments_NL, weights_NL = (arrays[f"{name}_NL"] for name in ("ids", "segments", "weights"))
+        if not all(0 <= place.row < len(ids_NL) for place in places):
+            raise ValueError(f"it has {len(ids_NL)} rows, packed.jsonl names others")
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a whole file of packed rows ({error}); restore it, or train again") from error
+    positions = [(place.row, place.segment) for place in places]
+    return Packed(ids_NL=ids_NL, segments_NL=segments_NL, weights_NL=weights_NL, positions=positions), places

@@ -25,6 +25,7 @@ from typing import Literal, NamedTuple
 
 from artifacts.trajectory import Trajectory, Turn
 
+FORM = 1  # version of this form: raise it whenever a record's text changes
 ACTION = "Action:"
 REASON = "Reason for the action:"
 OK = f"Observation: OK.\n{ACTION}"
@@ -40,14 +41,14 @@ class Segment(NamedTuple):
 
 def flat(text: str) -> str:
     """Joins lines: runs of newlines become a space, so that text cannot imitate the harness. Nothing else changes."""
-    return re.sub(r"\s*\n\s*", " ", text.strip("\n ")).replace("\r", " ")
+    # The lookbehind starts no search within blanks, which would take quadratic time.
+    return re.sub(r"(?<!\s)\s*\n\s*", " ", text.strip("\n ")).replace("\r", " ")
 
 
 def opening_text(first_observation: str, task: str) -> str:
     """The first observation, with the paragraph that states the task moved to the front as in A3T's prompts."""
     paragraphs = [p for p in first_observation.split("\n\n") if p.strip()]
-    stating = [p for p in paragraphs if task and task in p]
-    ordered = stating + [p for p in paragraphs if p not in stating]
+    ordered = sorted(paragraphs, key=lambda p: not (task and task in p))
     return f"Observation: {flat(' '.join(ordered))}\n{ACTION}"
 
 

@@ -9,6 +9,8 @@ Left out: training curves (train_pg/metrics.jsonl).
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.atomic import atomic_write
-from artifacts.cli import parse
+from artifacts.cli import run_main
+from artifacts.json_io import read_json
 from artifacts.render import react_segments, text_of
-from artifacts.scores import PEOPLE, perturbation_table, read_scores, subjects
-from artifacts.stage import read_json, run_main
+from artifacts.scores import PEOPLE, perturbation_table, read_scores, settings_notes, subjects
 from artifacts.trajectory import Trajectory, read_trajectories
+
+Perturbations = dict[str, dict[str, dict[str, dict[str, float]]]]  # of evaluate*_all*.json
 
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
 table { border-collapse: collapse; } th, td { padding: .2em .8em; text-align: right; border-bottom: 1px solid #ddd; }
@@ -42,21 +46,27 @@ def evaluations(run: Path) -> list[str]:
     )
 
 
+class Markup(str):
+    """HTML of our own; any other text is escaped."""
+
+
 def cells(values: Iterable[Any], tag: str = "td") -> str:
-    return "<tr>" + "".join(f"<{tag}>{value}</{tag}>" for value in values) + "</tr>"
+    """A table row; every value but Markup is escaped."""
+    texts = (value if isinstance(value, Markup) else escape(str(value)) for value in values)
+    return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
 
 
-def interval_bar(rate: float, low: float, high: float) -> str:
+def interval_bar(rate: float, low: float, high: float) -> Markup:
     """An SVG bar of a share and its interval, from 0 to 100 %."""
-    return (
+    return Markup(
         f'<svg width="120" height="12" role="img"><rect width="120" height="12" fill="#eee"/>'
         f'<rect x="{120 * low:.1f}" width="{120 * (high - low):.1f}" height="12" fill="#9bd"/>'
         f'<rect x="{120 * rate - 1:.1f}" width="2" height="12" fill="#036"/></svg>'
     )
 
 
-def score_table(scores: dict[str, dict[str, Any]]) -> str:
-    """An HTML table with one row per panel and subject."""
+def score_table(scores: dict[str, dict[str, Any]], notes: dict[str, str]) -> str:
+    """An HTML table with one row per panel and subject; an asterisk marks the subjects in `notes`."""
     head = (
         "panel",
         "round",
@@ -75,12 +85,12 @@ def score_table(scores: dict[str, dict[str, Any]]) -> str:
     for panel in sorted({panel for by_panel in scores.values() for panel in by_panel}):
         for subject, s in ((subject, by_panel[panel]) for subject, by_panel in scores.items() if panel in by_panel):
             low, high = s["wilson95"]
-            best = s.get("best_of")
+            best = s["best_of"]
             rows.append(
                 cells(
                     (
-                        escape(panel),
-                        subject,
+                        panel,
+                        subject + "*" * (subject in notes),
                         f"{100 * s['rate']:.1f}",
                         interval_bar(s["rate"], low, high),
                         f"{100 * low:.1f} to {100 * high:.1f}",
@@ -108,7 +118,10 @@ def examples(path: Path) -> list[Trajectory]:
 def sections(run: Path) -> Iterator[str]:
     for name in evaluations(run):
         scores = read_scores(run, name)
-        yield f"<h2>{escape(name)}</h2>{score_table(scores)}"
+        notes = settings_notes(run, name, scores)
+        yield f"<h2>{escape(name)}</h2>{score_table(scores, notes)}"
+        for subject, note in notes.items():
+            yield f'<p class="note">* round {escape(subject)} was played with other settings: {escape(note)}</p>'
         if name.startswith("evaluate_webshop"):
             yield f'<p class="note">{escape(PEOPLE)}</p>'
         for subject in scores:
@@ -120,7 +133,7 @@ def sections(run: Path) -> Iterator[str]:
                 text = text_of(react_segments(example))
                 yield f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
     for path in sorted(run.glob("evaluate*_all*.json")):
-        yield f"<h2>{escape(path.stem)}</h2><pre>{escape(perturbation_table(read_json(path)))}</pre>"
+        yield f"<h2>{escape(path.stem)}</h2><pre>{escape(perturbation_table(read_json(path, Perturbations)))}</pre>"
 
 
 def write_report(run: Path) -> Path:
@@ -142,10 +155,12 @@ def write_report(run: Path) -> Path:
 
 
 def main(args: Args) -> None:
+    if not args.run.is_dir():
+        raise ValueError(f"no such run: {args.run}")
     if not evaluations(args.run):
         raise ValueError(f"{args.run} holds no finished evaluation; run: python evaluate.py --run {args.run}")
     print(f"report -> {write_report(args.run)}")
 
 
 if __name__ == "__main__":
-    run_main(main, parse(Args, __doc__))
+    run_main(main, Args, __doc__)

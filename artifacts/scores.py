@@ -15,14 +15,47 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from artifacts.stage import current_round, read_json, round_directory
+import msgspec
+
+from artifacts.json_io import read_json
+from artifacts.stage import compared, current_round, round_directory
 from artifacts.trajectory import FAULTS, Trajectory
 from envs.alfworld.index import TASK_TYPES, task_type
+from envs.alfworld.world import other_grammar
 from envs.wording import PERTURBATIONS
 
 SHORT = dict(zip(TASK_TYPES, ("Pick", "Clean", "Heat", "Cool", "Examine", "PickTwo"), strict=True))
 WORDINGS = ("none", *PERTURBATIONS)
 PEOPLE = "people on WebShop's official test (arXiv 2207.01206): average reward 75.5, success 50.0; experts 82.1, 59.6"
+
+
+class BestOf(msgspec.Struct):
+    """The best of several trials per task; see `best_of`."""
+
+    trials: int
+    success: int
+    n: int
+    rate: float
+    wilson95: tuple[float, float]
+    progress: float
+
+
+class Score(msgspec.Struct):
+    """One panel's entry of a scores.json; see `score`. Files of earlier versions have no progress and no content."""
+
+    success: int
+    n: int
+    rate: float
+    types: dict[str, dict[str, int]]
+    wilson95: tuple[float, float]
+    reward: float
+    mean_turns: float
+    invalid_action_rate: float
+    ends: dict[str, int]
+    won_tasks: list[str]
+    progress: float = math.nan
+    best_of: BestOf | None = None
+    content: str = ""
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -99,13 +132,26 @@ def best_of(tasks: Sequence[Sequence[Trajectory]], trials: int) -> dict[str, Any
     }
 
 
+def closing_notes(trajectories: Iterable[Trajectory], directory: Path, grammar: str | None) -> str:
+    """A stage's closing notes: rows that ended in a fault, and (ALFWorld, of that grammar) commands of the other one.
+    Empty if there are none."""
+    trajectories = list(trajectories)
+    ends = Counter(t.end for t in trajectories if t.end in FAULTS)
+    named = ", ".join(f"{end}: {count}" for end, count in sorted(ends.items()))
+    notes = [f"not the agent's failures: {named}; to play them again, remove {directory}/done.json"] if ends else []
+    if grammar:
+        refused = (turn.action for t in trajectories for turn in t.turns if not turn.valid)
+        notes += filter(None, [other_grammar(refused, grammar)[1]])
+    return "".join(f"\n  {note}" for note in notes)
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def directory_name(env: str, perturb: str, trials: int) -> str:
-    """The folder of an evaluation: evaluate (unchanged ALFWorld), evaluate_P1, evaluate_babyai_best_of_10, ..."""
+def directory_name(env: str, perturb: str, trials: int, name: str = "") -> str:
+    """The folder of an evaluation: evaluate (unchanged ALFWorld), evaluate_P1, evaluate_babyai_best_of_10_NAME, ..."""
     parts = [env] * (env != "alfworld") + [perturb] * (perturb != "none") + [f"best_of_{trials}"] * (trials > 1)
-    return "_".join(["evaluate", *parts])
+    return "_".join(["evaluate", *parts, *[name] * bool(name)])
 
 
 def subjects(run: Path) -> dict[str, Path]:
@@ -119,9 +165,32 @@ def read_scores(run: Path, name: str) -> dict[str, dict[str, Any]]:
     found = {}
     for subject, folder in subjects(run).items():
         if (folder / name / "done.json").exists():
-            scores = read_json(folder / name / "scores.json")
-            found[subject] = {panel: {"progress": math.nan} | s for panel, s in scores.items()}
+            scores = read_json(folder / name / "scores.json", dict[str, Score])
+            found[subject] = {panel: msgspec.to_builtins(s) for panel, s in scores.items()}
     return found
+
+
+def settings_notes(run: Path, name: str, shown: Iterable[str]) -> dict[str, str]:
+    """{subject: what differs} for the subjects whose evaluation `name` had other settings than the last one's.
+
+    What may differ in one table, since the subject says it: the adapter and a server's model.
+    """
+    settings = {}
+    for subject in shown:
+        config = read_json(subjects(run)[subject] / name / "config.json", dict[str, Any])
+        settings[subject] = {
+            key: value for key, value in compared(config).items() if key not in ("facts.adapter", "args.server.model")
+        }
+    last = next(reversed(settings.values()), {})
+    differing = {
+        subject: [
+            f"{key} {these.get(key)!r} (else {last.get(key)!r})"
+            for key in sorted({*these, *last})
+            if these.get(key) != last.get(key)
+        ]
+        for subject, these in settings.items()
+    }
+    return {subject: "; ".join(found) for subject, found in differing.items() if found}
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -130,9 +199,10 @@ def read_scores(run: Path, name: str) -> dict[str, dict[str, Any]]:
 def table(run: Path, name: str) -> str:
     """One line per panel and subject, with the best of rounds and, with several trials, the best of trials."""
     scores = read_scores(run, name)
+    notes = settings_notes(run, name, scores)
     entries = [s for by_panel in scores.values() for s in by_panel.values()]
     types = [short for short in SHORT.values() if any(s["types"] for s in entries)]
-    trials = max((s["best_of"]["trials"] for s in entries if "best_of" in s), default=1)
+    trials = max((s["best_of"]["trials"] for s in entries if s["best_of"]), default=1)
     header = f"{'panel':<24}{'round':>8}{'success':>16}{'95 % interval':>16}{'reward':>8}{'progress':>10}"
     header += "".join(f"{short:>9}" for short in types) + f"{'best of rounds':>16}"
     header += f"{f'best of {trials}':>12}{'progress':>10}" if trials > 1 else ""
@@ -143,7 +213,7 @@ def table(run: Path, name: str) -> str:
         for subject, by_panel in scores.items():
             if (s := by_panel.get(panel)) is None:
                 continue
-            best = s.get("best_of", s)
+            best = s["best_of"] or s
             of_rounds = "-"
             if subject.isdecimal():
                 solved |= set(s["won_tasks"])
@@ -152,7 +222,8 @@ def table(run: Path, name: str) -> str:
             low, high = s["wilson95"]
             shares = (s["types"].get(short, {"n": 0}) for short in types)
             lines.append(
-                f"{panel:<24}{subject:>8}{100 * s['rate']:>7.1f} {s['success']:>4}/{s['n']:<4}"
+                f"{panel:<24}{subject + '*' * (subject in notes):>8}"
+                f"{100 * s['rate']:>7.1f} {s['success']:>4}/{s['n']:<4}"
                 f"{100 * low:>8.1f}-{100 * high:<7.1f}{100 * s['reward']:>8.1f}"
                 f"{100 * s['progress']:>10.1f}"
                 + "".join(f"{100 * t['success'] / t['n'] if t['n'] else math.nan:>9.0f}" for t in shares)
@@ -161,15 +232,16 @@ def table(run: Path, name: str) -> str:
                 + f"{s['mean_turns']:>7.1f}{100 * s['invalid_action_rate']:>8.1f}%  "
                 + " ".join(f"{end}:{count}" for end, count in sorted(s["ends"].items()))
             )
+    lines += [f"* round {subject} was played with other settings: {note}" for subject, note in notes.items()]
     lines += ["best of rounds: an oracle over the policies so far (best-of-k), not one policy's score"]
     lines += [f"best of {trials}: any success, most progress in {trials} attempts"] if trials > 1 else []
     return "\n".join(lines + ([PEOPLE] if name.startswith("evaluate_webshop") else []))
 
 
-def perturbations(run: Path, env: str, trials: int) -> dict[str, dict[str, dict[str, Any]]]:
+def perturbations(run: Path, env: str, trials: int, name: str = "") -> dict[str, dict[str, dict[str, Any]]]:
     """{subject: {panel: {"success": {"none": %, "P1": %, ..., "mean", "std"}, "progress": ...}}} where all six wordings
     were played: mean and population standard deviation over them, as in AgentRefine's table."""
-    by_wording = {name: read_scores(run, directory_name(env, name, trials)) for name in WORDINGS}
+    by_wording = {wording: read_scores(run, directory_name(env, wording, trials, name)) for wording in WORDINGS}
     found = {}
     for subject in subjects(run):
         if all(subject in scores for scores in by_wording.values()):
@@ -177,9 +249,9 @@ def perturbations(run: Path, env: str, trials: int) -> dict[str, dict[str, dict[
             found[subject] = {panel: {} for panel in sorted(panels)}
             for panel, measure in itertools.product(found[subject], ("success", "progress")):
                 key = "rate" if measure == "success" else measure
-                percents = {name: 100 * scores[subject][panel][key] for name, scores in by_wording.items()}
+                percents = {wording: 100 * scores[subject][panel][key] for wording, scores in by_wording.items()}
                 spread = {"mean": statistics.mean(percents.values()), "std": statistics.pstdev(percents.values())}
-                found[subject][panel][measure] = {name: round(x, 2) for name, x in (percents | spread).items()}
+                found[subject][panel][measure] = {column: round(x, 2) for column, x in (percents | spread).items()}
     return found
 
 

@@ -1,63 +1,65 @@
-"""The stage directory: config.json first, then the stage's own files, done.json last.
+"""The stage directory: config.json first, then the stage's own files, done.json last; and the record of a run.
 
-    runs/<name>/round_0/{rollout,actre,train_pg,evaluate}/
+    runs/<name>/round_0/{rollout,actre,train_pg,evaluate}/        runs/<name>/run.json
+
+    with Stage(directory, args, facts, identity) as stage:
+        if stage.finished:
+            return
+        ...                                         # append to files that a killed run can resume
+        stage.finish(counts)
 
 A killed stage resumes when it is run again, and retries what ended as env_error, llm_error or timeout. A finished stage
-says so. A stage whose arguments have changed is refused, and nothing is replaced.
+says so. A stage whose settings have another meaning is refused, and nothing is replaced; so is a second process in the
+same directory, and a stage of another world or base than the run's. A stage that fails before it has written anything
+leaves no directory.
 Left out: what a stage does (rollout.py, actre.py, train_pg.py, evaluate.py).
 """
 
 from __future__ import annotations
 
+import artifacts.interrupts
+
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from artifacts.atomic import atomic_write
+from artifacts.cli import run_main
+from artifacts.json_io import read_json, write_json
 
-# Transport and timeout settings: how a stage asks and waits, not what for. It may resume with different values.
-TRANSPORT = ("concurrency", "timeout", "retries", "deadline", "turn_deadline", "processes")
+# Settings that say how a stage computes, asks and waits, not what for: it may resume with different values.
+HOW = {"concurrency", "timeout", "retries", "deadline", "turn_deadline", "processes", "url", "key", "slots"}
+HOW |= {"rollout_weights", "mesh", "device_rows", "remat", "attention", "checkpoint_minutes", "preview"}
+# Settings whose meaning is in the facts: the content of files wherever they are, the tasks of a panel, the round.
+IN_FACTS = {"run", "round", "name", "model", "data", "panel", "panels", "limit", "prompt", "actre_prompt", "adapter"}
+IN_FACTS |= {"base", "inputs", "personas", "epochs", "verify", "out", "import_"}
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy", "alfworld")
 ROOT = Path(__file__).parents[1]  # the project's folder
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)  # of a file system without locks
 
 
-class StageError(Exception):
+class StageError(ValueError):
     """Says what was got, what was expected and what to do. A command prints it and exits with status 2."""
 
 
-def run_main(main, args) -> None:
-    """Runs a stage's main(args). A StageError, ValueError, missing file or package becomes one line and exit status 2.
-
-    Compiled programs are cached under runs/.compiled, since all stages of all rounds share the same few.
-    """
+def run_stage(main: Callable[[Any], Any], cls: type, description: str) -> None:
+    """run_main (cli.py) for commands that compile: programs are cached under runs/.compiled, since all stages of all
+    rounds share the same few."""
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(ROOT / "runs" / ".compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    try:
-        main(args)
-    except (StageError, ValueError, FileNotFoundError, ImportError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise StageError(f"{path} is not JSON ({error}); remove it and run the stage again") from error
+    run_main(main, cls, description)
 
 
 def sha256(path: Path) -> str:
@@ -84,7 +86,7 @@ def require_done(directory: Path, command: str) -> dict:
     path = directory / "done.json"
     if not path.exists():
         raise StageError(f"{directory} is not finished (no done.json); run: {command}")
-    return read_json(path)
+    return read_json(path, dict[str, Any])
 
 
 def adapter_of_round(run: Path, round_index: int) -> Path | None:
@@ -99,6 +101,39 @@ def adapter_of_round(run: Path, round_index: int) -> Path | None:
 def adapter_sha(adapter: Path | None) -> str | None:
     """Identifies an adapter in a config.json: the sha256 of its weights."""
     return None if adapter is None else sha256(adapter / "adapter_model.safetensors")
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+FLAGS = {
+    "base": "--model",
+    "tokenizer": "--model",
+    "config": "--model",
+    "env": "--env",
+    "world": "--env, --engine or --mode",
+}
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """run.json: what a run is. `env` and `world` of its training tasks, their `content` by panel, the base (`model`,
+    where it was; `base`, `tokenizer`, `config`: sha256) and the form of the `prompts`. Empty for a new run."""
+    path = Path(run) / "run.json"
+    return read_json(path, dict[str, Any]) if path.exists() else {}
+
+
+def joined_identity(run: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """run.json with what a stage knows of the run. Raises StageError, with the flag, for what contradicts it."""
+    old = read_run(run)
+    then, now = by_name({k: v for k, v in old.items() if k != "model"}), by_name(identity)
+    found = [name for name in sorted(now) if name in then and then[name] != now[name]]
+    if found:
+        known = f" (its base was {old['model']})" if "model" in old else ""
+        differing = "; ".join(
+            f"{name} is {then[name]!r} there, {now[name]!r} now ({FLAGS.get(name.split('.')[0], '--data')})"
+            for name in found
+        )
+        raise StageError(f"{run} is another run{known}: {differing}. Give the run's own setting, or a new --run.")
+    return {**old, **identity, "content": old.get("content", {}) | identity.get("content", {})}
 
 
 # ---- one stage -------------------------------------------------------------------------------------------------------
@@ -118,44 +153,127 @@ def as_json(args: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(args), default=str))
 
 
-class Stage:
-    """`stage = Stage(directory, args, facts)`; `if stage.finished: return`; ...; `stage.finish(counts)`.
+def compared(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a config.json decides the result, by name: all facts, and arguments in neither HOW nor IN_FACTS."""
+    args = by_name(config.get("args", {}))
+    kept = {
+        f"args.{name}": value for name, value in args.items() if name.split(".")[-1] not in HOW and name not in IN_FACTS
+    }
+    return kept | {f"facts.{name}": value for name, value in by_name(config.get("facts", {})).items()}
 
-    facts: what the result depends on besides the arguments (hashes of panel, base, adapter, inputs).
-    Raises StageError if the directory holds a stage with other arguments or facts.
+
+def differences(old: dict[str, Any], config: dict[str, Any], args: Any) -> list[str]:
+    """What differs between two config.json, as sentences. A setting newer than `old` had its default then."""
+    defaults = {f.name: f.default for f in dataclasses.fields(args) if f.default is not dataclasses.MISSING}
+    then = compared({"args": as_json(dataclasses.replace(args, **defaults))}) | compared(old)
+    now = compared(config)
+    return [
+        f"{name}: there {then.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted({*then, *now})
+        if then.get(name) != now.get(name)
+    ]
+
+
+def lock(directory: Path) -> int:
+    """Locks a directory for this process and returns the descriptor that holds the lock; it ends with the process,
+    however that happens. Raises StageError if another process has it. Some network file systems have no locks."""
+    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(descriptor)
+            raise StageError(
+                f"another process is at work in {directory}; wait until it ends, or choose another --run"
+            ) from error
+        print(f"{directory}: this file system has no locks; start only one process here", file=sys.stderr)
+    return descriptor
+
+
+class Stage:
+    """One stage in its directory; see the module's docstring.
+
+    args: the settings, resolved (no default left that depends on the world or the run). facts: what the result depends
+    on besides them (hashes of panel, content, base, adapter, inputs). identity: what the stage knows of the run.
+    Raises StageError if the directory holds a stage of other settings, files of something else, or another process.
     """
 
-    def __init__(self, directory: Path, args: Any, facts: dict[str, Any]):
+    def __init__(self, directory: Path, args: Any, facts: dict[str, Any], identity: dict[str, Any] | None = None):
         self.directory = Path(directory)
         self.started = time.time()
-        config = {"args": as_json(args), "facts": facts}
-        path = self.directory / "config.json"
-        if path.exists():
-            old = read_json(path)
-            then, now = (by_name({"args": c.get("args", {}), "facts": c.get("facts", {})}) for c in (old, config))
-            defaults = {f.name: f.default for f in dataclasses.fields(args) if f.default is not dataclasses.MISSING}
-            # A setting that is newer than the directory had its default then.
-            then = by_name({"args": as_json(dataclasses.replace(args, **defaults))}) | then
-            differing = [
-                f"{name}: there {then.get(name)!r}, now {now.get(name)!r}"
-                for name in sorted({*then, *now})
-                if then.get(name) != now.get(name) and name.split(".")[-1] not in TRANSPORT
-            ]
-            if differing:
-                raise StageError(
-                    f"{self.directory} belongs to a run with other settings ({'; '.join(differing)}). "
-                    "Use those settings, choose another --run, or remove the directory."
-                )
-        else:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_json(path, {**config, **provenance()})
-        self.finished = (self.directory / "done.json").exists()
+        self._config = {"args": as_json(args), "facts": facts}
+        self._run = Path(getattr(args, "run", self.directory))
+        self._record = joined_identity(self._run, identity) if identity else None
+        self._made = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock: int | None = lock(self.directory)
+        try:
+            self.finished = self._open(args)
+        except BaseException:
+            self.close()
+            raise
         if self.finished:
             print(f"{self.directory}: finished already")
+            self.close()
+        else:
+            artifacts.interrupts.advice = f"interrupted; {self.directory} is kept, the same command resumes it"
+
+    def _open(self, args: Any) -> bool:
+        """Compares or writes config.json. Returns whether the stage is finished."""
+        path = self.directory / "config.json"
+        for leftover in self.directory.glob("*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink()
+        if self._results():
+            if not path.exists():
+                raise StageError(
+                    f"{self.directory} holds {self._results()[0]} but no config.json, so it is not this stage's. "
+                    "Choose another --run, or remove the directory."
+                )
+            if differing := differences(read_json(path, dict[str, Any]), self._config, args):
+                raise StageError(
+                    f"{self.directory} belongs to a run with other settings ({'; '.join(differing)}). "
+                    "Use those settings, choose another --run (evaluate.py: or --name), or remove the directory."
+                )
+        else:
+            write_json(path, {**self._config, **provenance()})
+        if self._record is not None and self._record != read_run(self._run):
+            write_json(self._run / "run.json", self._record)
+        return (self.directory / "done.json").exists()
+
+    def _results(self) -> list[str]:
+        """Names of the files and folders that are more than a beginning."""
+        return sorted(
+            path.name
+            for path in self.directory.iterdir()
+            if path.name not in ("config.json", ".lock") and (path.is_dir() or path.stat().st_size)
+        )
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes done.json, the last file of a stage. `seconds` counts only this process, not interrupted ones."""
         write_json(self.directory / "done.json", {**summary, "seconds": round(time.time() - self.started, 1)})
+        self.close()
+
+    def close(self) -> None:
+        """Releases the lock. If nothing was written, removes the directory and those made for it."""
+        if self._lock is None:
+            return
+        if self._made and not self._results():
+            for path in self.directory.iterdir():
+                path.unlink()
+            if self._run in self._made:
+                (self._run / "run.json").unlink(missing_ok=True)
+            for path in self._made:
+                with contextlib.suppress(OSError):  # not empty
+                    path.rmdir()
+        os.close(self._lock)
+        self._lock = None
+        artifacts.interrupts.advice = artifacts.interrupts.PLAIN
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
 
 def provenance() -> dict[str, Any]:

@@ -7,10 +7,9 @@ text, packing.py into token ids and weights.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -51,8 +50,8 @@ class Trajectory(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     progress: float
     success: bool
     end: End
-    ids: list[int] = []
-    sampled: list[int] = []  # 1 where the model sampled the token, 0 elsewhere
+    ids: list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]] = []
+    sampled: list[Annotated[int, msgspec.Meta(ge=0, le=1)]] = []  # 1 where the model sampled the token, 0 elsewhere
 
     @property
     def key(self) -> tuple[str, int]:
@@ -69,11 +68,19 @@ def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
     """Yields the trajectories of a JSONL file in order.
 
     Only the byte 0x0A ends a line: U+2028 and the like are ordinary text inside a string. Raises ValueError with
-    file:line for anything but a complete record of this schema.
+    file:line for anything but a complete record of this schema, and for a second one of the same task and trial.
     """
+    known: set[tuple[str, int]] = set()
     with open(path, "rb") as file:
         for index, line in enumerate(file, 1):
-            yield parse_line(line, f"{path}:{index}")
+            trajectory = parse_line(line, f"{path}:{index}")
+            if trajectory.key in known:
+                raise ValueError(
+                    f"{path}:{index}: a second row of {trajectory.task_id} trial {trajectory.trial}; expected one: did "
+                    "two processes write this file? Remove the directory and run its stage again"
+                )
+            known.add(trajectory.key)
+            yield trajectory
 
 
 def parse_line(line: bytes, where: str) -> Trajectory:
@@ -82,7 +89,7 @@ def parse_line(line: bytes, where: str) -> Trajectory:
         raise ValueError(f"{where}: the line is cut off (no newline at its end); rerun the stage that writes it")
     try:
         trajectory = _decoder.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{where}: not a trajectory record: {error}") from error
     if trajectory.schema != SCHEMA:
         raise ValueError(f"{where}: schema {trajectory.schema}, but this code reads schema {SCHEMA}")
@@ -146,10 +153,3 @@ def write_file(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
     """Atomically writes a file of trajectories."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(b"".join(map(to_line, trajectories)))
-
-
-def fault_note(trajectories: Iterable[Trajectory], directory: Path) -> str:
-    """A stage's closing note on rows that ended in a fault; empty if there are none."""
-    ends = Counter(t.end for t in trajectories if t.end in FAULTS)
-    named = ", ".join(f"{end}: {count}" for end, count in sorted(ends.items()))
-    return f"\n  not the agent's failures: {named}; to play them again, remove {directory}/done.json" if ends else ""

@@ -11,6 +11,8 @@ Run: python -m bench.alfworld_engine [--games 40 --steps 40 --seed 0 --split val
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import json
 import os
 import random
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from artifacts.cli import parse
+from artifacts.cli import run_main
 from envs.alfworld.world import AlfWorld
 
 GARBAGE = (
@@ -161,4 +163,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Args, __doc__))
+    run_main(main, Args, __doc__)

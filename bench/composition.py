@@ -9,6 +9,8 @@ resamples. Justifies the defaults of actre.py.
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,9 +19,9 @@ from pathlib import Path
 from agent.attempt import AttemptSettings, Compose, Job
 from agent.local import LocalPolicy
 from agent.loop import PlayLoop
-from artifacts.cli import parse
+from artifacts.cli import run_main
 from artifacts.scores import wilson
-from artifacts.stage import adapter_of_round, run_main
+from artifacts.stage import adapter_of_round
 from artifacts.trajectory import Trajectory
 from envs.make import make_world
 from envs.panel import pick_tasks
@@ -105,4 +107,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, parse(Args, __doc__))
+    run_main(main, Args, __doc__)

@@ -9,6 +9,8 @@ size of the result (on a CPU JAX stores a 4-bit code in a byte). Figures for 7B 
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import json
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from artifacts.cli import parse
+from artifacts.cli import run_main
 from bench.shapes import MISTRAL_7B, parameters
 from lora.checkpoint import tensor_shapes, weight_files, write_checkpoint
 from lora.config import Config
@@ -106,4 +108,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Args, __doc__))
+    run_main(main, Args, __doc__)

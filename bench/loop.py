@@ -12,6 +12,8 @@ Left out: larger models, whose share of the time is larger, and ActRe.
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import functools
 import json
 import os
@@ -21,7 +23,7 @@ from pathlib import Path
 from agent.attempt import AttemptSettings, Job
 from agent.local import LocalPolicy
 from agent.loop import PlayLoop
-from artifacts.cli import parse
+from artifacts.cli import run_main
 from artifacts.trajectory import Trajectory
 from envs.alfworld.world import AlfWorld
 from envs.base import World
@@ -94,4 +96,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Args, __doc__))
+    run_main(main, Args, __doc__)

@@ -12,6 +12,8 @@ stages' commands, each of which resumes if it was killed; prints a table and, as
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import itertools
 import json
 import statistics
@@ -20,7 +22,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from artifacts.cli import parse
+from artifacts.cli import run_main
 from artifacts.scores import WORDINGS, directory_name, read_scores, wilson
 
 MAIN = ("demo", "refine", "both")
@@ -175,4 +177,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Args, __doc__))
+    run_main(main, Args, __doc__)

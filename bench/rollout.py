@@ -13,6 +13,8 @@ Left out: the full loop with worlds, adapters, GPUs.
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import gc
 import os
 import tempfile
@@ -28,7 +30,7 @@ from tqdm import tqdm
 from agent.attempt import AttemptSettings, Job
 from agent.loop import PlayLoop
 from agent.scripted import DemonstratorScript, ScriptedPolicy
-from artifacts.cli import parse
+from artifacts.cli import run_main
 from artifacts.render import react_segments
 from bench.shapes import MISTRAL_100M
 from envs.alfworld.world import AlfWorld
@@ -190,4 +192,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Args, __doc__))
+    run_main(main, Args, __doc__)

@@ -13,6 +13,8 @@ regularly (envs/process.py).
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import functools
 import json
 import re
@@ -27,7 +29,7 @@ from agent.attempt import AttemptSettings, Compose, Job
 from agent.local import LocalPolicy
 from agent.loop import PlayLoop
 from agent.scripted import DemonstratorScript, ScriptedPolicy
-from artifacts.cli import parse
+from artifacts.cli import run_main
 from artifacts.trajectory import Writer
 from envs.alfworld.generate import SEED, write_split
 from envs.alfworld.rooms import family
@@ -97,4 +99,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Args, __doc__))
+    run_main(main, Args, __doc__)

@@ -12,6 +12,8 @@ process at a time.
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import functools
 import json
 import os
@@ -29,7 +31,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from artifacts.cli import parse
+from artifacts.cli import run_main
 from bench.shapes import MISTRAL_7B, described
 from lora import nf4
 from lora.decoding import DecoderWeights, RolloutWeights, SamplingParams, decode, decoding_layers, empty_cache
@@ -229,4 +231,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Args, __doc__))
+    run_main(main, Args, __doc__)

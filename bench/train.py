@@ -18,6 +18,8 @@ measured again for every peer, so it is printed once for each.
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import json
 import math
 import os
@@ -33,7 +35,7 @@ from typing import Literal
 
 import numpy as np
 
-from artifacts.cli import parse
+from artifacts.cli import run_main
 from artifacts.packing import pack
 
 
@@ -328,4 +330,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Args, __doc__))
+    run_main(main, Args, __doc__)

@@ -12,6 +12,8 @@ Run: python -m bench.webshop [--sizes 1000 1200000]       (about 8 minutes and 5
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import json
 import multiprocessing
 import random
@@ -26,7 +28,7 @@ import numpy as np
 from scipy.sparse import csc_array
 from tqdm import tqdm
 
-from artifacts.cli import parse
+from artifacts.cli import run_main
 from envs.webshop.catalogue import prepare
 from envs.webshop.generate import FILES, SEED, generate_listings
 from envs.webshop.search import IndexBuilder, analyze
@@ -256,4 +258,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Args, __doc__))
+    run_main(main, Args, __doc__)

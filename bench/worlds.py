@@ -14,6 +14,8 @@ Run: pip install -r requirements/worlds.txt pddlgym==0.0.7    (pddlgym brings ma
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import contextlib
 import importlib.util
 import io
@@ -31,7 +33,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from artifacts.cli import parse
+from artifacts.cli import run_main
 from envs.base import Observation, Result, World
 from envs.jericho import Jericho
 from envs.make import make_world
@@ -385,4 +387,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Args, __doc__))
+    run_main(main, Args, __doc__)

@@ -18,10 +18,10 @@ import contextlib
 import io
 import pickle
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from envs.base import Observation, Result, check_split, check_task
+from envs.base import Observation, Result, check_split, check_task, content_hash
 
 LEVELS = (
     "GoToRedBallGrey",
@@ -102,6 +102,20 @@ class BabyAI:
         """Sorted ids: babyai_test has AgentBoard's 28 levels with 4 seeds each, babyai_easy four small levels."""
         check_split(split, SPLITS)
         return ids_of(split)
+
+    def left_out(self, split: str) -> Mapping[str, str]:
+        """No level is left out."""
+        check_split(split, SPLITS)
+        return {}
+
+    def fingerprint(self, task_ids: Iterable[str]) -> str:
+        """sha256 of the ids and of minigrid's version, which makes the levels. Raises ValueError for an unknown id."""
+
+        def content(task_id: str) -> bytes:
+            check_task(task_id, "babyai", "<level>-<seed>", SPLITS, ids_of)
+            return self.facts["minigrid"].encode()
+
+        return content_hash(task_ids, content)
 
     def reset(self, task_id: str) -> Observation:
         """Start a task. Raises ValueError for an unknown id."""

@@ -9,11 +9,13 @@ Try one: python -m envs.play --env alfworld --tasks --split valid_seen
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from artifacts.json_io import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,16 @@ class World(Protocol):
         """Sorted, stable task ids of a split. Raises ValueError for an unknown split."""
         ...
 
+    def left_out(self, split: str) -> Mapping[str, str]:
+        """{id: reason} of further tasks of a split, which are named but cannot be played. Raises ValueError for an
+        unknown split."""
+        ...
+
+    def fingerprint(self, task_ids: Iterable[str]) -> str:
+        """sha256 of the content of tasks, in any order: the same ids with other texts have another one. Works without
+        a reset and starts no process. Raises ValueError for an unknown id."""
+        ...
+
     def reset(self, task_id: str) -> Observation:
         """Start a task. Raises ValueError for an unknown id or a task that cannot be read."""
         ...
@@ -74,10 +86,18 @@ class World(Protocol):
         ...
 
 
+def content_hash(task_ids: Iterable[str], content: Callable[[str], bytes]) -> str:
+    """The sha256 in hex of tasks and of the content of each, whatever their order."""
+    digest = hashlib.sha256()
+    for task_id in sorted(set(task_ids)):
+        digest.update(hashlib.sha256(task_id.encode()).digest() + hashlib.sha256(content(task_id)).digest())
+    return digest.hexdigest()
+
+
 def check_stamp(folder: Path, name: str, expected: Any) -> None:
     """Raises ValueError unless the file `name` in a folder of generated data records the expected settings."""
     stamp = folder / name
-    found = json.loads(stamp.read_text()) if stamp.is_file() else "no record of how it was made"
+    found = read_json(stamp) if stamp.is_file() else "no record of how it was made"
     if found != expected:
         raise ValueError(f"{folder} holds {found}, expected {expected}: delete it or choose another folder")
 

@@ -17,12 +17,12 @@ import hashlib
 import importlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from envs.base import Observation, Result, check_split
+from envs.base import Observation, Result, check_split, content_hash
 
 GAMES = (
     "905",
@@ -116,28 +116,33 @@ class Jericho:
         check_split(split, SPLITS)
         return [f"{split}/{name}" for name in sorted(self._files) if split == "jericho_all" or name in GAMES]
 
+    def left_out(self, split: str) -> Mapping[str, str]:
+        """Those of AgentBoard's games that have no story file."""
+        missing = set(GAMES) - {task_id.partition("/")[2] for task_id in self.tasks(split)}
+        return {f"{split}/{name}": "no story file" for name in sorted(missing)} if split == "jericho_test" else {}
+
+    def fingerprint(self, task_ids: Iterable[str]) -> str:
+        """sha256 of the story files and of jericho's version. Raises ValueError for an unknown id."""
+        version = self.facts["jericho"].encode()
+        return content_hash(task_ids, lambda task_id: version + self._file(task_id).read_bytes())
+
     def reset(self, task_id: str) -> Observation:
         """Start a game. Raises ValueError for an unknown id or a file that jericho does not support."""
-        split, _, name = task_id.partition("/")
-        if split not in SPLITS or task_id not in self.tasks(split):
-            raise ValueError(
-                f"unknown task {task_id!r}: expected jericho_test/<game> or jericho_all/<game>, where "
-                f"<game> is one of {', '.join(sorted(self._files))}"
-            )
+        file = self._file(task_id)
         import jericho
 
         package_util().extract_objs = extract_words
-        self._game = jericho.FrotzEnv(str(self._files[name]))
+        self._game = jericho.FrotzEnv(str(file))
         if not self._game.is_fully_supported:
             raise ValueError(
-                f"jericho does not know {self._files[name]}, so it has no score: expected the release "
+                f"jericho does not know {file}, so it has no score: expected the release "
                 "of the game that jericho's documentation lists"
             )
         if not self._game.bindings.get("seed"):
             self._game.seed(1)  # otherwise the game seeds itself from the clock
         text, _ = self._game.reset()
         self._progress, self._done = self._score(), False
-        task = f"score as many of the {self._game.get_max_score()} points of {name} as you can"
+        task = f"score as many of the {self._game.get_max_score()} points of {file.stem} as you can"
         return Observation(text=f"{text.strip()}\nYour task is to {task}.", task=task)
 
     def step(self, action: str) -> Result:
@@ -184,6 +189,15 @@ class Jericho:
         """jericho's walkthrough of the game, from its start."""
         self._need_game()
         return self._game.get_walkthrough()
+
+    def _file(self, task_id: str) -> Path:
+        split, _, name = task_id.partition("/")
+        if split not in SPLITS or task_id not in self.tasks(split):
+            raise ValueError(
+                f"unknown task {task_id!r}: expected jericho_test/<game> or jericho_all/<game>, where "
+                f"<game> is one of {', '.join(sorted(self._files))}"
+            )
+        return self._files[name]
 
     def _score(self) -> float:
         return min(1.0, max(0.0, self._game.get_score() / max(1, self._game.get_max_score())))

@@ -30,21 +30,25 @@ Demonstrations and base-model training never use a task of any panel: `excluded_
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import hashlib
-import json
 import os
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
-from artifacts.cli import parse
+from artifacts.cli import Range, run_main
 from envs.alfworld.generate import SEED, generate_games
-from envs.alfworld.index import TASK_TYPES, task_type
-from envs.alfworld.rooms import wheel_folder
+from envs.alfworld.index import TASK_TYPES, cached_games, split_names, task_type
+from envs.alfworld.rooms import family, wheel_folder
+from envs.alfworld.world import data_root
 from envs.base import World
+from envs.make import require_world
 from envs.synthetic.world import Synthetic
 from envs.webshop.generate import ensure_catalogue
 from envs.webshop.goals import OFFICIAL
@@ -54,6 +58,8 @@ PANELS = Path(__file__).with_name("panels")
 # Counts by type, in the order of TASK_TYPES, that the paper draws from train's 3,553 games (A3T, appendix on ALFWorld).
 DRAWN = {"train-600": (135, 98, 74, 92, 59, 142), "valid-60": (12, 10, 7, 14, 8, 9)}
 WHOLE = {"valid_seen-140": "valid_seen", "valid_unseen-134": "valid_unseen"}
+NAMED = 10  # tasks that an error names
+CHOOSE = "choose one by --panel or --panels (`python -m envs.panel` lists them)"
 GENERATED = {"gen_train-120": 120, "gen_valid-100": 100, "mini_train-120": 120, "mini_valid-100": 100}
 ALFWORLD = (*DRAWN, *WHOLE, *GENERATED)
 OFFICIAL_SHOP = {"webshop_train-2300": "train", "webshop_eval-400": "eval", "webshop_test-500": "test"}
@@ -111,14 +117,19 @@ def pick_tasks(name: str, limit: int | None = None) -> tuple[list[str], str]:
 
 
 def require_tasks(world: World, task_ids: Iterable[str]) -> None:
-    """Raises ValueError unless the world has every task, so that a panel is never played in part."""
+    """Raises ValueError, with the reasons, unless the world can play every task, so that a panel is never played in
+    part."""
     task_ids = list(task_ids)
-    known = {task for split in {task.split("/")[0] for task in task_ids} for task in world.tasks(split)}
+    splits = sorted({task.split("/")[0] for task in task_ids})
+    known = {task for split in splits for task in world.tasks(split)}
     missing = [task for task in task_ids if task not in known]
     if missing:
+        reasons = {task: reason for split in splits for task, reason in world.left_out(split).items()}
+        named = [f"{task} ({reasons.get(task, 'not in the data')})" for task in missing[:NAMED]]
+        more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         raise ValueError(
-            f"{len(missing)} of {len(task_ids)} tasks are not in the data, {missing[0]} for one; "
-            "give the data that the panel was made from (--data, or $ALFWORLD_DATA or $WEBSHOP_DATA)"
+            f"{len(missing)} of {len(task_ids)} tasks cannot be played: {', '.join(named)}{more}; give the data that "
+            "the panel was made from (--data, or $ALFWORLD_DATA, $WEBSHOP_DATA or $JERICHO_GAMES), or another panel"
         )
 
 
@@ -128,31 +139,42 @@ def default_panels(purpose: str, env: str, data: str | None) -> tuple[str, ...]:
     Real ALFWorld games (`data` or $ALFWORLD_DATA): train-600; valid_seen-140, and valid_unseen-134 if its games exist.
     Generated games: gen_train-120; gen_valid-100 (mini_* without the alfworld wheel). WebShop: the panels of the
     catalogue in `data` or $WEBSHOP_DATA, official, small or generated. Synthetic and held-out worlds: evaluation only.
-    Raises ValueError if there is none.
+    Raises ValueError if there is none, FileNotFoundError if there is no such data.
     """
+    require_world(env)
+    if env == "alfworld":
+        return _house_panels(purpose, data)
     if env == "webshop":
-        # On demand: only WebShop needs its packages.
-        from envs.webshop.catalogue import data_folder, open_catalogue, prepare
-
-        splits = open_catalogue(prepare(data_folder(data))).splits
-        families = (OFFICIAL_SHOP, SMALL_SHOP, GENERATED_SHOP)
-        found = [family for family in families if set(family.values()) <= set(splits)]
-        if not found:
-            raise ValueError(f"no panel belongs to a catalogue with the splits {', '.join(splits)}; give one")
-        return tuple(found[0])[:1] if purpose == "train" else tuple(found[0])[-1:]
+        return _shop_panels(purpose, data)
     if env == "synthetic" and purpose == "evaluate":
         return tuple(SYNTHETIC)
     if env in HELD_OUT and purpose == "evaluate":
         return (HELD_OUT[env],)
-    if env != "alfworld":
-        raise ValueError(f"env {env!r} has no default panel to {purpose} with; give one")
-    folder = data or os.environ.get("ALFWORLD_DATA")
-    if not folder:
-        kind = "gen" if wheel_folder() else "mini"
-        return (f"{kind}_train-120",) if purpose == "train" else (f"{kind}_valid-100",)
-    if purpose == "train":
-        return ("train-600",)
-    return tuple(n for n, split in WHOLE.items() if (Path(folder).expanduser() / "json_2.1.1" / split).is_dir())
+    raise ValueError(f"env {env!r} has no default panel to {purpose} with: {CHOOSE}")
+
+
+def _house_panels(purpose: str, data: str | None) -> tuple[str, ...]:
+    real, name = ({"train-600": "train"}, "train-120") if purpose == "train" else (WHOLE, "valid-100")
+    if not (data or os.environ.get("ALFWORLD_DATA")):
+        return (f"{family()}_{name}",)
+    root = data_root(data)
+    splits = split_names(root)
+    generated = {f"{kind}_{name}": f"{kind}_{name.partition('-')[0]}" for kind in ("gen", "mini")}
+    for panels in (real, generated):
+        if found := [name for name, split in panels.items() if split in splits]:
+            return tuple(found)
+    raise ValueError(f"{root} has no default panel to {purpose} with, only {', '.join(splits) or 'no split'}: {CHOOSE}")
+
+
+def _shop_panels(purpose: str, data: str | None) -> tuple[str, ...]:
+    # On demand: only WebShop needs its packages.
+    from envs.webshop.catalogue import data_folder, open_catalogue, prepare
+
+    splits = open_catalogue(prepare(data_folder(data))).splits
+    for panels in (OFFICIAL_SHOP, SMALL_SHOP, GENERATED_SHOP):
+        if set(panels.values()) <= set(splits):
+            return tuple(panels)[:1] if purpose == "train" else tuple(panels)[-1:]
+    raise ValueError(f"no panel belongs to a catalogue with the splits {', '.join(splits) or '(none)'}: {CHOOSE}")
 
 
 def excluded_ids() -> set[str]:
@@ -174,13 +196,9 @@ def write_panel(name: str, task_ids: Iterable[str], folder: Path = PANELS) -> No
 
 
 def real_ids(data: Path, split: str) -> list[str]:
-    """Sorted ids of the games of a real split that the stock loader plays, which are solvable."""
-    folder = data / "json_2.1.1"
-    ids = []
-    for game in sorted((folder / split).glob("*/*/game.tw-pddl")):
-        if "movable" not in str(game) and "Sliced" not in str(game) and json.loads(game.read_text())["solvable"]:
-            ids.append(str(game.parent.relative_to(folder)))
-    return ids
+    """Sorted ids of the playable games of a real split; none if the data has no such split."""
+    root = data / "json_2.1.1"
+    return list(cached_games(root, split).playable) if (root / split).is_dir() else []
 
 
 def draw(task_ids: Sequence[str], seed: int) -> dict[str, list[str]]:
@@ -222,9 +240,9 @@ def make_shop_panels(seed: int) -> None:
         write_panel(name, official_ids(split, int(name.rpartition("-")[2]), seed))
     sources = [(GENERATED_SHOP, ensure_catalogue())]
     sources += [(SMALL_SHOP, Path(os.environ["WEBSHOP_DATA"]))] if os.environ.get("WEBSHOP_DATA") else []
-    for family, folder in sources:
+    for panels, folder in sources:
         catalogue = open_catalogue(prepare(folder))
-        for name, split in family.items():
+        for name, split in panels.items():
             if split in catalogue.splits:
                 write_panel(name, draw_goals(catalogue.splits[split], split, int(name.rpartition("-")[2]), seed))
 
@@ -247,12 +265,16 @@ class Args:
     """Make the panels again instead of verifying them. Panels whose games are missing stay unchanged."""
     data: Path | None = None
     """(ALFWorld) Folder with the real games' json_2.1.1 (default: $ALFWORLD_DATA)."""
-    seed: int = SEED
+    seed: Annotated[int, Range(0)] = SEED
     """Seed of the draws from real splits and of the generated games."""
+
+    def check(self) -> None:
+        if self.data:
+            data_root(str(self.data))
 
 
 def main(args: Args) -> None:
-    data = args.data or Path(os.environ.get("ALFWORLD_DATA", "."))
+    data = (args.data or Path(os.environ.get("ALFWORLD_DATA", "."))).expanduser()
     if args.make:
         if train := real_ids(data, "train"):
             for name, task_ids in draw(train, args.seed).items():
@@ -279,4 +301,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Args, __doc__))
+    run_main(main, Args, __doc__)

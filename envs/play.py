@@ -2,8 +2,9 @@
 
 The first object is the reset, then one follows per action: {"observation", "reward", "success", "done", "valid",
 "actions"}. The first `observation` is the whole opening; `actions` are the next actions, none once the task is done. An
-empty line is an action too. Reading stops at the end of the input or of the task. A bad argument prints one sentence
-to stderr and exits with status 2.
+empty line is an action too. Reading stops at the end of the input or of the task. With --tasks, tasks of the split that
+cannot be played are counted on stderr, with the reason. A bad argument prints one sentence to stderr and exits with
+status 2.
 Left out: turn limits and thoughts.
 
 Run:  python -m envs.play --env alfworld --tasks --split valid_seen
@@ -13,15 +14,17 @@ Run:  python -m envs.play --env alfworld --tasks --split valid_seen
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import json
-import os
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
-from artifacts.cli import parse
+from artifacts.cli import run_main
 from envs.base import World
 from envs.make import make_world
 
@@ -51,6 +54,10 @@ class Args:
     tell_commands: bool = False
     """Append the list of the world's commands to the opening."""
 
+    def check(self) -> None:
+        if self.list_tasks == bool(self.task):
+            raise ValueError("expected either --task ID (play it) or --tasks (list the ids of --split)")
+
 
 def say(**fields: object) -> None:
     print(json.dumps(fields), flush=True)
@@ -77,31 +84,30 @@ def play(world: World, task_id: str) -> None:
             return
 
 
-def main(args: Args) -> int:
-    """Returns the exit status: 0, or 2 after a sentence on stderr about a bad argument."""
-    try:
-        if args.list_tasks == bool(args.task):
-            raise ValueError("expected either --task ID (play it) or --tasks (list the ids of --split)")
-        world = make_world(
-            args.env,
-            data=args.data,
-            engine=args.engine,
-            grammar=args.grammar,
-            mode=args.mode,
-            perturb=args.perturb,
-            tell_commands=args.tell_commands,
-        )
-        if args.list_tasks:
-            print("\n".join(world.tasks(args.split)), flush=True)
-        else:
-            play(world, args.task)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"envs.play: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+def list_tasks(world: World, split: str) -> None:
+    """Print the ids of a split, and on stderr how many tasks are left out and why."""
+    for task_id in world.tasks(split):
+        print(task_id)
+    for reason, count in Counter(world.left_out(split).values()).items():
+        tasks = f"{count} task{'' if count == 1 else 's'}"
+        print(f"{tasks} of {split} left out: {reason}", file=sys.stderr)
+
+
+def main(args: Args) -> None:
+    world = make_world(
+        args.env,
+        data=args.data,
+        engine=args.engine,
+        grammar=args.grammar,
+        mode=args.mode,
+        perturb=args.perturb,
+        tell_commands=args.tell_commands,
+    )
+    if args.list_tasks:
+        list_tasks(world, args.split)
+    else:
+        play(world, args.task)
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse(Args, __doc__)))
+    run_main(main, Args, __doc__)

@@ -16,11 +16,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
-from envs.base import Observation, Result, check_split, check_task
+from envs.base import Observation, Result, check_split, check_task, content_hash
 
 # Number of variations of each task in train, dev and test, which are numbered in this order.
 TASKS = {
@@ -130,6 +130,20 @@ class ScienceWorld:
         """Sorted ids: 3,592, 1,796 and 1,819 variations of 30 tasks in the simulator's three splits."""
         check_split(split, SPLITS)
         return ids_of(split)
+
+    def left_out(self, split: str) -> Mapping[str, str]:
+        """No variation is left out."""
+        check_split(split, SPLITS)
+        return {}
+
+    def fingerprint(self, task_ids: Iterable[str]) -> str:
+        """sha256 of the ids, the package's version and the simplifications. Raises ValueError for an unknown id."""
+
+        def content(task_id: str) -> bytes:
+            check_task(task_id, "scienceworld", "<task>-<variation>", SPLITS, ids_of)
+            return repr(self.facts).encode()
+
+        return content_hash(task_ids, content)
 
     def reset(self, task_id: str) -> Observation:
         """Start a task in a new virtual machine. Raises ValueError for an unknown id."""

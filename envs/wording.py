@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -68,9 +68,14 @@ def numbered(template: str) -> str:
 
 
 def form(template: str) -> re.Pattern:
-    """The pattern of a numbered template's commands; its groups p0, p1, ... are the arguments."""
-    parts = _PLACEHOLDER.split(template)  # alternately words and placeholder names
-    return re.compile("".join(f"(?P<p{part}>.+?)" if i % 2 else re.escape(part) for i, part in enumerate(parts)))
+    """The pattern of a numbered template's commands; its groups p0, p1, ... are the arguments.
+
+    Each argument but the last ends for good at the first words that may follow it: what can match at all then does, and
+    the time stays linear in the text.
+    """
+    first, *parts = _PLACEHOLDER.split(template)  # alternately words and placeholder names
+    pieces = [f"(?P<p{name}>.+?){re.escape(words)}" for name, words in zip(parts[::2], parts[1::2], strict=True)]
+    return re.compile(re.escape(first) + "".join([f"(?>{piece})" for piece in pieces[:-1]] + pieces[-1:]))
 
 
 def fill(template: str, arguments: re.Match) -> str:
@@ -154,6 +159,12 @@ class TellCommands:
     def tasks(self, split: str) -> Sequence[str]:
         return self._world.tasks(split)
 
+    def left_out(self, split: str) -> Mapping[str, str]:
+        return self._world.left_out(split)
+
+    def fingerprint(self, task_ids: Iterable[str]) -> str:
+        return self._world.fingerprint(task_ids)
+
     def reset(self, task_id: str) -> Observation:
         opening = self._world.reset(task_id)
         return replace(opening, text=told_commands(opening.text, self._world.commands()))
@@ -180,6 +191,12 @@ class Perturbed:
 
     def tasks(self, split: str) -> Sequence[str]:
         return self._world.tasks(split)
+
+    def left_out(self, split: str) -> Mapping[str, str]:
+        return self._world.left_out(split)
+
+    def fingerprint(self, task_ids: Iterable[str]) -> str:
+        return self._world.fingerprint(task_ids)
 
     def reset(self, task_id: str) -> Observation:
         opening = self._world.reset(task_id)

@@ -1,6 +1,7 @@
 """LoRA adapters: new ones, and files in PEFT's layout.
 
-A saved adapter records the sha256 of its base and is refused on any other.
+A saved adapter records the sha256 of its base and is refused on any other, and so is one with values that are not
+finite, by the tensor's name.
 
     save_adapter("runs/a3t/round_0/train_pg/adapter", model, "models/tiny-alfworld")
     lora, adapter = read_adapter(Checkpoint("models/tiny-alfworld"), "runs/a3t/round_0/train_pg/adapter")
@@ -14,37 +15,81 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from msgspec import Meta
 
 from artifacts.atomic import atomic_write
-from lora.checkpoint import BASE_SHA, HF_NAMES, Checkpoint, base_sha, check_names, layer_tensor, tensor_shapes
+from artifacts.json_io import read_json
+from lora.checkpoint import (
+    BASE_SHA,
+    HF_NAMES,
+    Checkpoint,
+    as_finite,
+    base_sha,
+    check_names,
+    layer_tensor,
+    open_tensors,
+    save_tensors,
+    tensor_shapes,
+)
 from lora.config import Config
+from lora.flops import require_memory
 from lora.linear import FUSED, TARGETS, LoRAConfig
 from lora.model import Mistral
 from lora.sharding import partition_spec, put, to_host
 
+# A module's name in PEFT's target_modules -> our name.
+MODULES = {name.split(".")[1]: target for target, name in HF_NAMES.items()}
+
 Adapter = dict[tuple[str, str], np.ndarray]  # (target, "a" or "b") -> [N, R, I] or [N, O, R]
 
-# Options of PEFT that change what an adapter computes and that lora/linear.py does not implement.
-UNSUPPORTED = (
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "layers_to_transform",
-    "fan_in_fan_out",
-    "lora_bias",
+# Options of PEFT that change what an adapter computes: refused unless they have this value.
+COMPUTED = {"peft_type": "LORA", "bias": "none"} | dict.fromkeys(
+    (
+        "use_rslora",
+        "use_dora",
+        "use_qalora",
+        "use_bdlora",
+        "kasa_config",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "layers_to_transform",
+        "layer_replication",
+        "target_parameters",
+        "trainable_token_indices",
+        "alora_invocation_tokens",
+        "arrow_config",
+        "fan_in_fan_out",
+        "lora_bias",
+    )
 )
+# Initialisations of PEFT that leave the base as it is; others subtract something from its weights.
+PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Copies of an adapter that training holds at least at its peak: itself, Adam's moments and their successors, gradient,
+# update and average, and those that a checkpoint is written from. Measured on a CPU: 14 to 20.
+TRAINING_COPIES = 12
+
+
+class AdapterFile(msgspec.Struct):
+    """An adapter_config.json; options that change the computation are in `COMPUTED`."""
+
+    r: Annotated[int, Meta(ge=1, le=2**20)]
+    lora_alpha: Annotated[float, Meta(gt=0, le=1e6)]
+    target_modules: Annotated[list[str], Meta(min_length=1)]
+    lora_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    base_model_name_or_path: str | None = None
+    init_lora_weights: bool | str | None = True
 
 
 def adapter_shapes(config: Config, lora: LoRAConfig) -> dict[tuple[str, str], tuple[int, int, int]]:
@@ -87,51 +132,83 @@ def add_adapters(model: Mistral, lora: LoRAConfig, adapter: Adapter, mesh: Mesh 
             getattr(model.layers, name).add_adapter(part, a, b, lora)
 
 
+def require_training_memory(config: Config, lora: LoRAConfig, shards: int = 1) -> None:
+    """Raises ValueError if training an adapter needs more memory than a device has, or if its rank is beyond all sense.
+
+    `shards`: the devices that its arrays are at most spread over.
+    """
+    shapes = adapter_shapes(config, lora)
+    what, parameters = f"training adapters of rank {lora.rank}", sum(math.prod(shape) for shape in shapes.values())
+    needed = 4 * TRAINING_COPIES * parameters // shards
+    widest = max(shapes[target, side][axis] for target, _ in shapes for side, axis in (("a", 2), ("b", 1)))
+    if lora.rank > widest:
+        raise ValueError(
+            f"{what} takes {needed:,} bytes and is pointless: the widest layer has {widest} features. Lower --rank."
+        )
+    require_memory(needed, what, "--rank")
+
+
 def read_adapter(base: Checkpoint, adapter_dir: str | Path) -> tuple[LoRAConfig, Adapter]:
     """Reads an adapter in PEFT's layout, saved by us or by PEFT, onto the host.
 
-    Raises ValueError if the adapter records another base's sha256 (PEFT records none), needs an option that
-    `lora/linear.py` does not implement, or has missing, unexpected or misshapen tensors.
+    Raises ValueError, with the file's name, if the adapter is damaged, records another base's sha256 (PEFT records
+    none), was trained on a base that its initialisation changed, needs an option that `lora/linear.py` does not
+    implement, or has missing, unexpected or misshapen tensors, or values that are not finite.
     """
     path = Path(adapter_dir) / "adapter_config.json"
-    config = json.loads(path.read_text())
+    file = read_adapter_file(path)
     weights_path = Path(adapter_dir) / "adapter_model.safetensors"
-    with safe_open(weights_path, framework="np") as file:
-        expected_sha = (file.metadata() or {}).get(BASE_SHA)
+    if not weights_path.is_file():
+        raise FileNotFoundError(f"{adapter_dir} has no adapter_model.safetensors; expected an adapter saved by PEFT.")
+    with open_tensors(weights_path) as opened:
+        expected_sha = (opened.metadata() or {}).get(BASE_SHA)
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
     if expected_sha is not None and expected_sha != (sha := base.sha256):
         raise ValueError(
-            f"{adapter_dir} was trained on another base: {config.get('base_model_name_or_path')} with sha256 "
+            f"{adapter_dir} was trained on another base: {file.base_model_name_or_path} with sha256 "
             f"{expected_sha}, but {base.folder} has {sha}. Give the adapter's own base, or train another adapter."
         )
-    plain = {"peft_type": "LORA", "bias": "none"}
-    unsupported = [f"{key}={config.get(key)!r}" for key, value in plain.items() if config.get(key, value) != value]
-    unsupported += [f"{key}={config[key]!r}" for key in UNSUPPORTED if config.get(key)]
-    targets = {name.split(".")[1]: target for target, name in HF_NAMES.items()}
-    modules = config["target_modules"]
-    if isinstance(modules, str) or not set(modules) <= set(targets):
+    lora = LoRAConfig(
+        rank=file.r,
+        alpha=file.lora_alpha,
+        dropout=file.lora_dropout,
+        targets=tuple(MODULES[module] for module in sorted(set(file.target_modules))),
+    )
+    names = adapter_names(base.config.num_hidden_layers, lora.targets)
+    check_names(adapter_dir, tensors, names)
+    adapter: Adapter = {}
+    for key, (_, *shape) in adapter_shapes(base.config, lora).items():
+        layers = []
+        for name in [name for name, (target, _, side) in names.items() if (target, side) == key]:
+            where, array = f"{weights_path}: {name}", tensors[name]
+            if array.shape != tuple(shape):
+                raise ValueError(f"{where} has shape {array.shape}, expected {tuple(shape)}.")
+            layers.append(as_finite(array, np.float32, where))
+            if key[1] == "b":
+                as_finite(layers[-1] * np.float64(lora.alpha / lora.rank), np.float32, f"{where}, times alpha / r,")
+        adapter[key] = np.stack(layers)
+    return lora, adapter
+
+
+def read_adapter_file(path: Path) -> AdapterFile:
+    """Reads an adapter_config.json. Raises ValueError for one that `lora/linear.py` does not compute."""
+    options = read_json(path, dict[str, Any])
+    unsupported = [f"{key}={options[key]!r}" for key, plain in COMPUTED.items() if (options.get(key) or plain) != plain]
+    modules = options.get("target_modules")
+    if not isinstance(modules, list) or not set(map(str, modules)) <= set(MODULES):  # PEFT also takes a pattern
         unsupported.append(f"target_modules={modules!r}")
     if unsupported:
         raise ValueError(
             f"{path}: got {', '.join(unsupported)}; expected a plain LoRA adapter with target_modules among "
-            f"{list(targets)}."
+            f"{list(MODULES)}."
         )
-    lora = LoRAConfig(
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout", 0.0),
-        targets=tuple(targets[module] for module in sorted(modules)),
-    )
-    tensors = load_file(weights_path)
-    names = adapter_names(base.config.num_hidden_layers, lora.targets)
-    check_names(adapter_dir, tensors, names)
-    adapter: Adapter = {}
-    for (target, side), expected in adapter_shapes(base.config, lora).items():
-        layers = [tensors[name].astype(np.float32) for name, (t, _, s) in names.items() if (t, s) == (target, side)]
-        shapes = {array.shape for array in layers}
-        if shapes != {expected[1:]}:
-            raise ValueError(f"{adapter_dir}: {target} {side.upper()} has shape {shapes}, expected {expected[1:]}.")
-        adapter[target, side] = np.stack(layers)
-    return lora, adapter
+    file = read_json(path, AdapterFile)
+    if file.init_lora_weights not in PLAIN_INITIALISATIONS:
+        raise ValueError(
+            f"{path}: init_lora_weights={file.init_lora_weights!r} changed the base that this adapter was trained on. "
+            "Make a plain adapter of it, with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
+        )
+    return file
 
 
 def save_adapter(adapter_dir: str | Path, model: Mistral, base_dir: str | Path) -> None:
@@ -171,7 +248,7 @@ def save_adapter(adapter_dir: str | Path, model: Mistral, base_dir: str | Path) 
     metadata = {BASE_SHA: base_sha(base_dir)}  # one key only: safetensors writes several in random order
     weights_path = adapter_dir / "adapter_model.safetensors"
     with atomic_write(weights_path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        save_tensors(tensors, temporary, metadata)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     with atomic_write(adapter_dir / "adapter_config.json") as temporary:
         temporary.write_text(text)

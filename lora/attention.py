@@ -36,6 +36,17 @@ def best_implementation(platform: str, dtype: jnp.dtype) -> Implementation:
     return "splash" if platform == "tpu" else "blocks"
 
 
+def require_supported(implementation: Implementation | None, platform: str, dtype: jnp.dtype) -> None:
+    """Raises ValueError if an implementation cannot run on "cpu", "tpu" or "gpu" with activations of this dtype."""
+    best = best_implementation(platform, dtype)
+    needs = {"splash": "a TPU", "cudnn": "a GPU and 16-bit activations (--dtype bfloat16)"}
+    if implementation in needs and implementation != best:
+        raise ValueError(
+            f"--attention {implementation} needs {needs[implementation]}, but this is a {platform} with "
+            f"{jnp.dtype(dtype)}: leave the flag out, which gives {best} here."
+        )
+
+
 def attention(
     q_BLHC: jax.Array,
     k_BLKC: jax.Array,

@@ -7,41 +7,74 @@ bases are written in bitsandbytes' layout, so transformers loads the same 4-bit 
     weight = checkpoint.dense("model.layers.0.mlp.up_proj.weight")
     stored = checkpoint.nf4("model.layers.0.mlp.up_proj.weight", double=False)
 
+Whatever is read is checked: values that are not finite, and files that are cut or contradict config.json, are refused
+with the name of the tensor and its file.
+
 Left out: PyTorch's .bin files, bitsandbytes' FP4 and int8, GPTQ, AWQ, GGUF.
 Shapes: O out-features, I in-features, G NF4 blocks of an in-row, M blocks of absmax.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, for safetensors
+import msgspec
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from artifacts.atomic import atomic_write
+from artifacts.json_io import parse_json, read_json
 from lora import nf4
 from lora.config import Config
+from lora.tokenizer import tokenizer_sha
 
 HF_NAMES = {target: f"self_attn.{target}_proj" for target in ("q", "k", "v", "o")}
 HF_NAMES |= {target: f"mlp.{target}_proj" for target in ("gate", "up", "down")}
 HF_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 # Key for the sha256 of the original base, in config.json of a quantised base and in the metadata of an adapter.
 BASE_SHA = "base_model_sha256"
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Suffix of bitsandbytes' description of a 4-bit weight: JSON as uint8.
 STATE = "quant_state.bitsandbytes__nf4"
 # Target size of one file of a written checkpoint.
 FILE_BYTES = 2**31
 # Files other than weights that a converted model needs too.
-COMPANIONS = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*")
+COMPANIONS = ("tokenizer*", "*_tokens*.json", "generation_config.json", "chat_template*")
+# Bytes of a tensor that are checked at a time, so that temporaries stay small.
+CHECKED_BYTES = 2**20
+
+
+class BaseRecord(msgspec.Struct):
+    """What a config.json may say about where the weights come from."""
+
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")] | None = msgspec.field(default=None, name=BASE_SHA)
+
+
+class IndexFile(msgspec.Struct):
+    """A model.safetensors.index.json: the file of each tensor."""
+
+    weight_map: dict[str, str]
+
+
+class QuantState(msgspec.Struct):
+    """bitsandbytes' description of a 4-bit weight."""
+
+    quant_type: str
+    blocksize: int
+    shape: tuple[int, ...]
+    nested_blocksize: int = nf4.NESTED_BLOCK
+    nested_offset: Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)] | None = None
 
 
 class Stored(NamedTuple):
@@ -60,9 +93,9 @@ def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape, for a dense checkpoint of such a model."""
     D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    shapes = {EMBEDDINGS: (V, D), "model.norm.weight": (D,)}
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (V, D)
+        shapes[HEAD] = (V, D)
     layer_shapes = {
         "q": (queries, D),
         "k": (keys, D),
@@ -92,8 +125,8 @@ def is_linear(name: str) -> bool:
 class Checkpoint:
     """A folder with `config.json` and safetensors files, read tensor by tensor.
 
-    Raises FileNotFoundError if weights are missing, and ValueError for a damaged file, for a shape that contradicts
-    config.json, and once for all missing and unexpected tensors.
+    Raises FileNotFoundError if weights are missing, and ValueError for a damaged file, for a tensor that contradicts
+    config.json or is not finite, and once for all missing and unexpected tensors.
     """
 
     def __init__(self, model_dir: str | Path):
@@ -101,11 +134,11 @@ class Checkpoint:
         self.config = Config.read(model_dir)
         self._files: dict[str, Path] = {}
         for path in weight_files(model_dir):
-            try:
-                with safe_open(path, framework="np") as file:
-                    self._files |= dict.fromkeys(file.keys(), path)
-            except SafetensorError as error:
-                raise ValueError(f"{path} is not a valid safetensors file ({error}); copy it again.") from error
+            with open_tensors(path) as file:
+                for name in file.keys():
+                    if name in self._files:
+                        raise ValueError(f"{name} is in both {self._files[name]} and {path}; remove the wrong file.")
+                    self._files[name] = path
         self.shapes = tensor_shapes(self.config)
         self.quantized = {name for name in self.shapes if f"{name}.{STATE}" in self._files}
         other = sorted(n for n in self._files if ".quant_state.bitsandbytes__" in n and not n.endswith(STATE))
@@ -115,28 +148,52 @@ class Checkpoint:
         for name in self.quantized:
             nested = ("nested_absmax", "nested_quant_map") if f"{name}.nested_absmax" in self._files else ()
             expected |= {f"{name}.{part}" for part in (STATE, "absmax", "quant_map", *nested)}
+        self._check_head()
         found = [name for name in self._files if not name.endswith("rotary_emb.inv_freq")]  # a constant in old files
         check_names(model_dir, found, expected)
+
+    def _check_head(self) -> None:
+        """Drops a head that repeats the embeddings. Raises ValueError if the weights contradict tie_word_embeddings."""
+        tied = self.config.tie_word_embeddings
+        if HEAD not in self._files:
+            if not tied:
+                raise ValueError(
+                    f"{self.folder}: there is no {HEAD}, and config.json does not say that the embeddings are used in "
+                    "its place. Set tie_word_embeddings to true if they are, or copy the missing file."
+                )
+        elif tied and EMBEDDINGS in self._files:
+            if not np.array_equal(self._read(HEAD), self._read(EMBEDDINGS)):
+                raise ValueError(
+                    f"{self._files[HEAD]}: {HEAD} differs from {EMBEDDINGS}, but config.json says that they are the "
+                    "same. Set tie_word_embeddings to false to use it, or remove it."
+                )
+            del self._files[HEAD]
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """See `weights_sha`."""
+        return weights_sha(self.folder)
 
     @cached_property
     def sha256(self) -> str:
         """See `base_sha`."""
-        return base_sha(self.folder)
+        return recorded_sha(self.folder) or self.weights_sha256
 
     def _read(self, name: str) -> np.ndarray:
-        with safe_open(self._files[name], framework="np") as file:
+        with open_tensors(self._files[name]) as file:
             return file.get_tensor(name)
 
-    def dense(self, name: str) -> np.ndarray:
-        """A tensor in its stored dtype, or decoded to float32 if stored in 4 bits."""
+    def dense(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:
+        """A tensor in `dtype` (None: as stored), decoded to float32 first if stored in 4 bits."""
         if name in self.quantized:
-            return decoded(self.nf4(name, double=None)).reshape(self.shapes[name])
-        array = self._read(name)
+            array = decoded(self._stored(name)).reshape(self.shapes[name])
+        else:
+            array = self._read(name)
         if array.shape != self.shapes[name]:
             raise ValueError(
                 f"{self._files[name]}: {name} has shape {array.shape}, config.json says {self.shapes[name]}."
             )
-        return array
+        return as_finite(array, dtype or array.dtype, f"{self._files[name]}: {name}")
 
     def nf4(self, name: str, double: bool | None) -> Stored:
         """A linear layer's weight in NF4: the stored bits, or the dense weight quantised now.
@@ -157,28 +214,75 @@ class Checkpoint:
         return stored
 
     def _stored(self, name: str) -> Stored:
-        state = json.loads(self._read(f"{name}.{STATE}").tobytes())
-        rows, columns = self.shapes[name]
-        sizes = state["blocksize"], state.get("nested_blocksize", nf4.NESTED_BLOCK)
-        if (tuple(state["shape"]), sizes) != ((rows, columns), (nf4.BLOCK, nf4.NESTED_BLOCK)):
+        where, (rows, columns) = f"{self._files[name]}: {name}", self.shapes[name]
+        state = parse_json(self._read(f"{name}.{STATE}").tobytes(), QuantState, f"{where}.{STATE}")
+        sizes = state.blocksize, state.nested_blocksize
+        if (state.shape, sizes) != ((rows, columns), (nf4.BLOCK, nf4.NESTED_BLOCK)) or columns % nf4.BLOCK:
             raise ValueError(
-                f"{self.folder}: {name} is stored as {state}; expected shape {(rows, columns)}, blocksize {nf4.BLOCK} "
-                f"and nested_blocksize {nf4.NESTED_BLOCK}."
+                f"{where} is stored as {state}; expected shape {(rows, columns)}, blocksize {nf4.BLOCK} and "
+                f"nested_blocksize {nf4.NESTED_BLOCK}, with a width that is a multiple of {nf4.BLOCK}."
             )
-        packed, absmax = self._read(name), self._read(f"{name}.absmax")
-        packed = packed.reshape(rows, columns // nf4.BLOCK, nf4.BLOCK // 2)
-        if "nested_offset" not in state:
-            return Stored(packed=packed, absmax=absmax.reshape(packed.shape[:2]))
-        nested = self._read(f"{name}.nested_absmax")
-        absmax = np.pad(absmax, (0, nested.size * nf4.NESTED_BLOCK - absmax.size)).reshape(-1, nf4.NESTED_BLOCK)
-        return Stored(packed=packed, absmax=absmax, nested=nested, offset=np.float32(state["nested_offset"]))
+        groups = columns // nf4.BLOCK
+        nested = state.nested_offset is not None
+        packed = self._part(name, np.uint8, rows * columns // 2).reshape(rows, groups, -1)
+        absmax = self._part(f"{name}.absmax", np.uint8 if nested else np.float32, rows * groups)
+        tables = {"quant_map": nf4.VALUES} | ({"nested_quant_map": nf4.NESTED_VALUES} if nested else {})
+        for part, values in tables.items():
+            if not np.array_equal(self._part(f"{name}.{part}", np.float32, values.size), values):
+                raise ValueError(f"{where}.{part} has other values than bitsandbytes' NF4; quantise the model again.")
+        if nested:
+            scales = self._part(f"{name}.nested_absmax", np.float32, -(-absmax.size // nf4.NESTED_BLOCK))
+            absmax = np.pad(absmax, (0, scales.size * nf4.NESTED_BLOCK - absmax.size)).reshape(-1, nf4.NESTED_BLOCK)
+            stored = Stored(packed=packed, absmax=absmax, nested=scales, offset=np.float32(state.nested_offset))
+        else:
+            stored = Stored(packed=packed, absmax=absmax.reshape(rows, groups))
+        as_finite(decode_absmax(stored), np.float32, f"{where}.absmax")
+        return stored
+
+    def _part(self, name: str, dtype: type, size: int) -> np.ndarray:
+        """One of the tensors of a 4-bit weight, flat."""
+        array = self._read(name) if name in self._files else np.empty(0, dtype)
+        if (array.dtype, array.size) != (np.dtype(dtype), size):
+            raise ValueError(
+                f"{self._files.get(name, self.folder)}: {name} has {array.size} values of {array.dtype}; expected "
+                f"{size} of {np.dtype(dtype)}."
+            )
+        return array.reshape(-1)
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[safe_open]:
+    """Opens a safetensors file. Raises ValueError, with its name, if it is not one or is cut."""
+    try:
+        with safe_open(path, framework="np") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a valid safetensors file ({error}); copy it again.") from error
+
+
+def as_finite(array: np.ndarray, dtype: np.dtype | type, where: str) -> np.ndarray:
+    """The array in `dtype`. Raises ValueError, starting with `where`, if it has no floats or a value is not finite."""
+    dtype = np.dtype(dtype)
+    if not np.issubdtype(array.dtype, np.floating) and array.dtype != ml_dtypes.bfloat16:
+        raise ValueError(f"{where} is stored as {array.dtype}; expected float32, float16 or bfloat16.")
+    with np.errstate(over="ignore"):  # becomes infinite, and is found below
+        array = np.ascontiguousarray(array, dtype)
+    # As unsigned numbers without the sign, infinities and NaN are the largest: faster than np.isfinite for 16 bits.
+    unsigned = np.dtype(f"u{dtype.itemsize}")
+    bits, sign = array.reshape(-1).view(unsigned), unsigned.type(1 << 8 * dtype.itemsize - 1)
+    infinity = np.array(np.inf, dtype).view(unsigned)
+    count = CHECKED_BYTES // dtype.itemsize
+    if any((bits[i : i + count] & ~sign).max() >= infinity for i in range(0, bits.size, count)):
+        raise ValueError(f"{where} has values that are not finite as {dtype}; copy the file again, or train it again.")
+    return array
 
 
 def decode_absmax(stored: Stored) -> np.ndarray:
     """absmax float32 [O, G] of an NF4 weight, rounded as in bitsandbytes."""
     if stored.nested is None:
         return stored.absmax
-    values = nf4.NESTED_VALUES[stored.absmax] * stored.nested[:, None] + stored.offset
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = nf4.NESTED_VALUES[stored.absmax] * stored.nested[:, None] + stored.offset
     rows, groups = stored.packed.shape[:2]
     return values.reshape(-1)[: rows * groups].reshape(rows, groups)
 
@@ -195,9 +299,9 @@ def weight_files(model_dir: str | Path) -> list[Path]:
     """
     folder = Path(model_dir)
     index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+    names = set(read_json(index, IndexFile).weight_map.values()) if index.exists() else set()
     files = sorted(folder / name for name in names) or sorted(folder.glob("model*.safetensors"))
-    missing = [path.name for path in files if not path.exists()]
+    missing = [path.name for path in files if not path.is_file()]
     if missing or not files:
         raise FileNotFoundError(
             f"{model_dir} has no {', '.join(missing) or 'model*.safetensors'}; expected a complete Hugging Face folder."
@@ -206,19 +310,33 @@ def weight_files(model_dir: str | Path) -> list[Path]:
 
 
 def base_sha(model_dir: str | Path) -> str:
-    """sha256, in hex, of the bytes of a checkpoint's safetensors files in the order of their names.
+    """What adapters are bound to: `weights_sha`, or for a base that we converted, that of the original."""
+    return recorded_sha(model_dir) or weights_sha(model_dir)
 
-    A base converted by us keeps the sha256 of its original, so adapters fit both.
-    """
+
+def recorded_sha(model_dir: str | Path) -> str | None:
     config = Path(model_dir) / "config.json"
-    if config.exists() and (recorded := json.loads(config.read_text()).get(BASE_SHA)):
-        return recorded
+    return read_json(config, BaseRecord).sha256 if config.exists() else None
+
+
+def weights_sha(model_dir: str | Path) -> str:
+    """sha256, in hex, of the bytes of a checkpoint's safetensors files in the order of their names."""
     digest = hashlib.sha256()
     for path in weight_files(model_dir):
         with path.open("rb") as file:
             while chunk := file.read(2**20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def base_facts(model_dir: str | Path) -> dict[str, str]:
+    """sha256, in hex, of what a base's ids and numbers depend on: weights (`base_sha`), tokenizer and configuration."""
+    config = json.dumps(dataclasses.asdict(Config.read(model_dir)), sort_keys=True)
+    return {
+        "base": base_sha(model_dir),
+        "tokenizer": tokenizer_sha(model_dir),
+        "config": hashlib.sha256(config.encode()).hexdigest(),
+    }
 
 
 def check_names(where: str | Path, found: Iterable[str], expected: Iterable[str]) -> None:
@@ -251,6 +369,14 @@ def bitsandbytes_tensors(name: str, stored: Stored, shape: tuple[int, ...], dtyp
     return tensors
 
 
+def save_tensors(tensors: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file. Raises OSError, with its name, if the disk is full or the like."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error}); free some space and run the same command again.") from error
+
+
 def write_checkpoint(out_dir: str | Path, tensors: Iterable[tuple[str, np.ndarray]], config: dict) -> None:
     """Writes a folder that transformers can load: tensors as they arrive, in files of about 2 GiB; config.json last."""
     out_dir = Path(out_dir)
@@ -260,7 +386,7 @@ def write_checkpoint(out_dir: str | Path, tensors: Iterable[tuple[str, np.ndarra
     total = 0
 
     def flush() -> None:
-        save_file(pending, out_dir / f"part-{len(names)}.tmp", metadata={"format": "pt"})
+        save_tensors(pending, out_dir / f"part-{len(names)}.tmp", {"format": "pt"})
         names.append(list(pending))
         pending.clear()
 
@@ -284,8 +410,11 @@ def write_checkpoint(out_dir: str | Path, tensors: Iterable[tuple[str, np.ndarra
         temporary.write_text(text)
 
 
+def companions(model_dir: str | Path) -> list[Path]:
+    """The files of the tokenizer, chat template and generation settings, sorted."""
+    return sorted({path for pattern in COMPANIONS for path in Path(model_dir).glob(pattern) if path.is_file()})
+
+
 def copy_companions(model_dir: str | Path, out_dir: str | Path) -> None:
-    """Copies the tokenizer, chat template and generation settings, if present."""
-    for pattern in COMPANIONS:
-        for path in Path(model_dir).glob(pattern):
-            shutil.copy(path, Path(out_dir) / path.name)
+    for path in companions(model_dir):
+        shutil.copy(path, Path(out_dir) / path.name)

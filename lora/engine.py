@@ -52,6 +52,7 @@ from lora.decoding import (
     look_up,
     prefill_layer,
 )
+from lora.flops import require_memory
 from lora.linear import tile_for_cpu
 from lora.model import Mistral
 
@@ -111,7 +112,8 @@ class Engine:
     A group has `rows` slots: all its rows decode even for a single request, and groups run concurrently. After `chunk`
     ids a group's unfinished rows let new requests join. On a CPU the defaults are 8 rows (half the slots if fewer than
     16) and no chunking; on accelerators all slots and 32 ids. Every session begins with the ids of `prefix`, which
-    count neither as its own nor towards `context`.
+    count neither as its own nor towards `context`. Raises ValueError for a cache larger than the device's memory, and,
+    from `poll`, for a model whose log-probabilities are not finite.
     """
 
     def __init__(
@@ -137,27 +139,28 @@ class Engine:
                 f"chunk={chunk}; expected each to be at least 1, and a context of at most the model's "
                 f"max_position_embeddings less the prefix's {len(prefix)} ids, {longest}."
             )
+        dtype, self._tile = DTYPES.get(weights, model.embed.dtype), TILE if on_cpu else ACCELERATOR_TILE
+        self._rows, sizes = min(rows, slots), cache_sizes(context, self._tile)
+        groups, cache = -(-slots // self._rows), (config, self._rows, sizes, self._tile, dtype)
+        arrays = jax.tree.leaves(jax.eval_shape(lambda: empty_cache(*cache)))
+        needed = groups * sum(array.size * array.dtype.itemsize for array in arrays)
+        require_memory(needed, f"a cache of {slots} slots of {context} tokens", "--slots or --context")
         self.slots, self.context, self.max_new_tokens = slots, context, max_new_tokens
         self.prefilled = 0  # ids computed by prefill; sampled ids are not counted
         self._chunk, self._stops = chunk, frozenset(stop_ids)
         self._config = config
         self._graph, layers = decoding_layers(model.layers, weights)
         stops_V = np.isin(np.arange(config.vocab_size), list(self._stops))
-        dtype = DTYPES.get(weights, model.embed.dtype)
         embed, norm, head = (x.astype(dtype) for x in (model.embed[...], model.norm[...], model.unembed()))
         self._decoder = DecoderWeights(
             embed=embed, norm=norm, head=tile_for_cpu(head), stops_V=stops_V, layers=layers, prefix=[]
         )
         self._decoder = self._decoder._replace(prefix=self._prefill_prefix(prefix))
 
-        self._tile = TILE if on_cpu else ACCELERATOR_TILE
         tiled = all(array.ndim != 2 for array in jax.tree.leaves(layers[0]))  # W^T, codes and adapters have two axes
         self._sizes = TILED_SIZES if tiled else SIZES
-        self._rows = min(rows, slots)
-        sizes = cache_sizes(context, self._tile)
         self._ends = np.cumsum(sizes).tolist()  # end of each cache block, in tiles
-        groups = -(-slots // self._rows)
-        self._cache = [empty_cache(config, self._rows, sizes, self._tile, dtype) for _ in range(groups)]
+        self._cache = [empty_cache(*cache) for _ in range(groups)]
         # XLA:CPU runs the calls of one thread in order; separate threads let groups run concurrently.
         self._pool = ThreadPoolExecutor(min(len(self._cache), os.cpu_count() or 1))
         self._ids: dict[int, list[int]] = {}  # of each open session
@@ -301,6 +304,8 @@ class Engine:
         for request in members:
             index, session = self._slot[request.session] % self._rows, request.session
             count = int(counts_R[index])
+            if not np.isfinite(logprobs_RP[index, :count]).all():
+                raise ValueError("the model's log-probabilities are not finite: its base or its adapter is damaged.")
             fresh = ids_RP[index, :count].tolist()
             request.ids += fresh
             request.logprobs += logprobs_RP[index, :count].tolist()

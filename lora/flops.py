@@ -1,6 +1,7 @@
-"""FLOPs of a training step, peak FLOP/s of devices, peak memory: the inputs of MFU (model FLOPs utilisation).
+"""What computing costs: FLOPs of a training step and peak FLOP/s of devices (for MFU), and memory.
 
     mfu = lora_step_flops(config, tokens) / seconds / peak_flops(devices)       # where peak_flops is known
+    require_memory(slots * bytes_per_slot, "a cache of 64 slots", "--slots")    # before it is allocated
 
 Peaks are the vendors' figures for dense bfloat16 with float32 accumulation, without sparsity. Devices that are not
 listed, including every CPU, have no peak, and no MFU is reported for them.
@@ -10,6 +11,7 @@ Left out: FLOPs of attention scores, of the adapters and of recomputation.
 
 from __future__ import annotations
 
+import os
 import resource
 
 import jax
@@ -55,3 +57,15 @@ def peak_memory() -> int:
     """Peak bytes in use on the first local device since the start; on a CPU, the process's peak resident size."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def device_memory() -> int:
+    """Bytes of the first local device's memory; on a CPU, of the machine's."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def require_memory(needed: int, what: str, flag: str) -> None:
+    """Raises ValueError, with the flag that is to be lowered, if `what` takes more bytes than a device has."""
+    if needed > (there_are := device_memory()):
+        raise ValueError(f"{what} takes {needed:,} bytes, but the device has {there_are:,}: lower {flag}.")

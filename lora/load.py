@@ -24,8 +24,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from lora import nf4
-from lora.adapter import add_adapters, fresh_adapter, read_adapter
-from lora.checkpoint import HF_NORMS, Checkpoint, layer_tensor, write_checkpoint
+from lora.adapter import add_adapters, fresh_adapter, read_adapter, require_training_memory
+from lora.checkpoint import EMBEDDINGS, HEAD, HF_NORMS, Checkpoint, layer_tensor, write_checkpoint
 from lora.linear import FUSED, NF4, LoRAConfig
 from lora.model import Mistral
 from lora.sharding import COLUMN, fused_order, partition_spec, put
@@ -49,7 +49,8 @@ def load_model(
     `weights`: form of the linear layers, "nf4" (blocks of 64), "nf4-dq" (double-quantised), "bf16" or "fp32". `dtype`:
     dtype of activations and unquantised weights; None means bfloat16 for "bf16", else float32. `lora` adds new adapters
     drawn from `seed`. On a `mesh` each device gets its shard. Raises ValueError for missing, unexpected or misshapen
-    tensors, for a layer whose width is not a multiple of NF4's block of 64, and for one that the mesh cannot divide.
+    tensors and values that are not finite, for a layer whose width is not a multiple of NF4's block of 64 or that the
+    mesh cannot divide, and for adapters that take more memory in training than a device has.
     """
     if weights not in ("nf4", "nf4-dq", "bf16", "fp32"):
         raise ValueError(f"load_model got weights={weights!r}, expected 'nf4', 'nf4-dq', 'bf16' or 'fp32'.")
@@ -59,18 +60,20 @@ def load_model(
         raise ValueError(f"load_model got weights={weights!r} with dtype {dtype}; give only one of them.")
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint(base)
     config = checkpoint.config
+    if lora is not None:
+        require_training_memory(config, lora, shards=1 if mesh is None else mesh.shape["tensor"])
     model = nnx.eval_shape(lambda: Mistral(config, rngs=nnx.Rngs(0)))
 
     def replicated(name: str) -> nnx.Param:
-        return nnx.Param(put(checkpoint.dense(name).astype(dtype), mesh, P(), name))
+        return nnx.Param(put(checkpoint.dense(name, dtype), mesh, P(), name))
 
     def stacked(ours: str) -> np.ndarray:
         names = (layer_tensor(layer, ours) for layer in range(config.num_hidden_layers))
-        return np.stack([checkpoint.dense(name).astype(dtype) for name in names])
+        return np.stack([checkpoint.dense(name, dtype) for name in names])
 
-    model.embed, model.norm = replicated("model.embed_tokens.weight"), replicated("model.norm.weight")
+    model.embed, model.norm = replicated(EMBEDDINGS), replicated("model.norm.weight")
     if not config.tie_word_embeddings:
-        model.head = replicated("lm_head.weight")
+        model.head = replicated(HEAD)
     for ours in HF_NORMS:
         setattr(model.layers, ours, nnx.Param(put(stacked(ours), mesh, P(), ours)))
     for name, parts in FUSED.items():
@@ -88,10 +91,15 @@ def load_model(
 
 
 def load_adapter(
-    model_dir: str | Path, adapter_dir: str | Path, weights: Weights = "nf4", *, dtype=None, mesh: Mesh | None = None
+    base: str | Path | Checkpoint,
+    adapter_dir: str | Path,
+    weights: Weights = "nf4",
+    *,
+    dtype=None,
+    mesh: Mesh | None = None,
 ) -> Mistral:
-    """Loads the base in `model_dir` (see `load_model`) with an adapter in PEFT's layout (see `read_adapter`)."""
-    checkpoint = Checkpoint(model_dir)
+    """Loads a base (see `load_model`) with an adapter in PEFT's layout (see `read_adapter`)."""
+    checkpoint = base if isinstance(base, Checkpoint) else Checkpoint(base)
     lora, adapter = read_adapter(checkpoint, adapter_dir)
     model = load_model(checkpoint, weights=weights, dtype=dtype, mesh=mesh)
     add_adapters(model, lora, adapter, mesh)
@@ -158,8 +166,8 @@ def save_model(model: Mistral, model_dir: str | Path) -> None:
         linear = getattr(model.layers, name)
         if linear.quantized or linear.a:
             raise ValueError(f"save_model got a quantised or adapted {name!r}, expected dense weights only.")
-    tensors = {"model.embed_tokens.weight": model.embed, "model.norm.weight": model.norm}
-    tensors |= {} if model.head is None else {"lm_head.weight": model.head}
+    tensors = {EMBEDDINGS: model.embed, "model.norm.weight": model.norm}
+    tensors |= {} if model.head is None else {HEAD: model.head}
     stacks = {part: getattr(model.layers, name).weight[part] for name, parts in FUSED.items() for part in parts}
     stacks |= {name: getattr(model.layers, name) for name in HF_NORMS}
     tensors |= {layer_tensor(i, ours): x[i] for ours, x in stacks.items() for i in range(len(x))}

@@ -14,6 +14,7 @@ Shapes: N layers, O out-features, I in-features, G NF4 blocks in a weight row, M
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 
@@ -25,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))  # sharding of batch rows
+CPU_DEVICES = 64  # at most; more would only wait for each other
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -32,11 +34,12 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
 
     Raises ValueError if the shape needs more devices than exist, or would leave a process without one.
     """
+    require_shape(shape)
     devices = jax.devices() if devices is None else devices
-    known = int(np.prod([size for size in shape if size != -1]))
+    known = math.prod(size for size in shape if size != -1)
     sizes = [max(1, len(devices) // known) if size == -1 else size for size in shape]
-    count = int(np.prod(sizes))
-    if len(sizes) != len(AXES) or min(sizes) < 1 or count > len(devices):
+    count = math.prod(sizes)
+    if count > len(devices):
         raise ValueError(
             f"a mesh of {' x '.join(map(str, shape))} ({' x '.join(AXES)}) needs {count} devices, found "
             f"{len(devices)}. Give three numbers whose product is at most that."
@@ -48,6 +51,15 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
             f"{sorted(idle)} without one. Make the mesh larger (--batch-rows limits the data axis), or start fewer."
         )
     return Mesh(np.array(devices[:count]).reshape(sizes), AXES)
+
+
+def require_shape(shape: Sequence[int]) -> None:
+    """Raises ValueError unless these are three numbers of devices, of which one may be -1."""
+    if len(shape) != len(AXES) or list(shape).count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise ValueError(
+            f"--mesh {' '.join(map(str, shape))}: expected the devices along {', '.join(AXES)}, each at least 1, or "
+            "one of them -1 for all that remain."
+        )
 
 
 def join_processes() -> int:
@@ -67,6 +79,11 @@ def join_processes() -> int:
         jax.distributed.initialize(coordinator, int(os.environ["PROCESSES"]), int(os.environ["PROCESS"]))
         return int(os.environ["PROCESSES"])
     return 1
+
+
+def start_devices(rows: int) -> None:
+    """Joins the other processes, if any, and splits a CPU into one device for each of so many rows."""
+    jax.config.update("jax_num_cpu_devices", min(CPU_DEVICES, max(1, rows // join_processes())))
 
 
 def is_first_process() -> bool:

@@ -5,7 +5,7 @@
     state = initial_state(optimizer, adapter, mesh)
     adapter, state, metrics = update(adapter, state, frozen, rate, shard_rows(rows, mesh, 1), trajectories, key)
 
-Left out: the objective, the choice of rows and weights, the learning-rate schedule (all in train_pg.py).
+Left out: the loop and its checkpoints (trainer.py); the objective, rows, weights and learning rate (train_pg.py).
 Shapes: S microbatches of B rows, L tokens.
 """
 
@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora.sharding import AXES, ROWS, make_mesh, partition_specs
+from lora.sharding import AXES, ROWS, make_mesh, partition_specs, require_shape
 
 
 class Batch(NamedTuple):
@@ -50,6 +50,7 @@ def training_mesh(shape: tuple[int, int, int], batch_rows: int, device_rows: int
 
     Raises ValueError if the mesh does not divide a step's rows or does not fit the devices.
     """
+    require_shape(shape)
     data, fsdp, tensor = shape
     if data == -1:
         rows, devices = batch_rows // (device_rows * fsdp), jax.device_count() // (fsdp * tensor)

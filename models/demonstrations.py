@@ -11,15 +11,18 @@ Left out: ActRe, careless players (models/pretrain.py trains on both).
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 from tqdm import tqdm
 
-from artifacts.cli import parse
-from artifacts.stage import Stage, run_main
+from artifacts.cli import Range, run_main
+from artifacts.stage import Stage
 from artifacts.trajectory import write_file
 from envs.alfworld.engine import COMMANDS
 from envs.wording import told_commands
@@ -31,16 +34,19 @@ from models.corpus.args import CorpusArgs
 class Args:
     out: Path = Path("runs/refine/demo")
     """Directory of the stage."""
-    count: int = 600
+    count: Annotated[int, Range(1, 10**6)] = 600
     """Number of games."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Seeds the games and their order."""
 
 
 def main(args: Args) -> None:
-    stage = Stage(args.out, args, {})
-    if stage.finished:
-        return
+    with Stage(args.out, args, {}) as stage:
+        if not stage.finished:
+            demonstrate(args, stage)
+
+
+def demonstrate(args: Args, stage: Stage) -> None:
     corpus = CorpusArgs(generated=args.count, displaced=(0.0,), careless=(0.0,), seed=args.seed)
     games = itertools.islice(alfworld.demonstrations(corpus), args.count)
     trajectories = []
@@ -53,4 +59,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, parse(Args, __doc__))
+    run_main(main, Args, __doc__)

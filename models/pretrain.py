@@ -15,8 +15,9 @@ Shapes: N layers, B rows, L tokens.
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import itertools
-import json
 import re
 import sys
 import time
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,8 @@ from jax.sharding import PartitionSpec as P
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from artifacts.cli import parse
+from artifacts.cli import Range, run_main
+from artifacts.json_io import write_json
 from artifacts.render import actre_segments, react_segments
 from artifacts.seeds import generator
 from artifacts.trajectory import Trajectory
@@ -56,32 +58,35 @@ DEVICES = 2  # share the rows of a step: a CPU attends with one core per row; fe
 CORPORA = {"alfworld": alfworld, "webshop": webshop, "neutral": neutral}
 
 
+Heads = Annotated[int, Range(1, 1024)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Args(CorpusArgs):
     env: Literal["alfworld", "webshop", "neutral"] = "alfworld"
     """World whose demonstrations are learnt (models/corpus/). neutral: random walks in two worlds, no solutions."""
     out: Path = Path("models/tiny-alfworld")
     """Folder to write; refused if it already holds a model."""
-    tokens: int = 10_000_000
+    tokens: Annotated[int, Range(STEP_TOKENS, 10**13)] = 10_000_000
     """Tokens to train on, padding included; 4,096 per optimizer step."""
-    width: int = 128
+    width: Annotated[int, Range(64, 2**16)] = 128
     """Hidden size; a multiple of 64."""
-    layers: int = 4
+    layers: Annotated[int, Range(1, 1000)] = 4
     """Decoder layers."""
-    heads: tuple[int, int, int] = (4, 4, 32)
+    heads: tuple[Heads, Heads, Heads] = (4, 4, 32)
     """Attention heads, key-value heads, and the size of a head."""
-    rope_theta: float = 1e5
+    rope_theta: Annotated[float, Range(1, 10**12)] = 1e5
     """Base of the rotary angles; longer texts need a larger one."""
-    vocabulary: int = 1536
+    vocabulary: Annotated[int, Range(257, 10**6)] = 1536
     """Size of the byte-level BPE vocabulary, 256 bytes included; smaller if the texts have fewer pieces."""
-    learning_rate: float = 0.02
+    learning_rate: Annotated[float, Range(0, 1, above=True)] = 0.02
     """Peak learning rate of Muon (matrices); Adam (embeddings, head, norms) uses 0.15 of it. Cosine decay."""
-    actre_share: float = 0.2
+    actre_share: Annotated[float, Range(0, 1)] = 0.2
     """Share of texts in the ActRe format; the others are in the ReAct format."""
-    world_weight: float = 0.05
+    world_weight: Annotated[float, Range(0, 1000)] = 0.05
     """Weight of the world's tokens; the agent's have 1. The contents of a room cannot be predicted, and at full weight
     their noise drowns the few tokens that decide a game."""
-    reading_weight: float = 5.0
+    reading_weight: Annotated[float, Range(0, 1000)] = 5.0
     """Weight of the words in which a thought says whether the wanted thing is in sight, and which one: few tokens with
     half of the loss, which win or lose a game."""
 
@@ -242,7 +247,7 @@ def train(update: Callable, params, state, stream: Iterator, steps: int) -> tupl
         if len(losses) % 20 == 0 or len(losses) == steps:
             recent = float(np.mean(losses[-20:]))
             if not np.isfinite(recent):
-                raise SystemExit(f"loss {recent} at or before step {len(losses)}; lower --learning-rate")
+                raise ValueError(f"loss {recent} at or before step {len(losses)}; lower --learning-rate")
             bar.set_postfix(loss=f"{recent:.4f}", tokens_per_s=f"{real_tokens / (time.time() - start):.0f}")
     return params, {"tokens": real_tokens, "steps": steps, "first_loss": float(losses[0]), "last_loss": recent}
 
@@ -252,7 +257,7 @@ def train(update: Callable, params, state, stream: Iterator, steps: int) -> tupl
 
 def main(args: Args) -> None:
     if (args.out / "model.safetensors").exists():
-        raise SystemExit(f"{args.out} already holds a model; remove it or give another --out")
+        raise ValueError(f"{args.out} already holds a model; remove it or give another --out")
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(args)
     tokenizer.save(str(args.out / "tokenizer.json"))
@@ -272,7 +277,7 @@ def main(args: Args) -> None:
         "seconds": round(time.time() - start),
         "device": jax.devices()[0].device_kind,
     }
-    (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(args.out / "training.json", record)
     print(
         f"{args.out}: {record['parameters']:,} parameters, {record['tokens']:,} tokens, loss {record['last_loss']:.4f}"
     )
@@ -280,4 +285,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    main(parse(Args, __doc__))
+    run_main(main, Args, __doc__)

@@ -10,14 +10,19 @@ that takes 6 to 8 turns. In ActRe's example each thought follows the action that
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from agent.attempt import AttemptSettings, Job
 from agent.loop import PlayLoop
 from agent.scripted import DemonstratorScript, ScriptedPolicy
+from artifacts.atomic import atomic_write
+from artifacts.cli import run_main
 from artifacts.render import actre_segments, react_segments, text_of
 from artifacts.trajectory import Trajectory
 from envs.alfworld.world import AlfWorld
@@ -26,7 +31,6 @@ from envs.webshop import demonstrator as webshop_demonstrator
 from envs.webshop.generate import ensure_catalogue
 from envs.webshop.world import WebShop
 
-HERE = Path(__file__).parent
 MIN_TURNS, MAX_TURNS = 6, 8
 
 
@@ -65,8 +69,21 @@ def examples(env: str) -> dict[str, str]:
     return {"react": text_of(react_segments(shown)) + "\n", "actre": text_of(actre_segments(shown)) + "\n"}
 
 
-if __name__ == "__main__":
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    out: Path = Path("prompts")
+    """Folder to write the prompts to."""
+
+
+def main(args: Args) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
     for env in SHOWN:
         for role, text in examples(env).items():
-            (HERE / f"{env}_{role}.txt").write_text(text)
-            print(f"prompts/{env}_{role}.txt: {len(text)} characters")
+            path = args.out / f"{env}_{role}.txt"
+            with atomic_write(path) as temporary:
+                temporary.write_text(text)
+            print(f"{path}: {len(text)} characters")
+
+
+if __name__ == "__main__":
+    run_main(main, Args, __doc__)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from agent.attempt import MAX_THOUGHTS, AttemptSettings, Compose, Job, sample_action, template_reason
-from agent.loop import PlayLoop, Rates
+from agent.loop import FIRST, PlayLoop, Rates
+from agent.policy import NoReply
 from agent.scripted import DemonstratorScript, ReplayScript, ScriptedPolicy
 from artifacts.seeds import generator
 from envs.alfworld.rooms import family
@@ -170,6 +171,69 @@ def test_a_sessions_line_that_never_comes_does_not_keep_the_stage():
     assert [t.end for t in done] == ["timeout"] and policy.closed == []
 
 
+class Remote(ScriptedPolicy):
+    """A server: each session has the next of `scripts`. `known`: what it wrote in earlier runs had the form."""
+
+    remote = True
+
+    def __init__(self, scripts, known=False):
+        scripts = iter(scripts)
+        super().__init__(lambda opening: ReplayScript(next(scripts)), slots=2)
+        self.known = known
+
+    def knows_the_form(self):
+        return self.known
+
+
+PROSE, JOBS = [" Sure! I will look around.\n"] * 12, [Job(TASK, trial) for trial in range(FIRST + 4)]
+
+
+def test_a_server_whose_first_lines_are_prose_stops_the_stage_with_one_of_them_and_scores_nothing():
+    for jobs, said in ((JOBS, f"first {FIRST} attempts"), (JOBS[:3], "first 3 attempts"), (JOBS[:1], "first attempt")):
+        loop, done = PlayLoop(jobs, settings(), Room, Remote([PROSE] * 99)), []
+        with pytest.raises(ValueError, match=f"no line of the {said} .*I will look around.*--prompt"):
+            done.extend(loop)
+        assert done == []
+
+
+@pytest.mark.parametrize(
+    "good",
+    [[" think[I look.]\n", *PROSE], [" act[no]\n", *PROSE], [" look\n", *PROSE]],
+    ids=["a thought", "a command", "a valid action without its form"],
+)
+@pytest.mark.parametrize("at", [0, FIRST - 1])
+def test_one_line_that_can_be_played_is_enough_and_nothing_is_lost(good, at):
+    scripts = [PROSE] * at + [good] + [PROSE] * 99
+    done = list(PlayLoop(JOBS, settings(patience=1), Room, Remote(scripts)))
+    assert sorted(t.trial for t in done) == list(range(len(JOBS))) and {t.end for t in done} == {"stuck"}
+
+
+def test_lines_of_earlier_runs_tell_that_a_server_knows_the_form_and_jobs_that_are_added_are_played():
+    loop, done = PlayLoop(JOBS[:2], settings(), Room, Remote([PROSE] * 99, known=True)), []
+    for trajectory in loop:
+        done.append(trajectory.trial)
+        loop.add(JOBS[2:4] if trajectory.trial == 1 else [])
+    assert sorted(done) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "lines, why", [([NoReply("the reply was cut off")], "cut off"), ([], "the context is full before the first line")]
+)
+def test_a_server_that_writes_no_line_stops_the_stage_with_the_reason(lines, why):
+    with pytest.raises(ValueError, match=f"the first {FIRST} attempts got no line from the agent: .*{why}"):
+        list(PlayLoop(JOBS, settings(), Room, Remote([lines] * 99)))
+
+
+def test_what_says_nothing_of_a_servers_lines_is_not_held_back():
+    """Sampled actions alone, worlds that fail, attempts past their deadline; and local models may write anything."""
+    compose = Compose(probability=1.0, reason="empty")
+    assert len(list(PlayLoop(JOBS, settings(compose=compose), Room, Remote([PROSE] * 99)))) == len(JOBS)
+    world = type("World", (Flaky,), {"failing": 99, "where": "reset"})
+    assert [t.end for t in PlayLoop(JOBS[:2], settings(), world, Remote([PROSE] * 99))] == ["env_error"] * 2
+    assert [t.end for t in PlayLoop(JOBS[:2], settings(deadline=0.0), Room, Remote([PROSE] * 99))] == ["timeout"] * 2
+    assert len(run(PROSE, jobs=JOBS)) == len(JOBS)
+
+
 def test_actre_is_asked_while_the_agent_is():
     """At some moment both have lines to write: neither waits for the other."""
     waiting = []
@@ -300,7 +364,7 @@ def test_the_demonstrator_wins_through_the_session_text():
 
 
 def test_missing_tasks_are_named():
-    with pytest.raises(ValueError, match="1 of 1 tasks are not in the data, gen_train/no"):
+    with pytest.raises(ValueError, match="1 of 1 tasks cannot be played: gen_train/no"):
         require_tasks(Room(), ["gen_train/no"])
 
 

@@ -18,8 +18,9 @@ from bench.alfworld_engine import Args, Clock, compare
 from envs.alfworld import index
 from envs.alfworld import world as alfworld
 from envs.alfworld.engine import Game, names_of
-from envs.alfworld.index import load_index, task_type
-from envs.alfworld.world import AlfWorld
+from envs.alfworld.index import find_games, task_type
+from envs.alfworld.world import AlfWorld, other_grammar
+from envs.make import make_world
 from tests.support.hand_game import GOALS, PLACES, problem, write_game
 
 ROOT = Path(__file__).parents[1]
@@ -418,64 +419,172 @@ def test_task_type():
             task_type(wrong)
 
 
-# ---- data, index, errors
+# ---- the index of games
 
 
-def test_index_lists_what_the_stock_loader_lists(tmp_path):
+def change(text: str, into: str):
+    return lambda file: file.write_text(file.read_text().replace(text, into))
+
+
+LEFT_OUT = {  # (goal, trial): what happened to the game file, and the reason
+    ("heat", "trial_1"): (change('"solvable": true', '"solvable": false'), index.UNSOLVABLE),
+    ("cool", "trial_movable_1"): (None, index.MOVABLE),
+    ("cool", "Sliced"): (None, index.MOVABLE),
+    ("look", "trial_1"): (lambda file: file.with_name("traj_data.json").unlink(), index.NO_RECORD),
+    ("clean", "trial_1"): (change('"solvable"', '"solved"'), index.UNMARKED),
+}
+
+
+def write_left_out(folder: Path) -> dict[str, str]:
+    """Games that are left out, in all ways; {id: reason}."""
+    reasons = {}
+    for (goal, trial), (happened, reason) in LEFT_OUT.items():
+        task_id = write_game(folder, goal, trial=trial)
+        reasons[task_id] = reason
+        if happened:
+            happened(folder / "json_2.1.1" / task_id / "game.tw-pddl")
+    return dict(sorted(reasons.items()))
+
+
+def test_index_lists_what_the_stock_loader_lists_and_why_it_skips_the_others(tmp_path):
     kept = [write_game(tmp_path, "place"), write_game(tmp_path, "two"), write_game(tmp_path, "two", trial="trial_0")]
-    for goal, trial, change in [
-        ("heat", "trial_1", lambda f: f.write_text(f.read_text().replace('"solvable": true', '"solvable": false'))),
-        ("cool", "trial_movable_1", None),
-        ("cool", "Sliced", None),
-        ("look", "trial_1", lambda f: f.with_name("traj_data.json").unlink()),
-        ("clean", "trial_1", lambda f: f.write_text('{"pddl_problem": ""}')),
-    ]:
-        task_id = write_game(tmp_path, goal, trial=trial)
-        if change:
-            change(tmp_path / "json_2.1.1" / task_id / "game.tw-pddl")
-    assert load_index(tmp_path / "json_2.1.1") == {"hand": tuple(sorted(kept))}
-    assert AlfWorld(data=str(tmp_path)).tasks("hand") == tuple(sorted(kept))
+    reasons = write_left_out(tmp_path)
+    (tmp_path / "json_2.1.1" / "hand" / "pick_and_place_simple-x" / "trial_1").mkdir(parents=True)  # no game
+    for _ in range(2):  # by the game files, by the index file
+        assert find_games(tmp_path / "json_2.1.1", "hand") == (tuple(sorted(kept)), reasons)
+    world = AlfWorld(data=str(tmp_path))
+    assert world.tasks("hand") == tuple(sorted(kept)) and world.left_out("hand") == reasons
+    for task_id, reason in reasons.items():
+        with pytest.raises(ValueError, match=f"{task_id}' is left out .{reason}.*unpack the data again"):
+            world.reset(task_id)
 
 
-def test_index_is_reused_and_follows_changes(tmp_path, monkeypatch):
+@pytest.fixture
+def reads(monkeypatch):
+    """The trials whose game files are read from now on."""
+    found, read = [], index._reason
+    monkeypatch.setattr(index, "_reason", lambda file: found.append(file.parent.name) or read(file))
+    return found
+
+
+def test_only_games_that_are_new_or_changed_are_read_again(tmp_path, reads):
     root = tmp_path / "json_2.1.1"
     first = write_game(tmp_path, "place")
-    load_index(root)
-    scans = []
-    scan = index.scan_split
-    monkeypatch.setattr(index, "scan_split", lambda root, split: scans.append(split) or scan(root, split))
-    assert load_index(root) == {"hand": (first,)} and scans == []
+    find_games(root, "hand")
+    assert find_games(root, "hand").playable == (first,) and reads == ["trial_1"]
     times = [(f, f.stat().st_mtime_ns) for f in (root / "hand", (root / first).parent)]
     second = write_game(tmp_path, "place", trial="trial_2")
     for folder, time in times:  # as `tar` does when it unpacks one more trial
         os.utime(folder, ns=(time, time))
-    assert load_index(root) == {"hand": (first, second)} and scans == ["hand"]
-    other = write_game(tmp_path, "two", split="other")
-    assert load_index(root) == {"hand": (first, second), "other": (other,)} and scans == ["hand", "other"]
+    assert find_games(root, "hand").playable == (first, second) and reads == ["trial_1", "trial_2"]
+    other = write_game(tmp_path, "two", split="other", trial="trial_3")
+    assert find_games(root, "other").playable == (other,) and find_games(root, "hand").playable == (first, second)
+    assert reads == ["trial_1", "trial_2", "trial_3"]
     (root / first).rename(tmp_path / "gone")
-    assert load_index(root)["hand"] == (second,)
+    assert find_games(root, "hand").playable == (second,) and len(reads) == 3
+
+
+def test_data_that_arrives_in_two_steps_is_noticed(tmp_path, reads):
+    task_id = write_game(tmp_path)
+    record = tmp_path / "json_2.1.1" / task_id / "traj_data.json"
+    content = record.read_bytes()
+    record.unlink()
+    assert find_games(tmp_path / "json_2.1.1", "hand") == ((), {task_id: index.NO_RECORD}) and reads == []
+    record.write_bytes(content)
+    assert find_games(tmp_path / "json_2.1.1", "hand") == ((task_id,), {}) and reads == ["trial_1"]
+
+
+def test_a_game_rewritten_in_place_is_noticed_even_with_its_old_size_and_time(tmp_path, reads):
+    task_id = write_game(tmp_path)
+    root, file = tmp_path / "json_2.1.1", tmp_path / "json_2.1.1" / task_id / "game.tw-pddl"
+    change('"solvable": true', '"solvable": true ')(file)
+    assert find_games(root, "hand").playable == (task_id,)
+    before = file.stat()
+    while file.stat().st_ctime_ns == before.st_ctime_ns:  # the clock of a file system has steps
+        change('"solvable": true ', '"solvable": false')(file)
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size and file.stat().st_mtime_ns == before.st_mtime_ns
+    assert find_games(root, "hand") == ((), {task_id: index.UNSOLVABLE}) and len(reads) == 2
+
+
+def test_a_score_tells_games_of_the_same_name_apart(tmp_path):
+    """A newer release, unpacked over an older one, has the same ids and other texts."""
+    ids = [write_game(tmp_path, "place"), write_game(tmp_path, "two")]
+    world = AlfWorld(data=str(tmp_path))
+    first = world.fingerprint(ids)
+    assert world.fingerprint(reversed(ids)) == first != world.fingerprint(ids[:1]) and len(first) == 64
+    assert AlfWorld(data=str(tmp_path), engine="textworld").fingerprint(ids) == first  # without loading TextWorld
+    wrapped = make_world("alfworld", data=str(tmp_path), perturb="P1", tell_commands=True)
+    assert wrapped.fingerprint(ids) == first and wrapped.left_out("hand") == {}
+    change("in microwave", "in the microwave")(tmp_path / "json_2.1.1" / ids[0] / "game.tw-pddl")
+    change("on microwave", "in microwave")(tmp_path / "json_2.1.1" / ids[0] / "game.tw-pddl")
+    assert world.fingerprint(ids) != first and world.fingerprint(ids[1:]) == AlfWorld(str(tmp_path)).fingerprint(
+        ids[1:]
+    )
+    with pytest.raises(ValueError, match="unknown task 'hand/no/no'"):
+        world.fingerprint(["hand/no/no"])
 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", '{"version": 1}', '{"version": 1, "splits": {"hand": 3}}', '{"version": 0, "splits": {}}'],
+    ["", "{", "[]", '{"version": 2}', '{"version": 2, "splits": {"hand": 3}}', "[" * 10_000]
+    + ['{"version": 1, "splits": {}}', '{"version": 3, "splits": {"hand": {}}}'],
 )
 def test_corrupt_index_is_rebuilt(tmp_path, content):
     task_id = write_game(tmp_path)
     file = tmp_path / "json_2.1.1" / ".a3t_index.json"
     file.write_text(content)
-    assert load_index(tmp_path / "json_2.1.1") == {"hand": (task_id,)}
-    assert json.loads(file.read_text())["splits"]["hand"]["ids"] == [task_id]
+    assert find_games(tmp_path / "json_2.1.1", "hand").playable == (task_id,)
+    assert list(json.loads(file.read_text())["splits"]["hand"]) == [task_id]
 
 
-def test_index_goes_home_where_the_data_cannot_be_written(tmp_path, monkeypatch):
+def test_index_goes_home_where_the_data_cannot_be_written(tmp_path, reads):
     task_id = write_game(tmp_path)
     root = tmp_path / "json_2.1.1"
     (root / ".a3t_index.json").mkdir()  # stands for a folder that cannot be written: root may write anywhere
-    load_index(root)
+    find_games(root, "hand")
     assert len(list((tmp_path / "home" / ".cache" / "a3t").glob("*.json"))) == 1
-    monkeypatch.setattr(index, "scan_split", None)
-    assert load_index(root) == {"hand": (task_id,)}
+    assert find_games(root, "hand").playable == (task_id,) and len(reads) == 1
+
+
+# ---- grammars
+
+
+PUT, MOVE = "put mug 1 in/on desk 1", "move mug 1 to desk 1"
+
+
+@pytest.mark.parametrize(
+    ("refused", "grammar", "share"),
+    [
+        ([PUT] * 3 + ["look around"], "0.4", 0.75),
+        ([PUT, "look around"], "0.4", 0.5),
+        ([MOVE, "go to desk 9"], "0.4", 0.0),
+        ([MOVE, "help", " move mug 1 to desk 1 "], "0.3", 1.0),
+        ([PUT, "put mug 1 on desk 1", "put" + " in/on " * 9999 + "\n"], "0.3", 0.0),
+        ([], "0.4", 0.0),
+    ],
+)
+def test_a_summary_can_say_that_most_refused_commands_are_of_the_other_grammar(refused, grammar, share):
+    found, note = other_grammar(refused, grammar)
+    assert found == share and bool(note) == (share > 0.5)
+    if note:
+        other, form = ("0.3", "put {object} in/on") if grammar == "0.4" else ("0.4", "move {object} to")
+        assert f"{100 * share:.0f} % of the refused commands are of ALFWorld's grammar {other} ({form}" in note
+
+
+def test_the_other_grammar_is_what_the_world_refuses(tmp_path):
+    """Played, so that the note and the engine cannot drift apart."""
+    for grammar, foreign, own in (("0.4", PUT, MOVE), ("0.3", MOVE, PUT)):
+        task_id = write_game(tmp_path / grammar, "cool")
+        world = AlfWorld(data=str(tmp_path / grammar), grammar=grammar)
+        world.reset(task_id)
+        for command in ("go to cabinet 2", "open cabinet 2", "take mug 1 from cabinet 2", "go to desk 1"):
+            assert world.step(command).valid
+        assert not world.step(foreign).valid and other_grammar([foreign], world.facts["grammar"])[0] == 1
+        assert world.step(own).valid and other_grammar([own], world.facts["grammar"])[0] == 0
+
+
+# ---- data and errors
 
 
 def test_generated_splits_stand_beside_the_given_data(tmp_path, monkeypatch):
@@ -516,6 +625,8 @@ def test_errors_say_what_to_do(tmp_path):
         "[]",
         '{"pddl_problem": 3}',
         '{"pddl_problem": "(:init )(:goal )", "grammar": "Your task"}',
+        '{"grammar": NaN}',
+        '{"pddl_problem": ' + "[" * 10_000,
     ],
 )
 def test_unreadable_game_is_named(tmp_path, content):

@@ -145,3 +145,11 @@ def test_without_minigrid_one_is_told_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "minigrid", None)
     with pytest.raises(ImportError, match=r"needs minigrid .*: pip install -r requirements/worlds.txt"):
         BabyAI()
+
+
+def test_levels_of_another_release_of_minigrid_are_told_apart(world, monkeypatch):
+    ids = read_panel("babyai_test-112")
+    first = world.fingerprint(ids)
+    assert BabyAI().fingerprint(reversed(ids)) == first != world.fingerprint(ids[1:])
+    monkeypatch.setattr("minigrid.__version__", "3.1.0")
+    assert BabyAI().fingerprint(ids) != first

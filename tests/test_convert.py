@@ -1,4 +1,4 @@
-"""Files in and out: against transformers, bitsandbytes and PEFT; broken, foreign and wrong ones."""
+"""Files in and out, against transformers, bitsandbytes and PEFT; conversions that are killed, repeated or in the way."""
 
 from __future__ import annotations
 
@@ -13,18 +13,28 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
-from lora import checkpoint, nf4
+from lora import checkpoint, convert, nf4
 from lora.adapter import adapter_name, save_adapter
 from lora.checkpoint import base_sha, layer_tensor
 from lora.config import Config
-from lora.convert import Args, main
+from lora.convert import Args, locked, main
 from lora.linear import FUSED, TARGETS, LoRAConfig, all_gather_base
 from lora.load import load_adapter, load_model, save_model
 from lora.model import Mistral
 from tests.support.helpers import TINY, byte_tokenizer, logits_of, random_ids, with_random_adapter
 
 ALL = LoRAConfig(rank=4, alpha=12.0, targets=TARGETS)
+
+
+@pytest.fixture(scope="module")
+def base_dir(base_dir, tmp_path_factory) -> Path:
+    """The random base with a tokenizer, without which nothing is converted."""
+    folder = shutil.copytree(base_dir, tmp_path_factory.mktemp("with_tokenizer") / "base")
+    byte_tokenizer(TINY.vocab_size).save(str(folder / "tokenizer.json"))
+    return folder
 
 
 def test_width_that_is_no_multiple_of_64_names_the_layer_and_the_way_out(tmp_path):
@@ -63,17 +73,6 @@ def test_bfloat16_files_are_read(tmp_path):
     with torch.no_grad():
         expected = theirs.float()(torch.tensor(random_ids(1, 9))).logits.numpy()
     assert np.abs(logits_of(load_model(tmp_path / "theirs", weights="fp32"), random_ids(1, 9)) - expected).max() < 1e-4
-
-
-def test_config_of_transformers_4_and_of_other_models(tmp_path, base_dir):
-    raw = json.loads((base_dir / "config.json").read_text())
-    old = {key: value for key, value in raw.items() if key not in ("rope_parameters", "head_dim")}
-    (tmp_path / "config.json").write_text(json.dumps(old | {"rope_theta": 5e5, "num_attention_heads": 2}))
-    config = Config.read(tmp_path)
-    assert (config.rope_theta, config.head_dim) == (5e5, 32)
-    (tmp_path / "config.json").write_text(json.dumps(raw | {"model_type": "llama"}))
-    with pytest.raises(ValueError, match="llama.*expected.*mistral"):
-        Config.read(tmp_path)
 
 
 def test_checkpoint_of_another_shape_names_every_tensor(base_dir, tmp_path):
@@ -216,8 +215,6 @@ def test_a_quantised_folder_is_read_in_another_form(base_dir, tmp_path, stored, 
 
 
 def test_a_4_bit_file_that_is_not_nf4_in_blocks_of_64_is_refused(base_dir, tmp_path):
-    from safetensors.numpy import load_file, save_file
-
     main(Args(model=base_dir, out=tmp_path, weights="nf4"))
     tensors = load_file(tmp_path / "model.safetensors")
     name = layer_tensor(1, "v")
@@ -266,6 +263,7 @@ def test_converting_needs_the_largest_tensor_and_a_file_no_more(tmp_path, monkey
     sizes = {"vocab_size": 512, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3}
     config = Config(**{**vars(TINY), **sizes})
     save_model(Mistral(config, rngs=nnx.Rngs(0)), tmp_path / "base")
+    byte_tokenizer().save(str(tmp_path / "base" / "tokenizer.json"))
     assert (tmp_path / "base" / "model.safetensors").stat().st_size > 20e6
     monkeypatch.setattr(checkpoint, "FILE_BYTES", 10**6)
     tracemalloc.start()
@@ -276,8 +274,128 @@ def test_converting_needs_the_largest_tensor_and_a_file_no_more(tmp_path, monkey
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
     read, quantised_now = (logits_of(load_model(tmp_path / name), random_ids(1, 5)) for name in ("out", "base"))
     assert np.array_equal(read, quantised_now)
-    with pytest.raises(ValueError, match="already holds a model"):
-        main(Args(model=tmp_path / "base", out=tmp_path / "out"))
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_finished_conversion_of_the_same_inputs_is_kept_wherever_the_folders_are(base_dir, tmp_path, capsys):
+    base, out = shutil.copytree(base_dir, tmp_path / "base"), tmp_path / "out"
+    out.mkdir()  # an empty folder is nothing
+    main(Args(model=base, out=out))
+    before, times = content(out), {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    base.rename(tmp_path / "renamed")
+    main(Args(model=tmp_path / "renamed", out=out, dtype="fp32"))  # a default, given by hand
+    assert capsys.readouterr().out.endswith("out: finished already\n")
+    assert content(out) == before and times == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "renamed"]
+    (out / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="out has no model"):
+        main(Args(model=tmp_path / "renamed", out=out))
+
+
+def test_other_settings_other_inputs_and_foreign_files_are_refused_by_name(base_dir, tmp_path):
+    base, out = shutil.copytree(base_dir, tmp_path / "base"), tmp_path / "out"
+    main(Args(model=base, out=out))
+    before = content(out)
+    with pytest.raises(ValueError, match="another conversion .--weights: there nf4, now nf4-dq.*--out"):
+        main(Args(model=base, out=out, weights="nf4-dq"))
+    (base / "chat_template.jinja").write_text("[INST]")
+    with pytest.raises(ValueError, match="another conversion .chat_template.jinja: there none, now "):
+        main(Args(model=base, out=out))
+    with pytest.raises(ValueError, match="base holds chat_template.jinja but no conversion.json"):
+        main(Args(model=base, out=base))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        main(Args(model=base, out=tmp_path / "file" / "out"))
+    with pytest.raises(OSError, match="file"):
+        main(Args(model=base, out=tmp_path / "file"))
+    assert content(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "file", "out"]
+
+
+@pytest.mark.parametrize("step", ["write_checkpoint", "copy_companions", "write_json"])
+def test_a_killed_conversion_starts_again_and_ends_with_the_same_bytes(base_dir, tmp_path, monkeypatch, step):
+    main(Args(model=base_dir, out=tmp_path / "unbroken"))
+    work = getattr(convert, step)
+
+    def killed(*args):
+        work(*args)
+        raise InterruptedError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(convert, step, killed)
+        patched.setattr(shutil, "rmtree", lambda *args, **how: None)  # a killed process tidies nothing up
+        with pytest.raises(InterruptedError):
+            main(Args(model=base_dir, out=tmp_path / "out"))
+    [left] = tmp_path.glob("out.*.tmp")
+    left.rename(tmp_path / "out.99999999.tmp")  # of another process
+    (tmp_path / "out.mine.tmp").mkdir()
+    main(Args(model=base_dir, out=tmp_path / "out"))
+    assert content(tmp_path / "out") == content(tmp_path / "unbroken")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.mine.tmp", "unbroken"]
+
+
+def test_a_second_process_is_refused_while_the_first_one_lives(base_dir, tmp_path):
+    with locked(tmp_path / "out"):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="another process is converting to .*out"):
+                main(Args(model=base_dir, out=tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+    main(Args(model=base_dir, out=tmp_path / "out"))
+
+
+def test_what_is_missing_or_broken_is_noticed_before_anything_is_made(base_dir, tmp_path, capsys):
+    base, out = shutil.copytree(base_dir, tmp_path / "base"), tmp_path / "new" / "out"
+    with pytest.raises(FileNotFoundError, match="adapter_config.json"):
+        main(Args(model=base, out=out, adapter=tmp_path))
+    (base / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+        main(Args(model=base, out=out))
+    assert not out.parent.exists()
+    byte_tokenizer(TINY.vocab_size).save(str(base / "tokenizer.json"))
+    main(Args(model=base, out=out))
+    assert "base has no chat template" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(base_dir, tmp_path, monkeypatch):
+    def full(*args, **how):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="part-0.tmp cannot be written .No space left on device"):
+        main(Args(model=base_dir, out=tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_value_beyond_the_dtype_is_refused_by_the_tensor_s_name(base_dir, tmp_path):
+    base = shutil.copytree(base_dir, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e5  # the largest float16 is 65504
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(ValueError, match="model.norm.weight has values that are not finite as float16"):
+        main(Args(model=base, out=tmp_path / "out", weights="fp32", dtype="fp16"))
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_theta_is_written_in_both_forms(base_dir, tmp_path, with_adapter):
+    """transformers 4 reads `rope_theta`, which transformers 5 does not write; each would fall back to 10,000."""
+    base, adapter = shutil.copytree(base_dir, tmp_path / "base"), None
+    config = json.loads((base / "config.json").read_text())
+    theta = config.pop("rope_theta")
+    (base / "config.json").write_text(json.dumps(config | {"rope_scaling": None, "torch_dtype": "float16"}))
+    if with_adapter:
+        adapter = tmp_path / "adapter"
+        save_adapter(adapter, load_model(base, lora=LoRAConfig()), base)
+    main(Args(model=base, out=tmp_path / "out", adapter=adapter))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert theta == 1e6 == written["rope_theta"] == written["rope_parameters"]["rope_theta"]
+    assert written["dtype"] == written["torch_dtype"] == "float32" and "rope_scaling" not in written
 
 
 # ---- adapters out ----------------------------------------------------------------------------------------------------
@@ -356,6 +474,6 @@ def test_score_is_what_transformers_and_peft_compute(base_dir, tmp_path):
 
 def test_commands_say_what_is_wrong(base_dir, tmp_path):
     result = command("lora.convert", "--model", tmp_path, "--out", tmp_path / "out")
-    assert result.returncode == 1 and "error: " in result.stderr and "config.json" in result.stderr
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "config.json" in result.stderr
     result = command("lora.score", "--model", base_dir, "--text", tmp_path / "none")
-    assert result.returncode == 1 and "tokenizer.json" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "none: No such file" in result.stderr

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from agentrefine import diversity
+from artifacts.cli import parse
 from artifacts.trajectory import write_file
 from tests.support.helpers import trajectory, turn
 
@@ -40,7 +41,7 @@ def test_spread_counts_clusters_and_their_effective_number():
 
 
 def test_every_line_of_a_thought_counts(tmp_path):
-    path = write(tmp_path / "t.jsonl", ["I look.\nI think again.", "", "I go."])
+    path = write(tmp_path / "t.jsonl", ["I look.\nI think again.", "", "...", "I go."])
     assert diversity.load_thoughts(path) == ["I look.", "I think again.", "I go."]
 
 
@@ -62,7 +63,7 @@ def test_the_diverse_file_wins_every_figure_and_draws_repeat(tmp_path):
 
 def test_the_script_prints_one_json_line_and_refuses_in_one_sentence(tmp_path):
     path = write(tmp_path / "a.jsonl", ["I go.", "I see a mug.", "I take it."])
-    empty = write(tmp_path / "b.jsonl", [""])
+    empty = write(tmp_path / "b.jsonl", ["", "..."])
     command = [sys.executable, "-m", "agentrefine.diversity", "--picture", str(tmp_path / "p/t.png")]
     again = write(tmp_path / "c.jsonl", ["I go.", "I see a pen."])
     words = [*command, str(path), str(again), str(path)]  # one that is named twice is one
@@ -73,3 +74,17 @@ def test_the_script_prints_one_json_line_and_refuses_in_one_sentence(tmp_path):
     for files, message in (([str(path), str(empty)], "b.jsonl holds no thought"), ([], "no file")):
         done = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--thoughts", "1"], "--thoughts is 1; expected at least 2"),
+        (["--clusters", "0"], "--clusters is 0; expected at least 1"),
+        (["--seed", "-1"], "--seed is -1; expected at least 0"),
+        (["--picture", "thoughts.mp3"], "--picture is thoughts.mp3; expected a name that ends in .png or .svg"),
+    ],
+)
+def test_a_mistaken_value_is_refused_before_anything_is_read(words, message):
+    with pytest.raises(ValueError, match=message):
+        parse(diversity.Args, "", ["nowhere.jsonl", *words])

@@ -15,10 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from artifacts.cli import parse
+from envs import panel
 from envs.alfworld import generate, rooms
 from envs.alfworld.index import TASK_TYPES, task_type
 from envs.alfworld.world import AlfWorld
 from envs.panel import PANELS, read_panel
+from envs.webshop import demonstrator
 from envs.webshop import generate as webshop_generate
 
 ROOT = Path(__file__).parents[1]
@@ -240,3 +243,30 @@ def test_generated_data_and_panels_are_where_the_project_keeps_them():
     assert generate.FOLDER.parent == webshop_generate.FOLDER.parent == ROOT / "data"
     assert generate.FOLDER != webshop_generate.FOLDER
     assert PANELS == ROOT / "envs" / "panels" and (PANELS / "SHA256").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "value"),
+    [
+        (generate, "--seed", -1),
+        (generate, "--demo-games", 0),
+        (generate, "--demo-games", 10**9),
+        (webshop_generate, "--seed", -1),
+        (webshop_generate, "--products", 0),
+        (webshop_generate, "--products", 10**9),
+        (demonstrator, "--limit", 0),
+        (demonstrator, "--max-turns", -1),
+        (panel, "--seed", -1),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_the_flags_name(command, flag, value):
+    with pytest.raises(ValueError, match=f"{flag} is {value}; expected at least [01]"):
+        parse(command.Args, "", [flag, str(value)])
+
+
+def test_a_damaged_record_of_how_data_was_made_is_named(tmp_path):
+    folder = webshop_generate.ensure_catalogue(tmp_path / "shop", products=5)
+    stamp = folder / webshop_generate.STAMP
+    stamp.write_bytes(stamp.read_bytes()[:10])
+    with pytest.raises(ValueError, match="generated.json is not valid JSON"):
+        webshop_generate.ensure_catalogue(folder, products=5)

@@ -12,7 +12,7 @@ import pytest
 
 from envs.jericho import GAMES, LONGEST, Jericho
 from envs.make import make_world
-from envs.panel import read_panel
+from envs.panel import read_panel, require_tasks
 from envs.process import WorldProcess, ready
 
 STAND_IN = '''
@@ -99,6 +99,16 @@ def test_a_walkthrough_wins(games):
         world.step("look")
 
 
+def test_releases_of_a_game_are_told_apart(games):
+    ids = ["jericho_all/home", "jericho_test/zork1"]
+    first = Jericho(games).fingerprint(ids)
+    assert Jericho(games).fingerprint(reversed(ids)) == first
+    (Path(games) / "zork1.z5").write_bytes(b"story of another release")
+    assert Jericho(games).fingerprint(ids) != first
+    with pytest.raises(ValueError, match="unknown task 'jericho_test/home'"):
+        Jericho(games).fingerprint(["jericho_test/home"])
+
+
 def test_splits_and_ids(games, monkeypatch):
     monkeypatch.setenv("JERICHO_GAMES", games)
     world = Jericho()
@@ -107,6 +117,15 @@ def test_splits_and_ids(games, monkeypatch):
     for call, name in ((world.tasks, "nosuch"), (world.reset, "nosuch"), (world.reset, "jericho_test/home")):
         with pytest.raises(ValueError, match=name):
             call(name)
+    missing = world.left_out("jericho_test")
+    assert [*missing] == [f"jericho_test/{name}" for name in GAMES if name != "zork1"] and world.left_out(
+        "jericho_all"
+    ) == {}
+    assert set(missing.values()) == {"no story file"}
+    with pytest.raises(
+        ValueError, match=r"19 of 20 tasks cannot be played: jericho_test/905 \(no story file\), .*9 more"
+    ):
+        require_tasks(world, read_panel("jericho_test-20"))
     with pytest.raises(RuntimeError, match="no game yet"):
         world.actions()
     assert read_panel("jericho_test-20") == [f"jericho_test/{name}" for name in GAMES]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import Counter
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from artifacts.cli import parse
 from envs import panel
 from envs.alfworld.generate import SEED, generate_games
-from envs.alfworld.index import TASK_TYPES, task_type
-from envs.alfworld.rooms import wheel_folder
+from envs.alfworld.index import TASK_TYPES, UNMARKED, task_type
+from envs.alfworld.rooms import family, wheel_folder
+from envs.alfworld.world import AlfWorld
 from envs.panel import (
     ALFWORLD,
     HELD_OUT,
@@ -24,6 +27,7 @@ from envs.panel import (
     draw_goals,
     excluded_ids,
     read_panel,
+    require_tasks,
 )
 from envs.webshop.catalogue import open_catalogue, prepare
 from envs.webshop.generate import ensure_catalogue
@@ -165,3 +169,67 @@ def test_a_web_shop_has_the_panels_of_its_catalogue(tmp_path, monkeypatch):
     assert default_panels("train", "webshop", folder) == ("webshop_gen_train-100",)
     monkeypatch.setenv("WEBSHOP_DATA", folder)
     assert default_panels("evaluate", "webshop", None) == ("webshop_gen_test-200",)
+
+
+# ---- playing whole panels, and those of the data
+
+
+def write_split(folder: Path, task_ids: list[str], unmarked: tuple[str, ...] = ()) -> str:
+    """Folders of games that say no more than whether they can be solved, which `unmarked` ones do not say."""
+    for task_id in task_ids:
+        game = folder / "json_2.1.1" / task_id
+        game.mkdir(parents=True)
+        (game / "game.tw-pddl").write_text(json.dumps({} if task_id in unmarked else {"solvable": True}))
+        (game / "traj_data.json").write_text("{}")
+    return str(folder)
+
+
+def test_a_panel_that_can_only_be_played_in_part_stops_and_names_what_is_missing_and_why(tmp_path):
+    """In some releases two of the 134 games of valid_unseen lack `solvable`, and the stock loader skips them."""
+    task_ids = read_panel("valid_unseen-134")
+    world = AlfWorld(write_split(tmp_path, task_ids, (task_ids[3], task_ids[90])))
+    assert len(world.tasks("valid_unseen")) == 132
+    with pytest.raises(ValueError) as error:
+        require_tasks(world, task_ids)
+    assert str(error.value).startswith(
+        f"2 of 134 tasks cannot be played: {task_ids[3]} ({UNMARKED}), {task_ids[90]} ({UNMARKED}); give the data"
+    )
+    require_tasks(world, world.tasks("valid_unseen"))
+    with pytest.raises(ValueError, match=r"12 of 12 .*: valid_unseen/x/0 \(not in the data\), .* and 2 more; give"):
+        require_tasks(world, [f"valid_unseen/x/{number}" for number in range(12)])
+
+
+@pytest.mark.parametrize(
+    ("splits", "train", "evaluate"),
+    [
+        (("train", "valid_seen", "valid_unseen"), ("train-600",), ("valid_seen-140", "valid_unseen-134")),
+        (("train", "valid_seen"), ("train-600",), ("valid_seen-140",)),
+        (("gen_train", "gen_valid", "gen_demo"), ("gen_train-120",), ("gen_valid-100",)),
+        (("mini_train", "mini_valid"), ("mini_train-120",), ("mini_valid-100",)),
+    ],
+)
+def test_a_folder_of_games_has_the_panels_of_its_splits(tmp_path, monkeypatch, splits, train, evaluate):
+    data = write_split(tmp_path, [f"{split}/task/trial" for split in splits])
+    assert default_panels("train", "alfworld", data) == train
+    monkeypatch.setenv("ALFWORLD_DATA", data)
+    assert default_panels("evaluate", "alfworld", None) == evaluate
+    monkeypatch.delenv("ALFWORLD_DATA")
+    assert default_panels("train", "alfworld", None) == (f"{family()}_train-120",)
+
+
+def test_a_folder_without_a_panels_split_says_what_it_holds_and_what_to_do(tmp_path):
+    data = write_split(tmp_path, ["own/task/trial", "valid_seen/task/trial"])
+    with pytest.raises(
+        ValueError, match=r"no default panel to train with, only own, valid_seen: choose one by --panel"
+    ):
+        default_panels("train", "alfworld", data)
+    with pytest.raises(FileNotFoundError, match="json_2.1.1 is not a folder"):
+        default_panels("train", "alfworld", str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="json_2.1.1 is not a folder"):
+        parse(panel.Args, "", ["--make", "--data", str(tmp_path / "nowhere")])
+
+
+def test_panels_are_made_of_playable_games_alone(tmp_path):
+    ids = ["train/a/1", "train/b/1", "train/movable/1"]
+    write_split(tmp_path, ids, ("train/b/1",))
+    assert panel.real_ids(tmp_path, "train") == ["train/a/1"] and panel.real_ids(tmp_path, "valid_seen") == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import random
@@ -145,3 +146,15 @@ def test_a_goal_that_can_never_hold_is_a_value_error():
     objects = {"room1": "room", "ball1": "ball", "left": "gripper"}
     with pytest.raises(ValueError, match=r"\('at', 'ball1', 'room2'\).*can never hold"):
         Problem(types, operators, objects, [("at", "ball1", "room1")], [("at", "ball1", "room2")])
+
+
+def test_problems_of_the_same_name_are_told_apart_by_their_content(monkeypatch):
+    world, ids = Pddl(), read_panel("pddl_test-60")
+    first = world.fingerprint(ids)
+    assert Pddl().fingerprint(reversed(ids)) == first != world.fingerprint(ids[1:])
+    with monkeypatch.context() as patch:
+        patch.setattr("envs.pddl.world.SEED", 1)
+        assert world.fingerprint(ids) != first
+    reworded = dataclasses.replace(DOMAINS["gripper"], about="Carry balls.")
+    monkeypatch.setitem(DOMAINS, "gripper", reworded)
+    assert world.fingerprint(ids) != first

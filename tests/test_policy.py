@@ -8,12 +8,11 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 import rollout
-from agent.args import PlayArgs, make_policy
 from agent.local import LocalPolicy
 from agent.policy import Ask
-from agent.server import Server
-from artifacts.packing import tokens_of
+from artifacts.cli import parse
 from artifacts.stage import StageError
+from artifacts.tokens import read_codec, tokens_of
 from artifacts.trajectory import read_trajectories
 from lora.engine import Engine
 from lora.load import load_model
@@ -88,22 +87,34 @@ def test_what_was_played_after_a_prompt_is_trained_on_without_it(model_dir, tmp_
     example.write_text(EXAMPLE)
     how = {"model": model_dir, "limit": 2, "slots": 2, "max_turns": 2}
     plain, prompted = rollout.Args(run=tmp_path / "a", **how), rollout.Args(run=tmp_path / "b", prompt=example, **how)
-    tokenizer, found = load_tokenizer(model_dir), []
+    codec, found = read_codec(model_dir), []
     for args in (plain, prompted):
         rollout.main(args)
         rows = list(read_trajectories(args.run / "round_0/rollout/trajectories.jsonl"))
         for row in rows:
-            assert tokens_of(row, lambda text, first: encode_piece(tokenizer, text, first)).ids == row.ids
+            assert tokens_of(row, codec).ids == row.ids
         found.append([row.ids[: row.sampled.index(1)] for row in rows])
     assert found[0] == found[1] and all(found[0])
     example.write_text("Another.\n")
-    with pytest.raises(StageError, match="prompt example.txt"):  # a stage is not resumed with another example
+    with pytest.raises(StageError, match="prompt"):  # a stage is not resumed with another example
         rollout.main(prompted)
+
+
+def test_a_line_that_the_context_cuts_off_is_no_line_and_not_part_of_the_session(model_dir):
+    opening = len(encode_piece(load_tokenizer(model_dir), OPENING, True))
+    for limit in (8, 9):  # after 8 ids there is no room for another
+        policy = LocalPolicy(model_dir, slots=1, context=opening + 8, max_new_tokens=limit)
+        session = policy.open(OPENING)
+        policy.submit(Ask(session, 0.0, 0))
+        while not (came := policy.poll()):
+            pass
+        [(_, line)], (ids, sampled) = came, policy.close(session)
+        assert (line is None) == (sum(sampled) == 0) == (limit == 9) and len(ids) == opening + 9 * (limit == 8)
 
 
 def test_top_p(model_dir):
     how = {"slots": 1, "context": 256, "max_new_tokens": 16}
     greedy, narrow, wide = (game(LocalPolicy(model_dir, **how, top_p=p), t) for p, t in ((1, 0), (1e-6, 9), (1, 9)))
     assert greedy == narrow != wide
-    with pytest.raises(ValueError, match="--top-p is 0; expected more than 0"):
-        make_policy(PlayArgs(model=model_dir, top_p=0), Server(), model_dir / "replies", None, None)
+    with pytest.raises(ValueError, match="--top-p is 0.0; expected more than 0"):
+        parse(rollout.Args, "", ["--top-p", "0"])

@@ -12,7 +12,7 @@ import pytest
 
 import refine
 from agent.server import Server
-from artifacts.stage import read_json
+from artifacts.json_io import read_json
 from artifacts.trajectory import read_trajectories
 from tests.support.planted_refine import CLEAN
 from tests.test_server import completion, server  # noqa: F401 (a fixture)
@@ -86,6 +86,11 @@ def test_a_script_and_its_turns_become_a_trajectory(server, tmp_path):  # noqa: 
 without_goal = {key: value for key, value in SCRIPT.items() if key != "Goal"}
 
 
+def with_world(text: str) -> bytes:
+    """The script with `text` in place of its environment's value."""
+    return completion(json.dumps(SCRIPT | {"Environment": {"home": "HERE"}}).replace('"HERE"', text))
+
+
 @pytest.mark.parametrize(
     "first",
     [
@@ -94,8 +99,24 @@ without_goal = {key: value for key, value in SCRIPT.items() if key != "Goal"}
         completion(json.dumps(without_goal)),
         completion("[" * 50_000),
         completion(""),
+        with_world("1" * 5000),
+        with_world("NaN"),
+        with_world(r'"\ud83d"'),
+        with_world("[" * 10_000 + "]" * 10_000),
+        with_world("[" * 300 + "]" * 300),
     ],
-    ids=["no JSON", "cut", "a key is missing", "nested", "empty"],
+    ids=[
+        "no JSON",
+        "cut",
+        "a key is missing",
+        "nested",
+        "empty",
+        "5,000 digits",
+        "NaN",
+        "half an emoji",
+        "10,000 levels",
+        "300 levels",
+    ],
 )
 def test_a_bad_script_is_asked_for_again(server, tmp_path, first):  # noqa: F811
     assert ask(server, tmp_path, [first, completion(json.dumps(SCRIPT)), said(TURNS)])["acceptance"] == 1
@@ -109,8 +130,15 @@ CUT = "\n".join(map(json.dumps, TURNS[:5])) + "\n" + json.dumps(TURNS[5])[:30]
 
 @pytest.mark.parametrize(
     "first",
-    [completion(CUT), said(wrong_key), said(TURNS[:5] + TURNS[6:]), said(unflagged)],
-    ids=["cut in the middle", "a bad flag", "the order", "an unflagged action"],
+    [
+        completion(CUT),
+        said(wrong_key),
+        said(TURNS[:5] + TURNS[6:]),
+        said(unflagged),
+        completion(CUT.replace('"turn": 5', f'"turn": {"5" * 5000}') + '", "Action": "look"}'),
+        completion(CUT + r'\ud83d", "Action": "look"}'),
+    ],
+    ids=["cut in the middle", "a bad flag", "the order", "an unflagged action", "5,000 digits", "half an emoji"],
 )
 def test_what_was_right_is_kept_and_gone_on_from(server, tmp_path, first):  # noqa: F811
     kept = len(TURNS[:3]) if first == said(wrong_key) else 5
@@ -119,6 +147,16 @@ def test_what_was_right_is_kept_and_gone_on_from(server, tmp_path, first):  # no
     assert [turn.action for turn in row.turns] == [turn["Action"] for turn in TURNS[1::2]]
     asked = str(server.requests[2])
     assert TURNS[kept - 1]["Observation"] in asked and TURNS[kept]["Thought"] not in asked
+
+
+def test_a_script_that_names_a_part_of_the_prompt_stays_as_it_is(server, tmp_path):  # noqa: F811
+    wait = {"wait {turns}": {"verification code": "wait (.*)", "parameters": {"turns": ["1", "2"]}}}
+    script = SCRIPT | {"Available Actions": SCRIPT["Available Actions"] | wait}
+    ask(server, tmp_path, [completion(json.dumps(script)), said(TURNS[:5]), said(TURNS[5:])])
+    for request in server.requests[1:]:
+        [message] = request["messages"]
+        assert message["content"].count("wait {turns}") == 1
+    assert message["content"].count(TURNS[1]["Thought"]) == 1
 
 
 def test_the_calls_are_capped_and_a_rejected_persona_is_counted(server, tmp_path):  # noqa: F811
@@ -166,8 +204,14 @@ def test_a_killed_run_asks_nothing_twice(server, tmp_path):  # noqa: F811
     assert len(bodies) == 13 and len(set(bodies)) == 12  # the one that hung was never answered
 
 
-def test_the_verifier_alone_prints_a_verdict_a_line(tmp_path, capsys):
+def test_the_verifier_alone_prints_a_verdict_a_line_that_says_which_key(tmp_path, capsys):
     path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps({"script": SCRIPT, "turns": TURNS}) + "\n{}\n")
+    wrong = json.dumps({"script": without_goal, "turns": TURNS})
+    number = f'{{"script": {"1" * 5000}, "turns": []}}'
+    path.write_text(json.dumps({"script": SCRIPT, "turns": TURNS}) + f"\n{wrong}\n{number}\n{{}}\n")
     refine.main(refine.Args(verify=path))
-    assert [json.loads(line)["ok"] for line in capsys.readouterr().out.splitlines()] == [True, False]
+    verdicts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert verdicts[0] == {"ok": True, "rule": None, "turn": None, "why": None}
+    assert verdicts[1] == {"ok": False, "rule": "keys", "turn": None, "why": "the script: missing `Goal`"}
+    assert [verdict["rule"] for verdict in verdicts[2:]] == ["json", "keys"]
+    assert "out of range" in verdicts[2]["why"] and "`script` and `turns`" in verdicts[3]["why"]

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from artifacts import report
+from artifacts.json_io import write_json
 from artifacts.scores import score
-from artifacts.stage import write_json
 from artifacts.trajectory import write_file
 from tests.support.helpers import trajectory, turn
 
@@ -33,7 +33,8 @@ def write_evaluation(run, name: str, rows) -> None:
     folder = run / "base" / name
     folder.mkdir(parents=True)
     write_file(folder / "trajectories.jsonl", rows)
-    write_json(folder / "scores.json", {"gen_valid-100": score(rows)})
+    write_json(folder / "config.json", {"args": {}, "facts": {}})
+    write_json(folder / "scores.json", {"<script>panel</script>": score(rows)})
     write_json(folder / "done.json", {})
 
 
@@ -60,3 +61,5 @@ def test_the_report_has_scores_examples_and_no_foreign_tags(tmp_path):
 def test_a_run_without_evaluations_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no finished evaluation"):
         report.main(report.Args(run=tmp_path))
+    with pytest.raises(ValueError, match="no such run"):
+        report.main(report.Args(run=tmp_path / "nope"))

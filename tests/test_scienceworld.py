@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import random
 import shutil
@@ -40,6 +41,19 @@ def test_one_is_told_what_to_install(monkeypatch, missing):
     monkeypatch.setattr(shutil, "which", lambda name: None if missing == "Java" else name)
     with pytest.raises(ImportError, match=f"needs {missing}: pip install -r requirements/worlds.txt.*default-jre"):
         make_world("scienceworld")
+
+
+def test_what_was_played_is_told_without_a_virtual_machine(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.3")
+    world, ids = ScienceWorld(), scienceworld.panel_ids()
+    first = world.fingerprint(ids)
+    assert ScienceWorld().fingerprint(reversed(ids)) == first != world.fingerprint(ids[1:]) and world._env is None
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.4")
+    assert ScienceWorld().fingerprint(ids) != first and world.left_out("scienceworld_test") == {}
+    with pytest.raises(ValueError, match="unknown task 'scienceworld_test/boil-9999'"):
+        world.fingerprint(["scienceworld_test/boil-9999"])
 
 
 def random_play(world: World, steps: int) -> list:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from artifacts.json_io import write_json
 from artifacts.scores import (
     PEOPLE,
     WORDINGS,
@@ -14,7 +15,6 @@ from artifacts.scores import (
     score,
     table,
 )
-from artifacts.stage import write_json
 from tests.support.helpers import trajectory
 
 TASKS = [f"gen_valid/pick_and_place_simple-Mug-None-Desk-{i}/trial" for i in range(3)]
@@ -24,6 +24,9 @@ def attempt(task: int, trial: int, progress: float, **changes):
     won = progress == 1.0
     fields = {"reward": float(won), "success": won, "end": "success" if won else "max_turns"}
     return trajectory(task_id=TASKS[task], trial=trial, progress=progress, **(fields | changes))
+
+
+ONE = score([attempt(0, 0, 1.0)])
 
 
 def test_a_score_of_single_attempts():
@@ -65,6 +68,7 @@ def test_directories_tell_world_wording_and_trials():
 def write_scores(run, subject: str, name: str, scores: dict) -> None:
     folder = run / subject / name
     folder.mkdir(parents=True)
+    write_json(folder / "config.json", {"args": {}, "facts": {}})
     write_json(folder / "scores.json", {"gen_valid-100": scores})
     write_json(folder / "done.json", {})
 
@@ -72,7 +76,9 @@ def write_scores(run, subject: str, name: str, scores: dict) -> None:
 def test_the_perturbation_table_has_mean_and_population_deviation(tmp_path):
     """The paper's row of AgentRefine: 44.8 and five more, 48.5 on average, 3.73 the population standard deviation."""
     for wording, rate in zip(WORDINGS, (0.448, 0.5, 0.515, 0.545, 0.455, 0.448), strict=True):
-        write_scores(tmp_path, "base", directory_name("alfworld", wording, 1), {"rate": rate, "progress": rate / 2})
+        write_scores(
+            tmp_path, "base", directory_name("alfworld", wording, 1), ONE | {"rate": rate, "progress": rate / 2}
+        )
     found = perturbations(tmp_path, "alfworld", 1)
     success = found["base"]["gen_valid-100"]["success"]
     assert (success["none"], success["P3"], success["mean"]) == (44.8, 54.5, 48.52)
@@ -84,7 +90,7 @@ def test_the_perturbation_table_has_mean_and_population_deviation(tmp_path):
 
 def test_a_wording_that_was_not_played_leaves_no_mean(tmp_path):
     for wording in WORDINGS[:-1]:
-        write_scores(tmp_path, "base", directory_name("alfworld", wording, 1), {"rate": 0.5, "progress": 0.5})
+        write_scores(tmp_path, "base", directory_name("alfworld", wording, 1), ONE)
     assert perturbations(tmp_path, "alfworld", 1) == {}
 
 
@@ -102,3 +108,20 @@ def test_the_table_has_each_place_and_the_best_of_rounds(tmp_path):
     shop = table(tmp_path, "evaluate_webshop").splitlines()
     assert shop[-1] == PEOPLE and "Pick" not in shop[0]
     assert read_scores(tmp_path, "evaluate_P1") == {}
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: text[:-5], "not valid JSON"),
+        (lambda text: text.replace('"rate": 1.0', '"rate": "high"'), "Expected `float`, got `str`"),
+        (lambda text: text.replace('"reward"', '"rewards"'), "missing required field `reward`"),
+        (lambda text: text.replace('"rate": 1.0', '"rate": NaN'), "not valid JSON"),
+    ],
+)
+def test_a_damaged_scores_file_is_named(tmp_path, damage, said):
+    write_scores(tmp_path, "base", "evaluate", ONE)
+    path = tmp_path / "base" / "evaluate" / "scores.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ValueError, match=f"{path}.*{said}"):
+        read_scores(tmp_path, "evaluate")

@@ -1,14 +1,17 @@
-"""ServerPolicy against a scripted HTTP server on loopback: every fault that a server is known for, and a killed run.
+"""ServerPolicy against a scripted HTTP server on loopback: every shape of a reply and every fault that servers are
+known for, and a killed run.
 
 And against `transformers serve` (slow)."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -22,11 +25,16 @@ import pytest
 import actre
 import rollout
 import train_pg
+from agent.attempt import Job
+from agent.loop import PlayLoop
 from agent.policy import Ask, NoReply
 from agent.server import Server, ServerPolicy
-from artifacts.stage import read_json
+from artifacts.cli import parse
+from artifacts.json_io import read_json
 from artifacts.trajectory import read_trajectories
 from lora import convert
+from tests.support.rooms import TASK, Room
+from tests.test_agent import settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,15 +50,17 @@ def completion(text, tokens=3, **details) -> bytes:
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
     """`server.answers` are given one after the other, the last one ever after: bytes, (status, headers, bytes), "drop",
-    "hang", or a function of the request; `server.requests` are the bodies that came."""
-    requests, stop = [], threading.Event()
+    "hang", or a function of the request; `server.requests` are the bodies that came, `server.keys` their keys."""
+    requests, keys, stop = [], [], threading.Event()
+    monkeypatch.setattr("agent.server.FIRST_PAUSE", 0.01)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             requests.append(body | {"path": self.path})
+            keys.append(self.headers["Authorization"])
             answer = http.answers.pop(0) if len(http.answers) > 1 else http.answers[0]
             answer = answer(body) if callable(answer) else answer
             if answer == "hang":
@@ -69,9 +79,9 @@ def server():
             """Nothing is printed."""
 
     http = ThreadingHTTPServer(("localhost", 0), Handler)
-    http.answers, http.requests = [completion("act[look]")], requests
+    http.answers, http.requests, http.keys = [completion("act[look]")], requests, keys
     http.url = f"http://localhost:{http.server_port}/v1"
-    threading.Thread(target=http.serve_forever, daemon=True).start()
+    threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
     yield http
     stop.set()
     http.shutdown()
@@ -90,7 +100,7 @@ def line_of(policy: ServerPolicy, text: str = "Observation: a room.\nAction:", s
 
 
 def policy_of(server, path: Path, **changes) -> ServerPolicy:
-    how = {name: changes.pop(name) for name in ("prompt", "top_p") if name in changes}
+    how = {name: changes.pop(name) for name in ("prompt", "top_p", "whole") if name in changes}
     settings = {"url": server.url, "model": "m", "retries": 2, "timeout": 2.0} | changes
     return ServerPolicy(Server(**settings), path / "replies.sqlite", **how)
 
@@ -130,9 +140,9 @@ def test_a_fault_that_stays_is_no_reply_and_is_not_kept(server, tmp_path, fault)
 
 def test_a_server_that_answers_nothing_stops_the_run(server, tmp_path):
     server.answers[:] = [(500, {}, b"")]
-    with pytest.raises(ValueError, match="does not answer: InternalServerError.*Is it up"):
+    with pytest.raises(ValueError, match="does not answer: HTTP 500.*Is it up"):
         line_of(policy_of(server, tmp_path, retries=0))
-    with pytest.raises(ValueError, match="localhost:1/v1 does not answer: APIConnectionError"):
+    with pytest.raises(ValueError, match="localhost:1/v1 does not answer: ConnectError"):
         line_of(policy_of(server, tmp_path, retries=0, url="http://localhost:1/v1"))
 
 
@@ -162,17 +172,14 @@ def test_parameters_are_added_and_taken_out(server, tmp_path):
     assert server.requests[0].keys() == {"path", "model", "messages", "max_completion_tokens", "top_k", "top_p"}
     line_of(policy_of(server, tmp_path))
     assert server.requests[1].keys() == {"path", "model", "messages", "max_tokens", "temperature", "seed"}
-    with pytest.raises(ValueError, match=r"--server\.extra is 'top_k=5'.*expected a JSON object"):
-        policy_of(server, tmp_path, extra="top_k=5")
 
 
 @pytest.mark.parametrize(
     "said, line",
     [
-        ("", " \n"),
-        (None, " \n"),
         ("\n\n  Action: act[look]\nObservation: x", " act[look]\n"),
         ("Reason for the action: [It is dark.]", " [It is dark.]\n"),
+        ("Action:\nact[look]", " act[look]\n"),
         ("<think>A desk.\nact[x]</think>\n\nact[look]", " act[look]\n"),
         ("think[I\rwait.]", " think[I\n"),
         ("x" * 200_000, f" {'x' * 2048}\n"),
@@ -232,12 +239,391 @@ def test_a_session_closed_before_its_reply_comes_leaves_the_reply_for_later(serv
     assert line_of(policy) == " act[look]\n" and policy.counts["from_cache"] == 1 == len(server.requests)
 
 
-def test_settings_that_cannot_be(server, tmp_path):
-    for changes in ({"concurrency": 0}, {"retries": -1}, {"timeout": 0.0}, {"max_tokens": 0}):
-        with pytest.raises(ValueError, match="must be positive, retries not negative"):
-            policy_of(server, tmp_path, **changes)
-    with pytest.raises(ValueError, match="needs the name of its model"):
-        policy_of(server, tmp_path, model="")
+# ---- replies of every shape ------------------------------------------------------------------------------------------
+
+
+def chat(message, finish="stop", usage="known", **fields) -> bytes:
+    """A chat reply with any message, and any usage."""
+    known = {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
+    choice = {"index": 0, "message": message, "finish_reason": finish}
+    return json.dumps({"choices": [choice], "usage": known if usage == "known" else usage} | fields).encode()
+
+
+def events(*deltas, end=b"data: [DONE]\n\n", finish="stop") -> bytes:
+    """A chat reply as an event stream."""
+    chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
+    chunks.append({"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 3}})
+    return b": a comment\n\n" + b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks) + end
+
+
+THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+SHAPES = {
+    "parts": chat({"content": [THOUGHT, {"type": "text", "text": "act["}, {"type": "text", "text": "look]"}]}),
+    "parts that are text": chat({"content": ["act[look]"]}),
+    "null, in reasoning_content": chat({"content": None, "reasoning_content": "act[look]"}),
+    "null, in reasoning": chat({"content": None, "reasoning": "act[look]"}),
+    "empty, after reasoning in its field": chat({"content": "", "reasoning_content": "hm</think>act[look]"}),
+    "beside reasoning": chat({"content": "act[look]", "reasoning_content": "I could act[wait]."}),
+    "after tags": chat({"content": "<thinking>hm</thinking>\nact[look]"}),
+    "after tags of the prompt": chat({"content": "hm\n</think>\nact[look]"}),
+    "after tags in brackets": chat({"content": "[THINK]hm[/THINK]act[look]"}),
+    "after a channel": chat({"content": "<|channel|>analysis<|message|>hm<|end|><|channel|>final<|message|>act[look]"}),
+    "an event stream": events({"role": "assistant"}, {"reasoning": "hm"}, {"content": "act["}, {"content": "look]"}),
+    "an event stream of other line ends": events({"content": "act[look]"}).replace(b"\n", b"\r\n"),
+    "an event stream without its last line": events({"content": "act[look]"}, end=b""),
+    "no usage": chat({"content": "act[look]"}, usage=None),
+    "an empty usage": chat({"content": "act[look]"}, usage={}),
+    "a usage of nulls": chat({"content": "act[look]"}, usage={"prompt_tokens": None, "completion_tokens": None}),
+    "a usage of text": chat({"content": "act[look]"}, usage="12"),
+    "no reason to finish": chat({"content": "act[look]"}, finish=None),
+    "unknown fields": chat({"content": "act[look]", "audio": 5}, finish="eos", logprobs=float("nan"), error=None),
+    "a mark of the byte order": b"\xef\xbb\xbf" + chat({"content": "act[look]"}),
+    "half an emoji after the line": chat({"content": "act[look]\n\ud83d"}),
+    "cut after the line": chat({"content": "act[look]\nObserva"}, finish="length"),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_reply_of_any_shape_is_read_and_kept(server, tmp_path, shape):
+    server.answers[:] = [SHAPES[shape]]
+    assert line_of(policy_of(server, tmp_path)) == " act[look]\n"
+    server.answers[:] = [completion("act[wait]")]
+    assert line_of(policy_of(server, tmp_path)) == " act[look]\n"
+    assert len(server.requests) == 1
+
+
+def test_half_an_emoji_is_replaced_in_a_line_and_in_what_is_kept(server, tmp_path):
+    server.answers[:] = [chat({"content": "act[say \ud83d]"})]
+    assert [line_of(policy_of(server, tmp_path)) for _ in range(2)] == [" act[say \ufffd]\n"] * 2
+    assert len(server.requests) == 1
+
+
+def test_tokens_that_a_server_does_not_count_are_counted_as_unknown(server, tmp_path):
+    server.answers = [
+        chat({"content": "x"}, usage=usage)
+        for usage in ({}, None, {"prompt_tokens": 5, "completion_tokens": None}, {"prompt_tokens": -1}, "known")
+    ]
+    policy = policy_of(server, tmp_path)
+    for seed in range(5):
+        line_of(policy, seed=seed)
+    assert policy.counts == {
+        "requests": 5,
+        "from_cache": 0,
+        "prompt_tokens": 15,
+        "completion_tokens": 3,
+        "without_usage": 4,
+    }
+
+
+NOTHING = {  # what is said -> why nothing of it is played
+    "cut while thinking": (chat({"content": None, "reasoning_content": "Okay, the"}, "length"), "--server.max-tokens"),
+    "cut within tags": (chat({"content": "<think>\nOkay, the user"}, "length"), "--server.max-tokens"),
+    "tags without an end": (chat({"content": "<think>\nOkay, the user"}), "--server.extra"),
+    "only thinking": (chat({"content": None, "reasoning_content": "Okay, the user wants a line."}), "only thinking"),
+    "only thinking in tags": (chat({"content": "<think>Okay.</think>\n"}), "only thinking"),
+    "only thinking in parts": (chat({"content": [THOUGHT]}), "empty"),
+    "an answer in the reasoning that was cut": (chat({"content": None, "reasoning": "act[look]"}, "length"), "cut off"),
+    "cut at once": (chat({"content": None}, "length"), "cut off after 3 tokens"),
+    "null": (chat({"content": None}), "empty"),
+    "empty": (chat({"content": ""}), "empty"),
+    "blank": (chat({"content": " \n\n"}), "empty"),
+    "a label": (chat({"content": "Action:"}), "empty"),
+    "an empty message": (chat({}), "empty"),
+    "filtered": (chat({"content": None}, "content_filter"), "content filter"),
+    "filtered halfway": (chat({"content": "act[go to"}, "content_filter"), "content filter"),
+    "a call of tools": (chat({"content": None, "tool_calls": [{"id": "1"}]}, "tool_calls"), "called a tool"),
+    "a refusal": (chat({"content": None, "refusal": "I cannot help."}), "refuses: I cannot help"),
+}
+
+
+@pytest.mark.parametrize("api", ["chat", "completions"])
+@pytest.mark.parametrize("said", NOTHING)
+def test_a_reply_with_nothing_to_play_is_no_reply_says_the_remedy_and_is_not_kept(server, tmp_path, said, api):
+    body, why = NOTHING[said]
+    server.answers[:] = [body]
+    for requests in (1, 2):  # neither asked again by itself nor kept
+        line = line_of(policy_of(server, tmp_path, api=api))
+        assert isinstance(line, NoReply) and why in str(line)
+        assert len(server.requests) == requests
+    assert not list(tmp_path.iterdir())
+
+
+UNREADABLE = {
+    "a number": chat({"content": 5}),
+    "true": chat({"content": True}),
+    "an object": chat({"content": {"text": "act[look]"}}),
+    "choices that are an object": b'{"choices": {"0": {}}}',
+    "bad UTF-8": completion("act[look]").replace(b"look", b"\xff\xfe"),
+    "Latin-1": completion("act[look]").replace(b"look", "près".encode("latin-1")),
+    "nested": b'{"choices": ' + b"[" * 10_000 + b"]" * 10_000 + b"}",
+    "a number of 5,000 digits": completion("act[look]", tokens=7).replace(b"7", b"7" * 5_000),
+    "a stream that breaks off": events({"content": "act[lo"})[:150],
+    "a stream without an event": b"data: [DONE]\n\n",
+    "an error at the end": chat({"content": "act[go to"}, "error"),
+    "an abort": chat({"content": "act[go to"}, "abort"),
+    "an error in a 200": b'{"error": {"message": "overloaded"}}',
+    "an error in a choice": b'{"choices": [{"message": {"content": "act[go"}, "error": {"code": 502}}]}',
+    "an error in a stream": b'data: {"error": "overloaded"}\n\n',
+    "a list": b"[1]",
+}
+
+
+@pytest.mark.parametrize("fault", UNREADABLE)
+def test_an_unreadable_reply_is_asked_again_then_no_reply_and_never_kept(server, tmp_path, fault):
+    server.answers[:] = [lambda body: completion("OK.") if "Say OK." in str(body) else UNREADABLE[fault]]
+    assert isinstance(line_of(policy_of(server, tmp_path, retries=1)), NoReply)
+    assert len(server.requests) == 3 and not list(tmp_path.iterdir())  # twice, and whether it answers anything
+    server.answers[:] = [UNREADABLE[fault], completion("act[wait]")]
+    assert line_of(policy_of(server, tmp_path, retries=1)) == " act[wait]\n"
+
+
+KEPT = ['{"text": 5}', '{"text": "\\ud83d"}', '{"text": ""}', '{"text": "<think>hm"}', "{", b"\xff", None]
+
+
+@pytest.mark.parametrize("row", KEPT)
+def test_what_is_kept_and_cannot_be_read_is_asked_again_and_replaced(server, tmp_path, row):
+    line_of(policy_of(server, tmp_path))
+    with sqlite3.connect(tmp_path / "replies.sqlite") as database:
+        database.execute("UPDATE replies SET reply = ?", (row,))
+    database.close()
+    assert [line_of(policy_of(server, tmp_path)) for _ in range(2)] == [" act[look]\n"] * 2
+    assert len(server.requests) == 2
+
+
+def test_a_damaged_file_of_replies_is_named(server, tmp_path):
+    (tmp_path / "replies.sqlite").write_bytes(b"no database" * 100)
+    with pytest.raises(ValueError, match="replies.sqlite: file is not a database.*move it away"):
+        line_of(policy_of(server, tmp_path))
+
+
+def test_whole_replies_keep_their_lines_and_lose_their_thinking(server, tmp_path):
+    server.answers[:] = [chat({"content": [THOUGHT, {"type": "text", "text": "<think>hm</think>{\n}\n"}]})]
+    assert line_of(policy_of(server, tmp_path, whole=True)) == "{\n}\n"
+    server.answers[:] = [chat({"content": None, "reasoning": "hm"}, "length")]
+    assert isinstance(line_of(policy_of(server, tmp_path, whole=True), "another"), NoReply)
+
+
+# ---- a full context --------------------------------------------------------------------------------------------------
+
+
+def error(status: int, message: str, **fields) -> tuple:
+    return status, {}, json.dumps({"error": {"message": message} | fields}).encode()
+
+
+TGI = "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 2048. Given: 2000 `inputs` tokens"
+FULL = {
+    "422 of TGI": (422, {}, json.dumps({"error": TGI, "error_type": "validation"}).encode()),
+    "400 without room": error(400, "max_tokens must be at least 1, got 0"),
+    "500 of llama.cpp": error(500, "Context size has been exceeded."),
+    "a code": error(400, "Please shorten it.", code="context_length_exceeded"),
+    "a type": error(413, "Too big.", type="exceed_context_size_error"),
+    "in a 200": (200, {}, json.dumps({"error": {"message": "prompt is too long: 9 tokens > 8 maximum"}}).encode()),
+    "a reply cut by the context": chat(
+        {"content": "act[go to the"}, "length", {"prompt_tokens": 90, "completion_tokens": 8, "total_tokens": 98}
+    ),
+    "a reply without a token": chat({"content": ""}, "length", {"prompt_tokens": 98, "completion_tokens": 0}),
+    "a reason to finish": chat({"content": "act[go to the"}, "model_length"),
+}
+
+
+@pytest.mark.parametrize("words", FULL)
+def test_a_context_is_full_in_whatever_words_and_is_not_asked_again(server, tmp_path, words):
+    server.answers[:] = [FULL[words]]
+    assert line_of(policy_of(server, tmp_path)) is None
+    assert len(server.requests) == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_line_that_its_own_limit_cuts_is_played(server, tmp_path):
+    counts = {"prompt_tokens": 90, "completion_tokens": 40, "total_tokens": 218}  # 128 with the thinking
+    for seed, usage in enumerate([counts, counts | {"completion_tokens": 128}, None, {}]):
+        server.answers[:] = [chat({"content": "act[go to the"}, "length", usage)]
+        assert line_of(policy_of(server, tmp_path), seed=seed) == " act[go to the\n"
+
+
+@pytest.mark.parametrize(
+    "fault", [error(400, "context deadline exceeded"), error(422, "context canceled"), error(400, "took too long")]
+)
+def test_a_fault_that_sounds_like_a_full_context_is_none(server, tmp_path, fault):
+    server.answers[:] = [fault, completion("OK.")]
+    assert isinstance(line_of(policy_of(server, tmp_path)), NoReply)
+
+
+# ---- templates, limits, retries --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        error(400, "Conversation roles must alternate user/assistant/user/assistant/..."),
+        error(400, "System role not supported"),
+        error(500, "Only user, assistant and tool roles are supported, got system."),
+        (400, {}, b'{"error": {"message": "\'messages[0].role\' does not support \'system\' with this model."}}'),
+        (422, {}, b'{"detail": [{"loc": ["messages", 0], "msg": "Input should be \'user\' or \'assistant\'"}]}'),
+    ],
+)
+def test_a_system_message_that_is_refused_heads_the_transcript(server, tmp_path, refusal, capfd):
+    server.answers[:] = [lambda body: refusal if body["messages"][0]["role"] == "system" else completion("act[look]")]
+    policy = policy_of(server, tmp_path, retries=0)
+    assert [line_of(policy, seed=seed) for seed in range(2)] == [" act[look]\n"] * 2
+    refused, folded, _ = server.requests  # and remembered
+    [system, user] = refused["messages"]
+    [only] = folded["messages"]
+    assert only == {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
+    assert capfd.readouterr().out.count("takes no system message") == 1
+    assert line_of(policy_of(server, tmp_path)) == " act[look]\n" and len(server.requests) == 3  # it was kept
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (200, {}, b'{"error": {"message": "quota exceeded"}}'),
+        error(429, "You exceeded your current quota exceeded", code="insufficient_quota"),
+        error(402, "quota exceeded: add credits"),
+    ],
+)
+def test_a_quota_is_said_in_the_providers_words(server, tmp_path, answer):
+    server.answers[:] = [answer]
+    with pytest.raises(ValueError, match="limits its use: .*quota exceeded.*run again to resume"):
+        line_of(policy_of(server, tmp_path, retries=0))
+
+
+def test_one_line_has_one_budget_of_requests_whatever_goes_wrong(server, tmp_path):
+    wrong = itertools.cycle([(500, {}, b""), b"{", "drop", (429, {"Retry-After": "0"}, b"{}"), UNREADABLE["nested"]])
+    server.answers[:] = [lambda body: completion("OK.") if "Say OK." in str(body) else next(wrong)]
+    assert isinstance(line_of(policy_of(server, tmp_path, retries=2)), NoReply)
+    assert len(server.requests) == 4  # three for the line, and whether it answers anything
+
+
+def test_a_request_for_a_closed_session_is_not_repeated(server, tmp_path):
+    policy = policy_of(server, tmp_path)
+    session = policy.open("Observation: a room.\nAction:")
+    server.answers[:] = [
+        lambda body: policy.close(session) and (500, {}, b"") if "room" in str(body) else completion("act[look]")
+    ]
+    policy.submit(Ask(session, 0.0, 0))
+    while session in policy._text:
+        time.sleep(0.01)
+    assert line_of(policy, "another") == " act[look]\n" and len(server.requests) == 2
+
+
+def test_replies_that_came_before_the_server_failed_are_kept(server, tmp_path):
+    policy = policy_of(server, tmp_path, retries=0)
+    server.answers[:] = [lambda body: completion("act[look]") if body["seed"] else (401, {}, b"{}")]
+    for seed in (0, 1):
+        policy.submit(Ask(policy.open("Observation: a room.\nAction:"), 0.0, seed))
+    deadline = time.time() + 60
+    while policy._results.qsize() < 2 and time.time() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="refuses model"):
+        policy.poll()
+    assert line_of(policy_of(server, tmp_path), seed=1) == " act[look]\n" and len(server.requests) == 2
+
+
+# ---- no run waits for ever -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), UnicodeError("a key"), RecursionError(), OSError("x")])
+def test_whatever_goes_wrong_in_a_request_is_its_result(server, tmp_path, monkeypatch, error):
+    policy = policy_of(server, tmp_path)
+
+    def fails(request):
+        raise error
+
+    monkeypatch.setattr(policy, "_post", fails)
+    line = line_of(policy)
+    assert isinstance(line, NoReply) and type(error).__name__ in str(line)
+
+
+def test_a_temperature_that_is_no_number_is_no_reply(server, tmp_path):
+    policy = policy_of(server, tmp_path)
+    session = policy.open("x")
+    policy.submit(Ask(session, float("nan"), 0))
+    while not (came := policy.poll()):
+        pass
+    assert isinstance(came[0][1], NoReply) and not server.requests
+
+
+def test_a_reply_that_never_comes_does_not_keep_its_slot(server, tmp_path, monkeypatch):
+    """As if the thread of the first request had died."""
+    policy, polls = policy_of(server, tmp_path, concurrency=1), iter(range(500))
+    send, poll = policy._send, policy.poll
+    monkeypatch.setattr(policy, "_send", lambda session, *rest: session == 1 or send(session, *rest))
+    monkeypatch.setattr(policy, "poll", lambda wait: next(polls) < 499 and poll(wait))
+    loop = PlayLoop([Job(TASK, trial) for trial in range(3)], settings(max_turns=1), Room, policy)
+    loop.overdue = lambda attempt: attempt.job.trial == 0
+    assert {t.trial: t.end for t in loop} == {0: "timeout", 1: "max_turns", 2: "max_turns"}
+    assert policy._text == {}
+
+
+# ---- settings and secrets --------------------------------------------------------------------------------------------
+
+SECRET = "sk-Abc123Def456Ghi789"
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        (["--server.concurrency", "0"], "--server.concurrency is 0; expected at least 1"),
+        (["--server.concurrency", "1000000"], "--server.concurrency"),
+        (["--server.retries", "-1"], "--server.retries is -1; expected at least 0"),
+        (["--server.timeout", "0"], "--server.timeout is 0.0; expected more than 0"),
+        (["--server.timeout", "nan"], "--server.timeout is nan"),
+        (["--server.max-tokens", "0"], "--server.max-tokens is 0; expected at least 1"),
+        (["--server.model", "m"], "--server.model is m and --server.url is missing"),
+        (["--server.url", "http://localhost:1/v1"], "--server.model is missing"),
+        (["--server.url", "localhost:8000/v1", "--server.model", "m"], "expected an address such as http://"),
+        (["--server.url", "http://x:99999/v1", "--server.model", "m"], "expected an address such as http://"),
+        (["--server.url", "", "--server.model", "m"], "expected an address such as http://"),
+        (["--server.extra", "top_k=5"], "--server.extra is 'top_k=5'.*expected a JSON object"),
+        (["--server.extra", '{"x": NaN}'], "--server.extra.*expected a JSON object"),
+        (["--server.extra", "[1]"], "--server.extra.*expected a JSON object"),
+        (["--server.extra", "[" * 10_000], "--server.extra.*expected a JSON object"),
+        (["--server.key", "NO_SUCH_VARIABLE"], "--server.key names no environment variable that is set"),
+        (["--server.key", SECRET], "--server.key names no environment variable.*and not the key"),
+        (["--server.url", f"https://u:{SECRET}@x/v1", "--server.model", "m"], "--server.url holds credentials"),
+        (["--server.url", f"https://u:{SECRET}@x:99999/v1", "--server.model", "m"], "--server.url holds credentials"),
+        (["--server.url", f"u:{SECRET}@x/v1", "--server.model", "m"], "--server.url holds credentials"),
+        (["--server.url", f"https://x/v1?api_key={SECRET}", "--server.model", "m"], "--server.url holds credentials"),
+        (["--server.extra", json.dumps({"api_key": SECRET})], "--server.extra holds a key"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_and_secrets_among_them_not_shown(words, why):
+    with pytest.raises(ValueError, match=why) as refused:
+        parse(rollout.Args, "", words)
+    assert SECRET not in str(refused.value)
+
+
+def test_a_key_that_no_request_can_carry_is_refused_by_the_name_of_its_variable(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f"{SECRET}é")
+    with pytest.raises(ValueError, match=r"\$OPENAI_API_KEY holds a character that no key has") as refused:
+        policy_of(server, tmp_path)
+    assert SECRET not in str(refused.value)
+
+
+def test_a_key_is_sent_and_an_echo_of_it_is_masked_wherever_it_comes(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("A_KEY", f"{SECRET}\n")
+    policy = policy_of(server, tmp_path, key="A_KEY", retries=0)
+    server.answers[:] = [completion(f"act[say {SECRET}]")]
+    assert line_of(policy) == " act[say $A_KEY]\n" and server.keys == [f"Bearer {SECRET}"]
+    server.answers[:] = [error(400, f"Bearer {SECRET} is odd"), completion("OK.")]
+    line = line_of(policy, "another")
+    assert isinstance(line, NoReply) and "Bearer $A_KEY is odd" in str(line)
+    server.answers[:] = [error(401, f"Incorrect API key provided: {SECRET}")]
+    with pytest.raises(ValueError, match=r"Incorrect API key provided: \$A_KEY"):
+        line_of(policy, "another")
+    assert not any(SECRET.encode() in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_a_key_does_not_follow_a_redirect_to_another_origin(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    elsewhere = server.url.replace("localhost", "127.0.0.1")
+    server.answers[:] = [(307, {"Location": f"{elsewhere}/chat/completions"}, b""), completion("act[look]")]
+    assert line_of(policy_of(server, tmp_path)) == " act[look]\n"
+    assert server.keys == [f"Bearer {SECRET}", None]
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
 
 
 def flags(server, run: Path) -> list[str]:
@@ -289,7 +675,7 @@ def test_a_server_that_goes_down_stops_the_run_which_goes_on_as_if_nothing_had_b
     server.answers[:] = [completion("act[look]")] * 6 + [(500, {}, b"")]
     args = rollout.Args(run=tmp_path, limit=6, server=Server(url=server.url, model="m", retries=0, concurrency=1))
     path = tmp_path / "round_0/rollout/trajectories.jsonl"
-    with pytest.raises(ValueError, match=r"does not answer: InternalServerError.*run again to resume"):
+    with pytest.raises(ValueError, match=r"does not answer: HTTP 500.*run again to resume"):
         rollout.main(args)
     assert [row.end for row in read_trajectories(path)] == ["stuck"]
     server.answers[:] = [completion("act[look]")]

@@ -3,6 +3,7 @@ what the teacher plays in them, whatever the world."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 
@@ -11,12 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agentrefine.codes import fitting
 from agentrefine.player import solve
 from agentrefine.teacher import make_script, make_trajectory, make_turns, teach
-from agentrefine.verify import fits, read_script, verify
+from agentrefine.verify import read_script, verify
 from artifacts.trajectory import parse_line, to_line
 from envs.panel import SYNTHETIC, default_panels, read_panel
-from envs.synthetic.rules import State
+from envs.synthetic import world as synthetic
+from envs.synthetic.rules import State, build_pattern, verification_code
 from envs.synthetic.spec import listed, make_spec
 from envs.synthetic.words import FUNCTION_WORDS, HELD, TRAIN
 from envs.synthetic.world import SPLITS, Synthetic
@@ -208,8 +211,8 @@ def test_the_verifier_takes_what_the_teacher_made(task, seed):
     turns = teach(task, np.random.default_rng(seed))
     script, written = make_script(task), make_turns(task, turns)
     assert verify(script, written).ok
-    for turn in turns:  # the script's codes and lists say what the world says
-        assert fits(turn.action, read_script(script)) == ("parameter" not in turn.errors)
+    understood = fitting(read_script(script), [turn.action for turn in turns])  # what the world says too
+    assert understood == {index for index, turn in enumerate(turns) if "parameter" not in turn.errors}
     trajectory = make_trajectory(task, turns, 0)
     assert parse_line(to_line(trajectory), "here") == trajectory
 
@@ -228,3 +231,39 @@ def test_all_kinds_of_mistakes_are_made():
     ]
     for kind in ("parameter", "place", "logic"):
         assert kinds.count(kind) > 40
+
+
+TEMPLATES = sorted({template for words in (TRAIN, HELD) for each in words.commands.values() for template in each})
+
+
+@given(st.sampled_from(TEMPLATES), st.lists(st.integers(0, 9)), st.booleans())
+def test_a_command_is_understood_as_by_its_verification_code(template, chosen, begins):
+    template = template.replace("{verb}", "wash")
+    words = [part for part in re.split(r"\{\w+\}", template) if part]
+    pieces = [*words, *(part.strip() for part in words), " ", "a", "b c", "\n", "\t", "\u2028"]
+    text = words[0] * begins + "".join(pieces[index % len(pieces)] for index in chosen)
+    expected, found = re.match(verification_code(template), text), build_pattern(template).match(text)
+    assert (found and found.groups()) == (expected and expected.groups())
+
+
+def test_a_command_takes_linear_time_of_any_text():
+    """Quadratic time would be hours."""
+    for template in ("take {object} from {place}", "grab {object}", "use {tool} to wash {object}", "push {object} up"):
+        for filler in (" ", " from ", "\u2028", " to ", "x", " up"):
+            text = template.split("{")[0] + filler * 2**18
+            assert not build_pattern(template).match(f"{text}\nx") and not build_pattern(template).match(
+                f"\t{text}x\ny"
+            )
+
+
+def test_worlds_of_the_same_name_are_told_apart_by_their_content(monkeypatch):
+    world, ids = Synthetic(), read_panel("syn_valid-60")
+    first = world.fingerprint(ids)
+    assert Synthetic().fingerprint(reversed(ids)) == first != world.fingerprint(ids[1:])
+    spec = make_spec(ids[7])
+    lies = dict(zip(spec.lies, reversed(spec.lies.values()), strict=True))  # which no text says
+    other = dataclasses.replace(spec, lies=lies)
+    monkeypatch.setattr(synthetic, "make_spec", lambda task_id: other if task_id == ids[7] else make_spec(task_id))
+    assert world.fingerprint(ids) != first
+    with pytest.raises(ValueError, match="unknown task 'syn_valid/99999'"):
+        world.fingerprint(["syn_valid/99999"])

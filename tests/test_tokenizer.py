@@ -140,6 +140,7 @@ def test_a_folder_without_a_tokenizer_and_with_a_broken_one(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"cut")
     with pytest.raises(ValueError, match="tokenizer.model is not a valid tokenizer"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="tokenizer.json is not a valid tokenizer"):
-        load_tokenizer(tmp_path)
+    for broken in ("{", '{"model": {}}'):
+        (tmp_path / "tokenizer.json").write_text(broken)
+        with pytest.raises(ValueError, match="tokenizer.json is not (valid JSON|a valid tokenizer)"):
+            load_tokenizer(tmp_path)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -13,31 +16,36 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
-from artifacts.packing import Example, tokens_of
+from artifacts.cli import parse
+from artifacts.metrics import MetricsLog, check_step
+from artifacts.packing import Example
+from artifacts.preview import painted
 from artifacts.render import react_segments, text_of
-from artifacts.stage import StageError
+from artifacts.stage import Stage, StageError
+from artifacts.tokens import tokens_of
 from artifacts.trajectory import Turn, to_line
 from lora.linear import LoRAConfig, LoRAParam
 from lora.load import load_model
 from lora.logprobs import token_logprobs
 from lora.sharding import make_mesh
-from lora.tokenizer import encode_piece
 from lora.train_step import Batch, initial_state, make_update, training_mesh
-from tests.support.helpers import byte_tokenizer, trajectory, write_tiny_model
+from tests.support.helpers import byte_codec, byte_tokenizer, trajectory, write_tiny_model
 from train_pg import (
     Args,
     batch_order,
-    check_step,
     collect,
+    learning_rate,
     main,
     objective,
     pack_examples,
     refined,
+    select,
     select_round,
 )
 
 WON = {"reward": 1.0, "success": True, "end": "success"}
 LOST = {"reward": 0.0, "success": False, "end": "max_turns"}
+CODEC = byte_codec()
 
 
 def row(task, source, trial=0, **outcome):
@@ -172,15 +180,19 @@ def test_devices_that_share_the_rows_take_the_same_step(model):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
-def test_a_step_that_is_not_finite_or_runs_away_is_named(tmp_path):
+def test_a_step_that_is_not_finite_or_runs_away_is_named():
     line = {"step": 7, "loss": 1.0, "gradient_norm": 2.0, "logprob_negative": -3.0}
-    check_step(Args(), line, tmp_path)
-    with pytest.raises(StageError, match="step 7: loss nan.*Lower --learning-rate"):
-        check_step(Args(), line | {"loss": float("nan")}, tmp_path)
-    with pytest.raises(StageError, match="step 7: .*inf"):
-        check_step(Args(), line | {"gradient_norm": float("inf")}, tmp_path)
-    with pytest.raises(StageError, match="step 7: the mean log-probability of the failures' tokens is -20.5, under"):
-        check_step(Args(), line | {"logprob_negative": -20.5}, tmp_path)
+    check_step(line, -20.0, "Do this.")
+    for change, said in (
+        ({"loss": float("nan")}, "step 7: loss nan, gradient norm 2.0. Do this."),
+        ({"gradient_norm": float("inf")}, "step 7: loss 1.0, gradient norm inf. Do this."),
+        (
+            {"logprob_negative": -20.5},
+            r"step 7: the mean .* with negative weight \(failures\) is -20.5, under --floor -20",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            check_step(line | change, -20.0, "Do this.")
 
 
 def test_rows_that_cannot_be_divided_are_refused():
@@ -188,6 +200,9 @@ def test_rows_that_cannot_be_divided_are_refused():
     assert dict(training_mesh((-1, 1, 1), 4, 2).shape) == {"data": 2, "fsdp": 1, "tensor": 1}
     with pytest.raises(ValueError, match="--batch-rows 3 is not a multiple of .* give a multiple of 2"):
         training_mesh((-1, 1, 1), 3, 2)
+    for shape in ((0, 0, 0), (0, 1, 1), (-1, 0, 1), (1, 1, -2), (-1, -1, 1)):
+        with pytest.raises(ValueError, match=f"--mesh {' '.join(map(str, shape))}: expected .* each at least 1"):
+            training_mesh(shape, 2, 1)
 
 
 def test_padding_rows_change_nothing(model):
@@ -218,7 +233,7 @@ def agent_text_by_weight(how: str) -> dict[float, str]:
     """What the text of the packed trajectory is, by the weight that its tokens have."""
     tokenizer = byte_tokenizer()
     example = Example(trajectory(**MISTAKES), 1.0, "f", 1)
-    packed = pack_examples([example], Args(refinement=how), functools.partial(encode_piece, tokenizer))
+    packed = pack_examples([example], Args(refinement=how), CODEC)
     there = packed.segments_NL == 1
     ids, weights = packed.ids_NL[there], packed.weights_NL[there]
     assert tokenizer.decode(ids.tolist()) == text_of(react_segments(refined(example.trajectory, how)[0]))
@@ -247,10 +262,9 @@ def test_mistakes_are_masked_and_the_controls_do_what_they_say(how, learnt):
 
 @pytest.mark.parametrize("how", ["mask-errors", "no-mask"])
 def test_the_gradient_of_a_mistake_is_exactly_zero(how, tmp_path):
-    encode = functools.partial(encode_piece, byte_tokenizer())
     example = Example(trajectory(**MISTAKES), 1.0, "f", 1)
-    packed = pack_examples([example], Args(refinement=how, row_length=640), encode)
-    turns = np.array(tokens_of(example.trajectory, encode).turn)
+    packed = pack_examples([example], Args(refinement=how, row_length=640), CODEC)
+    turns = np.array(tokens_of(example.trajectory, CODEC).turn)
     only = np.where(np.isin(np.resize(turns, 640), (1, 2)) & (packed.segments_NL > 0), packed.weights_NL, 0)
     model = load_model(write_tiny_model(tmp_path), weights="nf4", lora=LoRAConfig(rank=4, alpha=8.0))
     graph, adapter, frozen = nnx.split(model, LoRAParam, ...)
@@ -287,6 +301,10 @@ def test_inputs_replace_the_runs_own_trajectories_and_mix(tmp_path):
         ("react", -1.0),
     ]
     assert len(hashes) == 4
+    with pytest.raises(ValueError, match=f"--inputs {tmp_path} has no trajectories.jsonl; did you mean {tmp_path}/"):
+        collect(dataclasses.replace(args, inputs=(tmp_path,)), 0)
+    with pytest.raises(ValueError, match="nowhere has no trajectories.jsonl; expected a stage"):
+        collect(dataclasses.replace(args, inputs=(tmp_path / "nowhere",)), 0)
 
 
 def test_where_nobody_has_won_round_0_keeps_the_base_and_later_ones_stop(tmp_path, capsys):
@@ -310,13 +328,31 @@ def test_where_nobody_has_won_round_0_keeps_the_base_and_later_ones_stop(tmp_pat
 def test_all_weights_zero_is_an_error():
     examples = [Example(trajectory(), 0.0, "f", 1)]
     with pytest.raises(ValueError, match="nothing to train on"):
-        pack_examples(examples, Args(), functools.partial(encode_piece, byte_tokenizer()))
+        pack_examples(examples, Args(), CODEC)
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": ()}, {"epochs": (2, 0)}, {"batch_rows": 0}, {"device_rows": 0}])
-def test_nothing_to_pass_over_is_an_error(wrong, tmp_path):
-    with pytest.raises(ValueError, match="at least 1"):
-        main(Args(run=tmp_path, **wrong))
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--epochs 2 0", "--epochs is 0; expected at least 1"),
+        ("--epochs", "--epochs needs at least one value"),
+        ("--targets", "--targets needs at least one value"),
+        ("--mesh 0 1 1", "--mesh 0 1 1: expected"),
+        ("--learning-rate 1e9", "--learning-rate is 1000000000.0; expected more than 0 and at most 1"),
+        ("--clip 0", "--clip is 0.0; expected more than 0"),
+        ("--weights fp32 --dtype bfloat16", "--weights fp32 has its own activations, but --dtype is bfloat16"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused_by_the_flag(words, said):
+    with pytest.raises(ValueError, match=said):
+        parse(Args, "", words.split())
+
+
+def test_attention_that_this_device_does_not_have_is_refused_before_anything_is_written(tmp_path):
+    for implementation, needs in (("cudnn", "a GPU and 16-bit"), ("splash", "a TPU")):
+        with pytest.raises(ValueError, match=f"--attention {implementation} needs {needs}.* gives blocks here"):
+            main(Args(run=tmp_path / "run", attention=implementation))
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_row_is_seen_once_an_epoch_in_another_order_each_time():
@@ -325,3 +361,271 @@ def test_every_row_is_seen_once_an_epoch_in_another_order_each_time():
     assert sorted(first) == sorted(second) == [-1, -1, *range(10)]
     assert first.tolist() != second.tolist()
     assert first.tolist() == np.concatenate(batch_order(args, 2, 0, 10)).tolist()
+
+
+# ---- failures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failure_reward", [-0.5, 0.1])
+def test_a_failure_is_one_whatever_its_weight(failure_reward):
+    """In round 0, too, where failures are left out."""
+    rows = [row("a", "react", trial, round=number, **end) for number in (0, 1) for trial, end in ((0, LOST), (1, WON))]
+    selected = select(rows, Args(failure_reward=failure_reward))
+    assert [(e.trajectory.round, e.weight) for e in selected] == [(0, 1.0), (1, 1.0), (1, failure_reward)]
+
+
+# ---- whole runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny base, with a cache for the compiled programs of the runs below."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0), strict=True):
+        jax.config.update(name, value)
+    yield write_tiny_model(tmp_path_factory.mktemp("bases") / "base")
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def write_stage(directory, rows):
+    directory.mkdir(parents=True)
+    (directory / "trajectories.jsonl").write_bytes(b"".join(map(to_line, rows)))
+    (directory / "done.json").write_text("{}")
+
+
+def small(tmp_path, base, **changes) -> Args:
+    """Three demonstrations in three rows: two steps an epoch, four in all."""
+    given = tmp_path / "given"
+    if not given.exists():
+        write_stage(given, [trajectory(source="demo", trial=trial, **WON) for trial in range(3)])
+    how = {"inputs": (given,), "rank": 2, "row_length": 512, "epochs": (2,), "dropout": 0.1, "round": 0}
+    return Args(run=tmp_path / "run", model=base, **how | changes)
+
+
+def adapter_bytes(run) -> bytes:
+    return (run / "round_0/train_pg/adapter/adapter_model.safetensors").read_bytes()
+
+
+def steps_of(run) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "round_0/train_pg/metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, base):
+    args = small(tmp_path_factory.mktemp("unbroken"), base)
+    main(args)
+    assert steps_of(args.run) == [1, 2, 3, 4]
+    return args.run
+
+
+class Killed(BaseException):
+    """What stands for a kill: nothing catches it."""
+
+
+def killed(args: Args, monkeypatch, at: int) -> None:
+    """Runs the stage until it would write the line of step `at`."""
+    write = MetricsLog.write
+
+    def write_or_die(self, line):
+        if line["step"] == at:
+            raise Killed
+        write(self, line)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(MetricsLog, "write", write_or_die)
+        main(args)
+
+
+@pytest.mark.parametrize(("minutes", "kills"), [(0.0, [2]), (0.0, [2, 4]), (0.0, [3, 3]), (10.0, [2, 4])])
+def test_a_run_that_is_killed_within_an_epoch_ends_with_the_same_bytes(
+    unbroken, base, tmp_path, monkeypatch, minutes, kills
+):
+    args = small(tmp_path, base, checkpoint_minutes=minutes)
+    for at in kills:
+        killed(args, monkeypatch, at)
+    main(args)
+    assert adapter_bytes(args.run) == adapter_bytes(unbroken) and steps_of(args.run) == [1, 2, 3, 4]
+
+
+def test_a_run_goes_on_at_the_step_of_the_last_checkpoint(base, tmp_path, monkeypatch):
+    args = small(tmp_path, base, checkpoint_minutes=0.0)
+    killed(args, monkeypatch, 4)
+    written = []
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "write", lambda self, line: written.append(line["step"]))
+        main(args)
+    assert written == [4]
+
+
+def test_a_kill_while_the_metrics_are_rewritten_loses_no_line(unbroken, base, tmp_path, monkeypatch):
+    args = small(tmp_path, base, checkpoint_minutes=0.0)
+    killed(args, monkeypatch, 3)
+    replace = os.replace
+
+    def replace_or_die(source, target):
+        if str(target).endswith("metrics.jsonl"):
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("artifacts.atomic.os.replace", replace_or_die)
+        main(args)
+    assert steps_of(args.run) == [1, 2]
+    main(args)
+    assert steps_of(args.run) == [1, 2, 3, 4] and adapter_bytes(args.run) == adapter_bytes(unbroken)
+
+
+def test_metrics_of_a_resumed_run_have_each_step_once_and_in_order(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in (2, 1, 3, 2, 5, 4)) + '{"step": 6, "lo')
+    MetricsLog(tmp_path, 4, 9).__exit__()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+    path.write_text('{"step": 1}\n{"step"\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is not valid JSON"):
+        MetricsLog(tmp_path, 4, 9)
+
+
+@pytest.mark.parametrize(("damaged", "begins"), [([2], 2), ([1, 2], 1)])
+def test_a_damaged_checkpoint_is_left_aside_for_the_one_before(
+    unbroken, base, tmp_path, monkeypatch, capsys, damaged, begins
+):
+    args = small(tmp_path, base, checkpoint_minutes=0.0)
+    killed(args, monkeypatch, 3)
+    for step in damaged:
+        for file in (args.run / f"round_0/train_pg/checkpoints/{step}").rglob("*"):
+            if file.is_file():
+                file.write_bytes(file.read_bytes()[:20])
+    (args.run / "round_0/train_pg/checkpoints/7").mkdir()  # half-made by somebody else
+    written, write = [], MetricsLog.write
+    monkeypatch.setattr(MetricsLog, "write", lambda self, line: (written.append(line["step"]), write(self, line)))
+    main(args)
+    printed = capsys.readouterr().out
+    assert all(
+        f"checkpoints/{step} cannot be read, so training goes on from an earlier step" in printed for step in damaged
+    )
+    assert written == list(range(begins, 5)) and steps_of(args.run) == [1, 2, 3, 4]
+    assert adapter_bytes(args.run) == adapter_bytes(unbroken)
+
+
+def test_the_rate_warms_up_to_the_peak_and_falls_to_a_tenth():
+    peak, close = 1e-3, functools.partial(pytest.approx, rel=1e-5)
+    for steps, warmup in ((1, 1), (2, 1), (100, 3)):
+        rates = [float(learning_rate(Args(learning_rate=peak), steps)(step)) for step in range(1, steps + 1)]
+        assert rates[:warmup] == close([peak * step / warmup for step in range(1, warmup + 1)])
+        after = [(step - warmup) / max(1, steps - warmup) for step in range(warmup + 1, steps + 1)]
+        assert rates[warmup:] == close([peak * (0.1 + 0.9 * (1 + np.cos(np.pi * share)) / 2) for share in after])
+
+
+def test_a_single_step_trains(base, tmp_path):
+    args = small(tmp_path, base, epochs=(1,), batch_rows=4)
+    main(args)
+    weights = load_file(args.run / "round_0/train_pg/adapter/adapter_model.safetensors")
+    changes = [np.abs(weight).max() for name, weight in weights.items() if "lora_B" in name]
+    assert steps_of(args.run) == [1] and min(changes) == pytest.approx(args.learning_rate, rel=0.01)
+
+
+def test_a_second_process_is_refused_and_the_metrics_are_of_one(base, tmp_path):
+    args = small(tmp_path, base)
+    with (
+        Stage(args.run / "round_0/train_pg", args, {}),
+        pytest.raises(StageError, match="another process is at work in"),
+    ):
+        main(args)
+
+
+def test_a_record_whose_ids_were_changed_is_named_and_nothing_is_written(base, tmp_path):
+    args = small(tmp_path, base)
+    tokens = tokens_of(trajectory(), CODEC)
+    played = {"ids": tokens.ids, "sampled": tokens.agent}
+    rows = [trajectory(trial=trial, round=0, **played | WON) for trial in range(3)]
+    start = tokens.agent.index(1) + 8
+    for strange in (tokens.ids[start] + 1, 256):
+        rows[1].ids = [*tokens.ids[:start], strange, *tokens.ids[start + 1 :]]
+        (args.inputs[0] / "trajectories.jsonl").write_bytes(b"".join(map(to_line, rows)))
+        with pytest.raises(ValueError, match=r"given/trajectories\.jsonl:2: .* were they changed"):
+            main(args)
+    assert not args.run.exists()
+
+
+def paired(tmp_path, base, **changes) -> Args:
+    """Round 1 of a run: a failure and a composition that won, after a round 0 that won nothing."""
+    run = tmp_path / "run"
+    for number in range(2):
+        write_stage(run / f"round_{number}/rollout", [trajectory(round=number, **LOST)])
+        write_stage(run / f"round_{number}/actre", [trajectory(round=1, source="actre", **WON)] if number else [])
+    return Args(run=run, model=base, round=1, rank=2, row_length=512, epochs=(1,), **changes)
+
+
+@pytest.mark.parametrize(("failure_reward", "trained"), [(0.1, 2), (-0.1, 2), (0.0, 1)])
+def test_failures_are_counted_as_failures_whatever_their_weight(base, tmp_path, capsys, failure_reward, trained):
+    args = paired(tmp_path, base, failure_reward=failure_reward)
+    main(args)
+    done = json.loads((args.run / "round_1/train_pg/done.json").read_text())
+    assert (done["sequences"], done["sequences_failed"]) == (trained, trained - 1)
+    assert f"{trained} trajectories ({trained - 1} failed)" in capsys.readouterr().out
+
+
+# ---- preview ---------------------------------------------------------------------------------------------------------
+
+
+def test_preview_shows_what_was_trained_on_whatever_the_flags(base, tmp_path, capsys, monkeypatch):
+    args = paired(tmp_path, base, failure_reward=0.1, preview=5)
+    main(args)
+    would_be = capsys.readouterr().out
+    assert "would be trained on" in would_be and not (args.run / "round_1/train_pg").exists()
+    main(dataclasses.replace(args, preview=0))
+    before = {path: path.read_bytes() for path in args.run.rglob("*") if path.is_file()}
+    for changes in (
+        {},
+        {"failure_reward": -1.0, "world_weight": 1.0, "inputs": (tmp_path / "nowhere",)},
+        {"round": None},
+    ):
+        capsys.readouterr()
+        main(dataclasses.replace(args, **changes))
+        header, *lines = capsys.readouterr().out.splitlines()
+        assert header == f"what round 1 was trained on, from {args.run}/round_1/train_pg"
+        assert lines == would_be.splitlines()[1:]
+    assert {path: path.read_bytes() for path in args.run.rglob("*") if path.is_file()} == before
+    assert "\033" not in would_be
+    places = [line for line in lines if line.startswith("---")]
+    assert [line.split(": ", 1)[1] for line in places] == [
+        "round_1/actre/trajectories.jsonl:1 weight +1, 393 tokens",
+        "round_1/rollout/trajectories.jsonl:1 weight +0.1, 393 tokens",
+    ]
+    for weight, text in (
+        ("+1", " think[I need a mug. I check the shelf 1.]"),
+        ("+0.05", "Observation: You pick up the mug 1 from the shelf 1."),
+        ("+0.1", " act[take mug 1 from shelf 1]"),
+        ("+0.005", "Observation: OK."),
+    ):
+        assert f"{weight:>8} | {text}" in lines
+
+
+def test_the_colour_of_a_token_has_the_size_of_its_weight(base, tmp_path, capsys, monkeypatch):
+    args = paired(tmp_path, base, failure_reward=-0.5, world_weight=0.0, preview=5)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    main(args)
+    coloured = capsys.readouterr().out
+    assert "\033[38;2;0;190;0m think[I need a mug." in coloured  # green at +1
+    assert "\033[38;2;210;72;72m think[I need a mug." in coloured  # less red at -0.5 than at -1
+    assert "\033[0mObservation: OK." in coloured  # plain at 0
+    assert painted("x", -1.0) == "\033[38;2;235;40;40mx\033[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    main(args)
+    assert "\033" not in capsys.readouterr().out
+
+
+def test_a_damaged_file_of_packed_rows_is_named(base, tmp_path):
+    args = paired(tmp_path, base)
+    main(args)
+    directory = args.run / "round_1/train_pg"
+    for name, said in (("packed.npz", "is not a whole file of packed rows"), ("packed.jsonl", ":1 is not valid JSON")):
+        path = directory / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:50])
+        with pytest.raises(ValueError, match=f"{path}{said if said[0] == ':' else ' ' + said}"):
+            main(dataclasses.replace(args, preview=1))
+        path.write_bytes(whole)

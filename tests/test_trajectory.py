@@ -6,11 +6,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from artifacts.packing import pack, token_weights, tokens_of
-from artifacts.render import act_line, actre_segments, flat, parse_reply, react_segments, text_of
-from artifacts.trajectory import Writer, fault_note, read_trajectories, sort_file, to_line
+from artifacts.packing import pack, token_weights
+from artifacts.render import OK, act_line, actre_segments, flat, parse_reply, react_segments, text_of
+from artifacts.scores import closing_notes
+from artifacts.tokens import tokens_of
+from artifacts.trajectory import Writer, read_trajectories, sort_file, to_line
 from lora.tokenizer import encode_piece
-from tests.support.helpers import byte_tokenizer, trajectory, turn
+from tests.support.helpers import byte_codec, byte_tokenizer, trajectory, turn
 
 REACT = """Observation: Your task is to: put a mug in desk. You are in the middle of a room. \
 Looking quickly around you, you see a desk 1, and a shelf 1.
@@ -36,6 +38,9 @@ def encode(text, first=False):
     return encode_piece(byte_tokenizer(), text, first)
 
 
+CODEC = byte_codec()
+
+
 def test_rows_that_ended_in_a_fault_are_written_again(tmp_path, capsys):
     path = tmp_path / "trajectories.jsonl"
     ends = ["success", "llm_error", "stuck", "timeout", "env_error", "context_full"]
@@ -52,9 +57,9 @@ def test_rows_that_ended_in_a_fault_are_written_again(tmp_path, capsys):
         (2, "stuck"),
         (5, "context_full"),
     ]
-    note = fault_note([trajectory(end=end) for end in [*ends, "timeout"]], tmp_path)
+    note = closing_notes([trajectory(end=end) for end in [*ends, "timeout"]], tmp_path)
     assert "env_error: 1, llm_error: 1, timeout: 2; to play them again, remove" in note
-    assert fault_note([trajectory()], tmp_path) == ""
+    assert closing_notes([trajectory()], tmp_path) == ""
 
 
 def test_both_renderings_are_the_papers_form():
@@ -139,49 +144,116 @@ def played(record):
 
 
 def test_tokens_of_played_ids_are_those_of_the_rendering():
-    rendered, from_ids = tokens_of(trajectory(), encode), tokens_of(played(trajectory()), encode)
+    rendered, from_ids = tokens_of(trajectory(), CODEC), tokens_of(played(trajectory()), CODEC)
     assert rendered == from_ids
     assert byte_tokenizer().decode([i for i, a in zip(*rendered[:2], strict=True) if a]) == (
         " think[I need a mug. I check the shelf 1.]\n act[go to shelf 1]\n act[take mug 1 from shelf 1]\n"
     )
 
 
-def test_a_sampled_reply_keeps_its_own_ids():
-    """A reply that does not spell its record (a malformed one) keeps the ids that were sampled."""
+def with_replies(record, *replies: str):
+    """The record as if its agent's lines had been sampled as these replies; each needs its newline."""
+    ids, sampled, left = [], [], list(replies)
+    for segment in react_segments(record):
+        piece = encode(left.pop(0) if segment.agent else segment.text)
+        ids, sampled = ids + piece, sampled + [int(segment.agent)] * len(piece)
+    return msgspec.structs.replace(record, ids=ids, sampled=sampled)
+
+
+@pytest.mark.parametrize(
+    ("reply", "action"),
+    [
+        (" act[look]\n", "look"),
+        ("act[look]\n", "look"),
+        ("   act[ look ]  \n", "look"),
+        (" look around\n", "look around"),
+        (" Think [oops\n", "Think [oops"),
+        (" act[go to sh\n", "act[go to sh"),
+        ("\n", ""),
+        (" act[a\rb]\n", "a\rb"),
+        (" act[caf\u00e9 \U0001f9f9]\n", "caf\u00e9 \U0001f9f9"),
+        (" think[a thought too many]\n", "a thought too many"),
+    ],
+)
+def test_a_sampled_reply_keeps_its_own_ids_however_it_spells_its_action(reply, action):
+    assert parse_reply(reply)[1] == action
+    record = with_replies(trajectory(turns=[turn("", action, "Nothing happens.", valid=False)]), reply)
+    tokens = tokens_of(record, CODEC)
+    assert tokens.ids == record.ids and [i for i, a in zip(*tokens[:2], strict=True) if a] == encode(reply)
+
+
+@pytest.mark.parametrize(("thoughts", "thought"), [(["", "x"], "\nx"), ([""], ""), (["x", "", "y"], "x\n\ny")])
+def test_empty_thoughts_were_played_too(thoughts, thought):
+    """The record's text leaves them out, so that only the ids tell where they were."""
+    pieces = [(react_segments(trajectory(turns=[]))[0].text, 0)]
+    pieces += [piece for text in thoughts for piece in ((f" think[{text}]\n", 1), (OK, 0))]
+    pieces += [(" act[look]\n", 1), ("Observation: A box.\n", 0)]
+    ids = [i for text, _ in pieces for i in encode(text)]
+    sampled = [flag for text, flag in pieces for _ in encode(text)]
+    record = trajectory(turns=[turn(thought, "look", "A box.")], ids=ids, sampled=sampled)
+    tokens = tokens_of(record, CODEC)
+    assert tokens.ids == ids and tokens.agent == sampled and set(tokens.turn) == {-1, 0}
+
+
+def changed_ids(how: str):
+    """A played record of which some ids were changed."""
     record = played(trajectory())
-    start = record.sampled.index(1)
-    odd = encode(" Think [oops\n")
-    stop = start + record.sampled[start:].index(0)
-    changed = msgspec.structs.replace(
-        record,
-        ids=record.ids[:start] + odd + record.ids[stop:],
-        sampled=record.sampled[:start] + [1] * len(odd) + record.sampled[stop:],
-    )
-    tokens = tokens_of(changed, encode)
-    assert tokens.ids == changed.ids and tokens.agent[start : start + len(odd)] == [1] * len(odd)
+    ids, sampled = list(record.ids), list(record.sampled)
+    start = sampled.index(1)
+    stop = start + sampled[start:].index(0)
+    if how == "reversed":
+        ids[start : stop - 1] = ids[start : stop - 1][::-1]
+    elif how == "one sampled id":
+        ids[start + 8] += 1
+    elif how == "one observed id":
+        ids[stop + 3] += 1
+    elif how == "not marked as sampled":
+        ids[start + 8] += 1
+        sampled = [0] * len(sampled)
+    elif how == "observation marked as sampled":
+        sampled[stop : stop + 4] = [1] * 4
+    elif how == "cut":
+        ids, sampled = ids[:stop], sampled[:stop]
+    elif how == "longer":
+        ids, sampled = ids + [65, 66], sampled + [1, 1]
+    else:
+        ids[start + 8] = int(how)
+    return msgspec.structs.replace(record, ids=ids, sampled=sampled)
+
+
+CHANGES = ["reversed", "one sampled id", "one observed id", "not marked as sampled", "observation marked as sampled"]
+
+
+@pytest.mark.parametrize("how", [*CHANGES, "cut", "longer", "-5", "256", str(10**30)])
+def test_ids_that_do_not_spell_the_record_are_refused_with_its_place(how):
+    tokens_of(played(trajectory()), CODEC)
+    with pytest.raises(ValueError, match=r"^gen_train/.* trial 0: .* were they changed, or played with another"):
+        tokens_of(changed_ids(how), CODEC)
+    with pytest.raises(ValueError, match=r"^rollout\.jsonl:7: "):
+        tokens_of(changed_ids(how), CODEC, "rollout.jsonl:7")
 
 
 def test_a_reply_cut_by_its_limit_is_closed_with_a_newline():
-    record = trajectory(turns=[turn("", "go to sh", "Nothing happens.", valid=False)])
+    record = trajectory(turns=[turn("", "act[go to sh", "Nothing happens.", valid=False)])
     opening, _, observation = (encode(s.text) for s in react_segments(record))
     reply = encode(" act[go to sh")
     ids = opening + reply + encode("\n") + observation
     sampled = [0] * len(opening) + [1] * len(reply) + [0] * (1 + len(observation))
-    tokens = tokens_of(msgspec.structs.replace(record, ids=ids, sampled=sampled), encode)
+    tokens = tokens_of(msgspec.structs.replace(record, ids=ids, sampled=sampled), CODEC)
     assert tokens.ids == ids and sum(tokens.agent) == len(reply) + 1
 
 
 def test_ids_of_another_tokenizer_are_refused():
     record = played(trajectory())
-    with pytest.raises(ValueError, match="another tokenizer"):
-        tokens_of(msgspec.structs.replace(record, ids=[i + 1 for i in record.ids]), encode)
+    with pytest.raises(ValueError, match="played with another base or tokenizer"):
+        tokens_of(msgspec.structs.replace(record, ids=[i + 1 for i in record.ids]), CODEC)
 
 
 def test_weights_cover_everything_or_the_agent_or_leave_turns_out():
     record = trajectory(
         turns=[turn("", "open desk 9", "Nothing happens.", errors=["parameter"]), turn("", "look", "You see.")]
     )
-    tokens = tokens_of(record, encode)
+    tokens = tokens_of(record, CODEC)
     assert set(token_weights(tokens, -1.0)) == {-1.0}
     agent = np.array(token_weights(tokens, 1.0, world_weight=0.0))
     assert (agent == np.array(tokens.agent)).all()

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from envs.webshop import catalogue as webshop_catalogue
 from envs.webshop import reward as webshop_reward
 from envs.webshop.catalogue import open_catalogue, prepare
 from envs.webshop.generate import ensure_catalogue, generate_listing
-from envs.webshop.goals import Goal, Product, price_limit
+from envs.webshop.goals import MOST, Goal, Product, combinations, price_limit
 from envs.webshop.reward import heuristic_nouns, normal_colour, score_purchase, similar
 from envs.webshop.world import MODES, WebShop, parse
 from tests.support.hand_shop import ATTRIBUTES, PRODUCTS, WRITTEN, options, product, write_shop
@@ -162,6 +166,21 @@ def test_a_click_on_the_search_button_or_beside_the_page_changes_nothing(tmp_pat
         assert not result.valid and result.observation.endswith("[SEP] Search"), action
     assert world.step("think[anything at all] then").valid and world.actions() == ["search["]
     assert world.step("search[chair] and more").valid and "click[b000000003]" in world.actions()
+
+
+@given(st.text("a[]\n\u2028"))
+def test_an_action_is_read_as_the_originals_pattern_reads_it(action):
+    match = re.match(r"(.+)\[(.+)\]", action)
+    assert parse(action) == (match and (match[1], match[2]))
+
+
+@pytest.mark.parametrize("filler", ["[", "]", "[]", "][", "a[", "\U0001f1e9", "\U0001f1e9\u200d"])
+def test_a_quarter_of_a_million_brackets_or_flags_are_an_action_in_linear_time(tmp_path, filler):
+    """Quadratic time would be minutes or hours."""
+    world = WebShop(**write_shop(tmp_path))
+    world.reset(CHAIR_TASK)
+    for action in (filler * 2**18, f"search[{filler * 2**18}", f"search[{filler * 2**18}]"):
+        assert world.step(action).observation and not world._done
 
 
 def test_search_works_on_every_page_and_clears_the_options(tmp_path):
@@ -419,8 +438,8 @@ print(world.facts["nouns"], world._nouns_backend()[1]("", "red OAK Chair"))"""
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot read .*nouns.json"),
-        ('{"B000000001": "x"}', "expected {asin: "),
+        ("{", "nouns.json is not valid JSON"),
+        ('{"B000000001": "x"}', "nouns.json: Expected `array`, got `str`"),
         ('{"B000000001": []}', "has no nouns for B000000002"),
     ],
 )
@@ -455,6 +474,55 @@ def test_price_limits_are_the_larger_of_two_of_the_next_four_tens():
     limits = {price_limit(f"A{number}", 0, 19.99)[0] for number in range(200)}
     assert limits == {30.0, 40.0, 50.0}
     assert price_limit("A", 0, 20.0)[1].endswith(" dollars") and price_limit("A", 0, 985.0) == (1_000_000.0, "")
+
+
+def test_goals_combine_options_in_the_originals_order():
+    choices = {"size": ["s", "m", "l"], "color": ["red", "blue"], "style": ["x", "y"]}
+    values = itertools.product(choices["color"], choices["size"], choices["style"])
+    assert [tuple(options.values()) for options in combinations(choices, "A1")] == list(values)
+    assert list(combinations({}, "A1")) == [{}] and list(combinations({"color": [], "size": ["s"]}, "A1")) == []
+
+
+def test_of_millions_of_combinations_of_options_a_thousand_are_drawn_and_no_more_are_built():
+    for names in (5, 60):  # 3.2 million, and more than could be counted
+        choices = {f"option {name:02d}": [f"value {value}" for value in range(20)] for name in range(names)}
+        drawn = list(combinations(choices, "A1"))
+        assert drawn == list(combinations(choices, "A1")) != list(combinations(choices, "A2"))
+        assert len(drawn) == len({tuple(options.values()) for options in drawn}) == MOST == 1000
+        assert all(list(options) == list(choices) for options in drawn)
+        assert all({options[name] for options in drawn} == set(choices[name]) for name in choices)  # spread
+
+
+def test_a_product_with_millions_of_combinations_is_a_product_like_any_other(tmp_path):
+    wide = options(**{f"Option{name}": [f"value {value}" for value in range(20)] for name in range(5)})
+    records = [product("B000000003", "Red Oak Chair", customization_options=wide), PRODUCTS[2]]
+    world = WebShop(**write_shop(tmp_path, records, written={}))
+    assert world.facts["goals"] == MOST + 1  # and the bench's
+    [split] = [split for split, ids in world._shop.splits.items() if len(ids) >= MOST]
+    task_id = world.tasks(split)[500]
+    wanted = world._shop.goal(task_id).goal_options
+    clicks = [f"click[{value}]" for value in wanted.values()]
+    result = play(world, "search[chair]", "click[b000000003]", *clicks, "click[buy now]", task_id=task_id)
+    assert result.done and result.reward > 0
+
+
+def test_goals_of_the_same_name_are_told_apart_by_what_they_and_the_products_say(tmp_path):
+    def fingerprint(name: str, **changes) -> str:
+        world = WebShop(**write_shop(tmp_path / name, **changes))
+        ids = [task_id for split in world._shop.splits for task_id in world.tasks(split)]
+        assert world.fingerprint(reversed(ids)) == world.fingerprint(ids)
+        return world.fingerprint([CHAIR_TASK])
+
+    first = fingerprint("first")
+    assert fingerprint("same") == first
+    others = [
+        {"products": [PRODUCTS[0], product("B000000001", "Blue Oak Chair", pricing="$15.01$25.00"), *PRODUCTS[2:]]},
+        {"products": [*PRODUCTS[:3], PRODUCTS[3] | {"customization_options": options(Size=["one"])}]},
+        {"attributes": ATTRIBUTES | {"B000000004": {"attributes": ["organic"]}}},
+        {"products": [PRODUCTS[0] | {"query": "seats"}, *PRODUCTS[1:]]},
+    ]
+    found = {fingerprint(str(number), **other) for number, other in enumerate(others)}
+    assert len(found) == len(others) and first not in found
 
 
 def test_no_product_is_wanted_in_two_splits(generated):
@@ -531,16 +599,28 @@ def test_odd_records_are_skipped_or_filled_as_in_the_original(tmp_path):
         ({"products": [product("A1", None)]}, r"record 0 \(A1\): Expected `str`, got `null` - at `\$.name`"),
         ({"products": [PRODUCTS[0], product("A1", "Chair", pricing="free")]}, r"record 1 \(A1\): pricing is 'free'"),
         ({"products": [product("A1", "Chair", pricing="$1.2.3")]}, "pricing is"),
+        ({"products": [product("A1", "Chair", pricing=f"${'9' * 400}")]}, r"record 0 \(A1\): pricing is '.9+'"),
+        ({"products": [product("A1", "Chair", pricing=float("nan"))]}, r"record 0 \(A1\): .*got `float`.*pricing"),
+        (
+            {"products": [PRODUCTS[0], product("caf\u00e9", "Chair")]},
+            r"items_shuffle_1000.json, record 1 \(caf\u00e9\): the asin is 'caf\u00e9': expected printable ASCII",
+        ),
+        ({"products": [product("A\n1", "Chair")]}, r"the asin is 'A\\n1': expected printable ASCII"),
+        ({"products": [product("A1", "\ud800")]}, "items_shuffle_1000.json, A1: .*surrogates not allowed.*UTF-8"),
+        ({"products": f"[{json.dumps(PRODUCTS[0])}, {'[' * 10_000}"}, "json: record 1 is nested too deeply"),
+        ({"products": '[{"asin": 1' + "0" * 5000}, "breaks off in record 0"),
+        ({"attributes": "[" * 10_000}, "items_ins_v2_1000.json is not|items_ins_v2_1000.json: Expected"),
+        ({"attributes": '{"A1": {"attributes": [NaN]}}'}, "items_ins_v2_1000.json is not valid JSON"),
         ({"products": [product("A1", "Chair", customization_options={"Size": [{"x": 1}]})]}, r"record 0 \(A1\).*value"),
-        ({"attributes": "[]"}, "cannot read .*items_ins_v2_1000.json"),
-        ({"attributes": json.dumps(ATTRIBUTES)[:50]}, "cannot read .*items_ins_v2_1000.json"),
+        ({"attributes": "[]"}, "items_ins_v2_1000.json: Expected `object`, got `array`"),
+        ({"attributes": json.dumps(ATTRIBUTES)[:50]}, "items_ins_v2_1000.json is not valid JSON .*restore it"),
         (
             {"attributes": {"B000000003": {"attributes": [], "instruction": "x"}}},
             "B000000003 has an instruction without",
         ),
         (
             {"written": {"B000000003": [{"instruction": "x"}]}},
-            "cannot read .*items_human_ins.json.*instruction_attributes",
+            "items_human_ins.json: Object missing required field `instruction_attributes`",
         ),
     ],
 )
@@ -549,6 +629,14 @@ def test_bad_files_are_named_and_leave_nothing_behind(tmp_path, files, message):
         WebShop(**write_shop(tmp_path, **files))
     assert not list(tmp_path.glob(".*"))
     assert WebShop(**write_shop(tmp_path)).facts["products"] == 4
+
+
+def test_a_product_file_in_another_encoding_is_named(tmp_path):
+    data = write_shop(tmp_path)
+    text = json.dumps([product("A1", "caf\u00e9"), *PRODUCTS], ensure_ascii=False)
+    (tmp_path / "items_shuffle_1000.json").write_bytes(text.encode("latin-1", "replace"))
+    with pytest.raises(ValueError, match="items_shuffle_1000.json is not UTF-8 .*download the file again"):
+        WebShop(**data)
 
 
 def test_missing_files_are_named(tmp_path):
@@ -581,7 +669,14 @@ def test_prepared_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
     assert prepare(data) == folder  # nothing is written
     monkeypatch.undo()
     write_shop(tmp_path, [*PRODUCTS, product("A1", "Chair")])
-    assert prepare(data) != folder and open_catalogue(prepare(data)).facts["products"] == 5
+    changed = prepare(data)
+    assert changed != folder and open_catalogue(changed).facts["products"] == 5
+    file = tmp_path / "items_shuffle_1000.json"
+    before = file.stat()
+    while file.stat().st_ctime_ns == before.st_ctime_ns:  # the clock of a file system has steps
+        file.write_text(file.read_text().replace("Blue Oak", "Pale Oak"))
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as an archive does when it is unpacked
+    assert file.stat().st_size == before.st_size and prepare(data) != changed
 
 
 def test_a_killed_preparation_leaves_nothing_that_is_read(tmp_path, monkeypatch):

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
+from hypothesis import given
+from hypothesis import strategies as st
 
 from envs.webshop.catalogue import find_files, index_text, read_products
-from envs.webshop.search import Index, IndexBuilder, analyze, build_index, quantise_lengths
+from envs.webshop.search import Index, IndexBuilder, _term, analyze, build_index, quantise_lengths
 
 DATA = os.environ.get("WEBSHOP_DATA")
 RECORDED = ("lucene_top50.jsonl.gz", "lucene_doc_tokens.jsonl.gz")
@@ -78,6 +81,15 @@ def test_analysis(text, terms):
 @pytest.mark.parametrize("text", ["\ud800", "a\x00b", "\u200d\ufe0f", "'" * 50, "\u0301" * 9, "a'S", "\U0010ffff"])
 def test_odd_text_has_terms_of_words_or_none(text):
     assert all(isinstance(term, str) and term for term in analyze(text))
+
+
+FLAGS = st.sampled_from(["\U0001f1e9", "\U0001f1e9\u200d", "\U0001f1ea\u0301"] * 40 + [*"a\u200d\U0001f600 "])
+
+
+@given(st.lists(FLAGS, max_size=300).map("".join))
+def test_long_rows_of_flags_have_the_words_of_the_whole_text(text):
+    words = regex.findall(r"(?w)\b.+?\b", text, regex.DOTALL)
+    assert analyze(text) == [term for word in words if (term := _term(word))]
 
 
 def test_lengths_are_quantised_as_lucene_does():

@@ -9,6 +9,8 @@ import random
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from artifacts.render import opening_text
 from envs.alfworld.demonstrator import Demonstrator
@@ -16,7 +18,7 @@ from envs.alfworld.engine import COMMANDS
 from envs.alfworld.generate import generate_games
 from envs.alfworld.world import AlfWorld
 from envs.make import make_world
-from envs.wording import PERTURBATIONS, Perturbed, TellCommands, Wording
+from envs.wording import PERTURBATIONS, Perturbed, TellCommands, Wording, form, numbered
 from tests.support.hand_game import write_game
 from tests.support.hand_shop import write_shop
 
@@ -74,6 +76,29 @@ def test_a_command_that_two_templates_fit_takes_the_longer_one():
     assert wording.perturbed("use key with door") == "use key using door"
     assert wording.original("use key using door") == "use key with door"
     assert wording.original("use key with door") == ""
+
+
+FORMS = ["take {0} from {1}", "do(slice {0} with {1})", "from {1} take {0}", "search[{0}]", "a{0}{1} b {2}", "look"]
+
+
+@given(
+    st.sampled_from(FORMS),
+    st.lists(st.sampled_from(["take ", " from ", "do(slice ", " with ", ")", "from ", "\n"] + [*"a ]b"])),
+)
+def test_a_form_matches_as_if_every_division_of_the_text_were_tried(template, pieces):
+    parts = re.split(r"\{(\d)\}", template)
+    slow = "".join(f"(?P<p{part}>.+?)" if index % 2 else re.escape(part) for index, part in enumerate(parts))
+    for text in ("".join(pieces), parts[0] + "".join(pieces), parts[0] + "".join(pieces) + parts[-1]):
+        expected, found = re.fullmatch(slow, text), form(template).fullmatch(text)
+        assert (found and found.groupdict()) == (expected and expected.groupdict())
+
+
+def test_a_form_takes_linear_time_of_any_text():
+    """Quadratic time would be hours."""
+    for template in ("take {object} from {place}", "do(take {object} from {place})", "use {a} on {b} with {c}"):
+        start, end = template.split("{")[0], "" if template.endswith("}") else ")"
+        for filler in (" from ", " on ", "x", " ", ")"):
+            assert not form(numbered(template)).fullmatch(start + filler * 2**18 + "\n" + end)
 
 
 def test_quoted_commands_are_told_and_prose_is_not():

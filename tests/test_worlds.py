@@ -17,8 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from envs.alfworld.index import NO_RECORD
 from envs.base import Observation, Result, World
-from envs.make import WORLDS, make_world
+from envs.make import DEFAULTS, WORLDS, make_world, require_base_for, require_world
+from envs.panel import default_panels
 from envs.wording import PERTURBATIONS, form, numbered
 from tests.support.hand_game import GOALS, write_game
 from tests.support.hand_shop import write_shop
@@ -94,13 +96,38 @@ def test_every_world_has_a_case():
     assert {*CASES, *PROCESSES} == set(WORLDS)
 
 
-def test_unknown_world_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown world 'alfword'.*alfworld"):
-        make_world("alfword")
+@pytest.mark.parametrize("name", ["alfwrld", "alfword", "AlfWorld"])
+def test_a_mistyped_world_is_told_the_nearest_name_and_all_others(name):
+    for call in (make_world, require_world, lambda env: default_panels("train", env, None)):
+        with pytest.raises(ValueError, match=f"unknown world '{name}': did you mean alfworld[?] expected .*, jericho"):
+            call(name)
+    with pytest.raises(ValueError, match="unknown world 'zork': expected one of alfworld, webshop"):
+        make_world("zork")
+
+
+@pytest.mark.parametrize("env", WORLDS)
+def test_every_world_has_a_base_that_can_play_it_and_room_for_an_attempt(env):
+    folder = ROOT / DEFAULTS[env].model
+    require_base_for(env, folder)
+    assert 0 < DEFAULTS[env].context <= json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+
+
+def test_a_base_made_for_another_world_alone_is_refused_and_foreign_ones_never(tmp_path):
+    models = {name: ROOT / "models" / f"tiny-{name}" for name in ("alfworld", "webshop", "neutral")}
+    for env in WORLDS:
+        require_base_for(env, models["neutral"])
+        for name in ({"alfworld", "webshop"}) - {env}:
+            with pytest.raises(ValueError, match=f"tiny-{name} was .*on {name} alone.*for {env}, such as models/tiny-"):
+                require_base_for(env, models[name])
+    for content in (None, "", "{", "[]", '{"args": 3}', '{"command": "x", "args": {"env": "alfworld"}}', "[" * 10_000):
+        if content is not None:
+            (tmp_path / "training.json").write_text(content)
+        require_base_for("webshop", tmp_path)
+    require_base_for("webshop", tmp_path / "nowhere")
 
 
 def test_signatures_are_those_of_the_protocol(world):
-    for name in ("tasks", "reset", "step", "actions", "commands"):
+    for name in ("tasks", "left_out", "fingerprint", "reset", "step", "actions", "commands"):
         wanted = list(inspect.signature(getattr(World, name)).parameters)[1:]
         assert list(inspect.signature(getattr(world, name)).parameters) == wanted
 
@@ -116,10 +143,21 @@ def test_tasks_are_sorted_unique_and_stable(case, world):
 
 
 def test_unknown_split_and_task_are_value_errors_that_name_them(case, world):
-    with pytest.raises(ValueError, match="nosuchsplit"):
-        world.tasks("nosuchsplit")
-    with pytest.raises(ValueError, match="nosuchtask"):
-        world.reset("nosuchtask")
+    for call in (world.tasks, world.left_out):
+        with pytest.raises(ValueError, match="nosuchsplit"):
+            call("nosuchsplit")
+    for call in (world.reset, lambda task_id: world.fingerprint([task_id])):
+        with pytest.raises(ValueError, match="nosuchtask"):
+            call("nosuchtask")
+
+
+def test_a_fingerprint_is_of_tasks_in_any_order_and_needs_no_reset(case, world):
+    ids = world.tasks(case[2])
+    first = world.fingerprint(ids)
+    assert len(first) == 64 and make_world(case[0], **case[1]).fingerprint([*ids, *reversed(ids)]) == first
+    assert world.fingerprint(ids[1:]) not in (first, world.fingerprint(ids[:1])) and world.left_out(case[2]) == {}
+    random_play(world, ids[0], 5)
+    assert world.fingerprint(ids) == first
 
 
 def test_nothing_but_reset_comes_first(case, world):
@@ -295,6 +333,7 @@ def test_shell_player_answers_line_by_line(case, world):
         (("--task", "no/such/task"), "unknown task"),
         (("--tasks", "--split", "nosuch"), "no split 'nosuch'"),
         (("--tasks", "--env", "nosuch"), "unknown world"),
+        (("--tasks", "--env", "alfwrld"), "did you mean alfworld?"),
         (("--tasks", "--engine", "nosuch"), "unknown engine"),
         (("--tasks", "--data", "nosuch"), "json_2.1.1"),
     ],
@@ -305,6 +344,14 @@ def test_shell_player_refuses_in_one_sentence(tmp_path, args, message):
     done = shell(*flags, *args)
     error = done.stderr.decode()
     assert done.returncode == 2 and message in error and error.count("\n") == 1 and done.stdout == b""
+
+
+def test_shell_player_says_what_a_split_leaves_out_and_why(tmp_path):
+    kept, left_out = write_game(tmp_path, "place"), write_game(tmp_path, "two")
+    (tmp_path / "json_2.1.1" / left_out / "traj_data.json").unlink()
+    done = shell("--data", str(tmp_path), "--tasks", "--split", "hand")
+    assert done.returncode == 0 and done.stdout.decode() == f"{kept}\n"
+    assert done.stderr.decode() == f"1 task of hand left out: {NO_RECORD}\n"
 
 
 def test_shell_player_survives_a_closed_pipe(tmp_path):

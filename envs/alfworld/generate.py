@@ -18,6 +18,8 @@ objects, sliced goals, and images.
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import hashlib
 import json
 import os
@@ -27,11 +29,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from tqdm import tqdm
 
-from artifacts.cli import parse
+from artifacts.cli import Range, run_main
 from envs.alfworld.rooms import (
     ABILITIES,
     CHANGES,
@@ -333,9 +336,9 @@ def ensure_generated(
 class Args:
     folder: Path = FOLDER
     """Output folder of json_2.1.1. To play the games, set ALFWORLD_DATA to it."""
-    seed: int = SEED
+    seed: Annotated[int, Range(0)] = SEED
     """Seed of the games. The panels in envs/panels need the default."""
-    demo_games: int = SPLIT_SIZES["demo"]
+    demo_games: Annotated[int, Range(1, 100_000)] = SPLIT_SIZES["demo"]
     """Number of games in the demo split, for demonstrations."""
     splits: tuple[str, ...] = ()
     """Splits to make: gen_train gen_valid gen_demo, or their mini_ versions (default: all three, gen_ if the alfworld
@@ -349,4 +352,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Args, __doc__))
+    run_main(main, Args, __doc__)

@@ -1,21 +1,25 @@
-"""The playable ALFWorld games: their task ids and types, cached in an index file.
+"""The playable ALFWorld games of a split, and why the others are left out.
 
-It lists the games that the stock loader lists: none with `movable` or `Sliced` in its path, none marked unsolvable.
-With the index file a start need not read thousands of games.
+A game is a folder `<split>/<task>/<trial>` with a `game.tw-pddl`. As in the stock loader, it is left out if its path
+has `movable` or `Sliced`, if it has no `traj_data.json`, or unless its file says that it is solvable. An index file
+keeps what the game files say, with the size and time of each, so that a start reads only games that are new or changed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
+import msgspec
 from tqdm import tqdm
 
 from artifacts.atomic import atomic_write
+from artifacts.json_io import parse_json, read_json
 
 TASK_TYPES = (
     "pick_and_place_simple",
@@ -26,7 +30,25 @@ TASK_TYPES = (
     "pick_two_obj_and_place",
 )
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+MOVABLE, NO_RECORD = "movable or sliced objects", "no traj_data.json"
+UNSOLVABLE, UNMARKED = "marked unsolvable", "no `solvable` in its game.tw-pddl"
+
+Table = dict[str, tuple[int, int, str]]  # id -> size and time of change of its game file; why that is left out, or ""
+
+
+class Games(NamedTuple):
+    """The games of a split: sorted ids of those that can be played, and {id: reason} of the others."""
+
+    playable: tuple[str, ...]
+    left_out: dict[str, str]
+
+
+class Index(msgspec.Struct):
+    """The index file's content."""
+
+    version: int = INDEX_VERSION
+    splits: dict[str, Table] = {}
 
 
 def task_type(task_id: str) -> str:
@@ -38,79 +60,94 @@ def task_type(task_id: str) -> str:
     return kind
 
 
+def split_names(root: Path) -> list[str]:
+    """The splits below `root`, a `json_2.1.1` folder, sorted."""
+    return [name for name in _folders(root) if name[0] != "."]
+
+
 @lru_cache
-def cached_index(root: Path) -> dict[str, tuple[str, ...]]:
-    """`load_index`, once per process."""
-    return load_index(root)
+def cached_games(root: Path, split: str) -> Games:
+    """`find_games`, once per process."""
+    return find_games(root, split)
 
 
-def load_index(root: Path) -> dict[str, tuple[str, ...]]:
-    """The playable task ids of every split below `root` (a `json_2.1.1` folder), from the index file or a scan.
+def find_games(root: Path, split: str) -> Games:
+    """The games of a split below `root`, a `json_2.1.1` folder. Reads the game files that the index file does not know
+    as they are now, and updates it.
 
-    The index file is in `root` or, if that is read-only, below ~/.cache/a3t. A split is scanned again if task or trial
-    folders were added or removed (`_split_mark`), or if no index can be read. Changes inside a trial folder are not
-    noticed: delete the index after them.
+    The index file is in `root` or, if that is read-only, below ~/.cache/a3t. Raises OSError for an unreadable folder.
     """
     name = hashlib.sha256(str(root).encode()).hexdigest()[:16]
     paths = (root / ".a3t_index.json", Path.home() / ".cache" / "a3t" / f"alfworld_{name}.json")
-    found = [_read_index(path) for path in paths]
-    index = {}
-    for split in sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."):
-        mark = _split_mark(root / split)
-        kept = [entry for splits in found if (entry := splits.get(split)) and entry["mark"] == mark]
-        index[split] = kept[0] if kept else {"mark": mark, "ids": scan_split(root, split)}
-    if index not in found:
-        text = json.dumps({"version": INDEX_VERSION, "splits": index})
-        for path in paths:  # if neither can be written, the next start scans again
-            if _write_index(path, text):
+    indices = [_read_index(path) for path in paths]
+    known = [index.splits.get(split, {}) for index in indices]
+    table, left_out, unread = {}, {}, []
+    for task_id, mark, complete in sorted(_scan(root, split)):
+        if "movable" in task_id or "Sliced" in task_id:
+            left_out[task_id] = MOVABLE
+        elif not complete:
+            left_out[task_id] = NO_RECORD
+        elif entry := next((old for each in known if (old := each.get(task_id)) and old[:2] == mark), None):
+            table[task_id] = entry
+        else:
+            unread.append((task_id, mark))
+    for task_id, mark in tqdm(unread, desc=f"indexing {split}", unit="game", delay=1):
+        table[task_id] = (*mark, _reason(root / task_id / "game.tw-pddl"))
+    if table not in known:
+        for path, index in zip(paths, indices, strict=True):  # if neither can be written, the next start reads again
+            if _write_index(path, Index(splits=index.splits | {split: table})):
                 break
-    return {split: tuple(entry["ids"]) for split, entry in index.items()}
+    left_out |= {task_id: reason for task_id, (_, _, reason) in table.items() if reason}
+    playable = sorted(task_id for task_id, (_, _, reason) in table.items() if not reason)
+    return Games(playable=tuple(playable), left_out=dict(sorted(left_out.items())))
 
 
-def _split_mark(folder: Path) -> list[int]:
-    """Changes when a task or trial folder is added or removed. Not st_mtime: unpacking an archive resets it."""
-    changed = [entry.stat().st_ctime_ns for entry in os.scandir(folder) if entry.is_dir()]
-    return [len(changed), max(changed, default=0), folder.stat().st_ctime_ns]
+def _folders(path: str | Path) -> list[str]:
+    with os.scandir(path) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir())
 
 
-def _read_index(path: Path) -> dict[str, dict]:
-    """The splits in an index file; none if it is missing, corrupt or of another version."""
+def _scan(root: Path, split: str) -> Iterator[tuple[str, tuple[int, int], bool]]:
+    """(id, size and time of change of its game file, whether it has a traj_data.json) of every game of a split."""
+    for task in _folders(root / split):
+        for trial in _folders(root / split / task):
+            folder = f"{root}/{split}/{task}/{trial}"
+            try:
+                game = os.stat(f"{folder}/game.tw-pddl")
+            except FileNotFoundError:
+                continue
+            # Not st_mtime, which unpacking an archive resets.
+            mark = (game.st_size, game.st_ctime_ns)
+            yield f"{split}/{task}/{trial}", mark, os.path.isfile(f"{folder}/traj_data.json")
+
+
+def _read_index(path: Path) -> Index:
+    """An index file; an empty one if it is missing, corrupt or of another version."""
     try:
-        content = json.loads(path.read_bytes())
-        splits = content["splits"].items() if content["version"] == INDEX_VERSION else ()
-        return {split: {"mark": list(entry["mark"]), "ids": list(map(str, entry["ids"]))} for split, entry in splits}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        index = read_json(path, Index)
+    except (OSError, ValueError):
+        return Index()
+    return index if index.version == INDEX_VERSION else Index()
 
 
-def _write_index(path: Path, text: str) -> bool:
+def _write_index(path: Path, index: Index) -> bool:
     """Whether the file could be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
-            temporary.write_text(text)
+            temporary.write_bytes(msgspec.json.encode(index))
     except OSError:
         return False
     return True
 
 
-def scan_split(root: Path, split: str) -> list[str]:
-    """Sorted ids of the playable games in a split's folders."""
-    folders = [file.parent for file in (root / split).glob("*/*/game.tw-pddl")]
-    ids = sorted(folder.relative_to(root).as_posix() for folder in folders if (folder / "traj_data.json").is_file())
-    kept = [task_id for task_id in ids if "movable" not in task_id and "Sliced" not in task_id]
-    bar = tqdm(kept, desc=f"indexing {split}", unit="game", delay=1)
-    return [task_id for task_id in bar if _playable(root / task_id / "game.tw-pddl")]
-
-
-def _playable(file: Path) -> bool:
-    """Whether the stock loader plays the game. A broken file counts as playable, so that its reset reports it."""
+def _reason(file: Path) -> str:
+    """Why the stock loader skips a game file, or "". A broken file is played, so that its reset reports it."""
     try:
         content = file.read_bytes()
-        marks = re.findall(rb'"solvable"\s*:\s*(true|false)', content)
-        if marks:
-            return marks[-1] == b"true"
-        json.loads(content)
+        if marks := re.findall(rb'"solvable"\s*:\s*(true|false)', content):
+            return "" if marks[-1] == b"true" else UNSOLVABLE
+        parse_json(content)
     except (OSError, ValueError):
-        return True
-    return False  # valid JSON without the mark: the stock loader skips it
+        return ""
+    return UNMARKED

@@ -11,13 +11,14 @@ Source: AgentBoard (arXiv 2401.13178) for the choice of domains, the number of p
 
 from __future__ import annotations
 
+import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
 
-from envs.base import Observation, Result, check_split, check_task
+from envs.base import Observation, Result, check_split, check_task, content_hash
 from envs.pddl.domains import DOMAINS, Domain, Drawn
 from envs.pddl.strips import Action, Fact, Operator, Problem, find_plan
 
@@ -114,6 +115,21 @@ class Pddl:
         """Ids of a split: pddl_test has as many problems as AgentBoard (60), pddl_easy is small. Raises ValueError."""
         check_split(split, SPLITS)
         return ids_of(split)
+
+    def left_out(self, split: str) -> Mapping[str, str]:
+        """No problem is left out."""
+        check_split(split, SPLITS)
+        return {}
+
+    def fingerprint(self, task_ids: Iterable[str]) -> str:
+        """sha256 of the problems, and of their domains in PDDL and in words. Raises ValueError for an unknown id."""
+
+        def content(task_id: str) -> bytes:
+            check_task(task_id, "pddl", "<domain>-<number>", SPLITS, ids_of)
+            domain, drawn = draw_task(task_id)
+            return json.dumps([domain.pddl, domain.about, domain.actions, domain.says, drawn]).encode()
+
+        return content_hash(task_ids, content)
 
     def reset(self, task_id: str) -> Observation:
         """Start a task. Raises ValueError for an unknown id."""

@@ -129,7 +129,16 @@ class Rules:
 def build_patterns(task_id: str) -> list[tuple[str, re.Pattern, dict[str, list[str]]]]:
     """(role, pattern of its command, {placeholder: values that it takes}) of each role."""
     spec = make_spec(task_id)
-    return [(role, re.compile(verification_code(spec.commands[role])), spec.values(role)) for role in spec.commands]
+    return [(role, build_pattern(spec.commands[role]), spec.values(role)) for role in spec.commands]
+
+
+def build_pattern(template: str) -> re.Pattern:
+    """Matches what `verification_code` matches, with the same groups, in time linear in the text: a value ends for good
+    at the first words that may follow it, and the last one at the last character that is no blank."""
+    first, *words = re.split(r"\{\w+\}", template)
+    values = [f"(?>(.+?){re.escape(part)})" for part in words[:-1]]
+    values += [f"(.+?){re.escape(part)}" if part else r"(.*\S|.)" for part in words[-1:]]
+    return re.compile(rf"\s*{re.escape(first)}{''.join(values)}\s*$")
 
 
 def verification_code(template: str) -> str:

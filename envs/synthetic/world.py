@@ -23,9 +23,11 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from envs.base import Observation, Result, check_split
+import msgspec
+
+from envs.base import Observation, Result, check_split, content_hash
 from envs.synthetic.rules import Refusal, Rules, State, parse
 from envs.synthetic.spec import WORLDS, Spec, fill, listed, make_spec
 from envs.synthetic.words import PLAIN
@@ -51,16 +53,18 @@ class Synthetic:
         check_split(split, SPLITS)
         return [f"{split}/{index:05d}" for index in range(SPLITS[split])]
 
+    def left_out(self, split: str) -> Mapping[str, str]:
+        """No world is left out."""
+        check_split(split, SPLITS)
+        return {}
+
+    def fingerprint(self, task_ids: Iterable[str]) -> str:
+        """sha256 of the worlds' specifications. Raises ValueError for an unknown id."""
+        return content_hash(task_ids, lambda task_id: msgspec.json.encode(checked_spec(task_id), order="deterministic"))
+
     def reset(self, task_id: str) -> Observation:
         """Start a task. Raises ValueError for an unknown split or a number outside it (syn_train takes any)."""
-        split, _, number = task_id.partition("/")
-        good = split in SPLITS and re.fullmatch(r"[0-9]{5}|[1-9][0-9]{5,8}", number)
-        if not good or (split != "syn_train" and int(number) >= SPLITS[split]):
-            raise ValueError(
-                f"unknown task {task_id!r}: expected <split>/<five-digit number of the split> with the splits "
-                f"{', '.join(SPLITS)}"
-            )
-        spec = make_spec(task_id)
+        spec = checked_spec(task_id)
         self._task_id, self._state = task_id, State(at="", lies=spec.lies)
         self._progress, self._done = 0.0, False
         return Observation(text=spec.opening, task=spec.task)
@@ -133,3 +137,15 @@ class Synthetic:
 
     def _things(self, event: str) -> str:
         return listed(self._state.hands) if event == "carry" else ""
+
+
+def checked_spec(task_id: str) -> Spec:
+    """The world of a task id. Raises ValueError for an unknown split or a number outside it."""
+    split, _, number = task_id.partition("/")
+    good = split in SPLITS and re.fullmatch(r"[0-9]{5}|[1-9][0-9]{5,8}", number)
+    if not good or (split != "syn_train" and int(number) >= SPLITS[split]):
+        raise ValueError(
+            f"unknown task {task_id!r}: expected <split>/<five-digit number of the split> with the splits "
+            f"{', '.join(SPLITS)}"
+        )
+    return make_spec(task_id)

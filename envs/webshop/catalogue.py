@@ -18,8 +18,11 @@ Run: python -m envs.webshop.catalogue [--data DIR]     prepares a catalogue and 
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -30,12 +33,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
+from typing import Any, TextIO
 
 import msgspec
 import numpy as np
 from tqdm import tqdm
 
-from artifacts.cli import parse
+from artifacts.cli import run_main
+from artifacts.json_io import read_json
 from envs.webshop.generate import STAMP, ensure_catalogue
 from envs.webshop.goals import (
     Goal,
@@ -49,7 +54,7 @@ from envs.webshop.goals import (
 )
 from envs.webshop.search import Index, IndexBuilder, analyze
 
-VERSION = 1  # of the prepared folder; other versions are ignored
+VERSION = 2  # of the prepared folder; other versions are ignored
 CHUNK = 1 << 24  # characters of the product file read at a time
 MAX_RECORD = 1 << 26  # characters; no product is that long, so the JSON must be broken
 MAX_ASIN = 10  # longer asins are skipped, as in the original
@@ -116,10 +121,10 @@ def find_files(data: str | Path) -> Files:
 
 
 def stream_array(file: Path) -> Iterator[object]:
-    """The objects of a JSON array, read in chunks. Raises ValueError, naming the record, if the file breaks off."""
+    """The objects of a JSON array, read in chunks. Raises ValueError, naming file and record, if it cannot be read."""
     decode, separator, index = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), 0
     with open(file, encoding="utf-8") as stream:
-        buffer = stream.read(CHUNK)
+        buffer = _read_chunk(stream)
         position = separator.match(buffer).end()
         if buffer[position : position + 1] != "[":
             raise ValueError(f"{file} begins with {buffer[:20]!r}: expected a JSON list of products")
@@ -130,8 +135,10 @@ def stream_array(file: Path) -> Iterator[object]:
                 return
             try:
                 item, position = decode(buffer, position)
+            except RecursionError as error:
+                raise ValueError(f"{file}: record {index} is nested too deeply; download the file again") from error
             except ValueError as error:
-                more = stream.read(CHUNK)
+                more = _read_chunk(stream)
                 if not more or len(buffer) - position > MAX_RECORD:
                     raise ValueError(
                         f"{file} breaks off in record {index} ({error}): expected a JSON list of products; "
@@ -143,16 +150,16 @@ def stream_array(file: Path) -> Iterator[object]:
             index += 1
 
 
-def read_table(file: Path, kind: type) -> dict:
-    """A JSON object {asin: kind}. Raises ValueError, naming the file, for anything else."""
+def _read_chunk(stream: TextIO) -> str:
     try:
-        return msgspec.json.decode(file.read_bytes(), type=dict[str, kind])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {file} ({error}): expected a JSON object in WebShop's format") from error
+        return stream.read(CHUNK)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{stream.name} is not UTF-8 ({error}); download the file again") from error
 
 
 def read_products(files: Files, table: dict[str, RawAttributes]) -> Iterator[Product]:
-    """The products in file order; invalid and repeated asins are skipped, as in the original."""
+    """The products in file order; long and repeated asins are skipped, as in the original. Raises ValueError, naming
+    file, record and asin, for a record that is not in WebShop's format."""
     seen = set()
     for index, record in enumerate(stream_array(files.products)):
         try:
@@ -166,7 +173,9 @@ def read_products(files: Files, table: dict[str, RawAttributes]) -> Iterator[Pro
 
 
 def make_product(raw: RawProduct, attributes: list[str]) -> Product:
-    """A product as its pages show it. Raises ValueError for an invalid price."""
+    """A product as its pages show it. Raises ValueError for an invalid asin or price."""
+    if not (raw.asin.isascii() and raw.asin.isprintable()):
+        raise ValueError(f"the asin is {raw.asin!r}: expected printable ASCII, such as B07HRFSNL4")
     bullets = raw.small_description if isinstance(raw.small_description, list) else [raw.small_description]
     options = {}
     if isinstance(raw.customization_options, dict):
@@ -195,6 +204,8 @@ def parse_pricing(pricing: str | None) -> tuple[str, Sequence[float]]:
         return DEFAULT_TAG, DEFAULT_PRICES
     try:
         prices = [float(re.sub(r"[^\d.]", "", price)) for price in pricing.split("$")[1:]]
+        if not all(map(math.isfinite, prices)):
+            raise ValueError("too large")
         return (f"${prices[0]}", prices) if len(prices) == 1 else (f"${prices[0]} to ${prices[1]}", prices[:2])
     except (ValueError, IndexError) as error:
         raise ValueError(f"pricing is {pricing!r}: expected $a or $a$b") from error
@@ -216,7 +227,8 @@ def prepare(data: str | Path) -> Path:
     Raises FileNotFoundError for a missing file, ValueError for an unreadable one or one without products.
     """
     files = find_files(data)
-    versions = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in _present(files)]
+    # Not st_mtime, which unpacking an archive resets.
+    versions = [(file.name, file.stat().st_size, file.stat().st_ctime_ns) for file in _present(files)]
     key = hashlib.sha256(repr((VERSION, str(files.folder), versions)).encode()).hexdigest()[:16]
     local, cached = files.folder / f".a3t_webshop-{key}", Path.home() / ".cache" / "a3t" / f"webshop-{key}"
     for folder in (local, cached):
@@ -245,14 +257,17 @@ def _present(files: Files) -> list[Path]:
 
 def _write(files: Files, folder: Path) -> None:
     """Writes all files of the prepared folder; catalogue.json comes last and marks it as complete."""
-    table = read_table(files.attributes, RawAttributes)
-    written = read_table(files.human, list[Instruction]) if files.human.is_file() else {}
+    table = read_json(files.attributes, dict[str, RawAttributes])
+    written = read_json(files.human, dict[str, list[Instruction]]) if files.human.is_file() else {}
     builder, asins, ends, human = IndexBuilder(), [], [], []
     digest, encode = hashlib.sha256(), msgspec.json.encode
     with open(folder / "products.bin", "wb") as stream:
         bar = tqdm(read_products(files, table), desc=f"preparing {files.products.name}", unit="product", delay=2)
         for product in bar:
-            record = encode(product)
+            try:
+                record = encode(product)
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{files.products}, {product.asin}: {error}; expected text that is UTF-8") from error
             stream.write(record)
             digest.update(record)
             asins.append(product.asin)
@@ -306,7 +321,7 @@ class Catalogue:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.facts = json.loads((folder / "catalogue.json").read_bytes())
+        self.facts = read_json(folder / "catalogue.json", dict[str, Any])
         self.index = Index(folder / "index")
         self._asins = np.asarray(np.load(folder / "asins.npy", mmap_mode="r"))
         self._spans = np.asarray(np.load(folder / "spans.npy", mmap_mode="r"))
@@ -377,4 +392,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Args, __doc__))
+    run_main(main, Args, __doc__)

@@ -18,13 +18,16 @@ Run: python -m envs.webshop.demonstrator [--split gen_test]     plays a split an
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import re
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from tqdm import tqdm
 
-from artifacts.cli import parse
+from artifacts.cli import Range, run_main
 from envs.webshop.world import OPEN, WebShop
 
 PRICE = re.compile(r",? and price lower than (\d+\.\d\d) dollars$")
@@ -323,9 +326,9 @@ class Args:
     """WebShop's data folder or product file (default: $WEBSHOP_DATA, else the generated catalogue)."""
     split: str = "gen_test"
     """Split to play."""
-    limit: int = 300
+    limit: Annotated[int, Range(1)] = 300
     """Maximum number of tasks, spread evenly over the split."""
-    max_turns: int = 20
+    max_turns: Annotated[int, Range(1, 10_000)] = 20
     """Maximum number of turns per task."""
     careless: bool = False
     """Buy the first product without choosing options."""
@@ -345,4 +348,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Args, __doc__))
+    run_main(main, Args, __doc__)

@@ -12,6 +12,8 @@ Left out: images, and the misspellings and keyword stuffing of real listings.
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import hashlib
 import json
 import os
@@ -21,11 +23,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import capwords
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from artifacts.cli import parse
+from artifacts.cli import Range, run_main
 from envs.base import check_stamp
 
 SEED = 20220704  # the panels in envs/panels belong to it
@@ -345,9 +347,9 @@ def ensure_catalogue(folder: Path = FOLDER, seed: int = SEED, products: int = PR
 class Args:
     folder: Path = FOLDER
     """Output folder; pass it to a world as --data."""
-    seed: int = SEED
+    seed: Annotated[int, Range(0)] = SEED
     """Every product is a function of the seed and its index. The panels in envs/panels belong to the default seed."""
-    products: int = PRODUCTS
+    products: Annotated[int, Range(1, 1_000_000)] = PRODUCTS
     """Number of products."""
 
 
@@ -357,4 +359,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Args, __doc__))
+    run_main(main, Args, __doc__)

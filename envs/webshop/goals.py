@@ -1,7 +1,8 @@
 """WebShop's goals: what a customer wants, made from products, and the split of each goal.
 
 Human goals come from human-written instructions. Synthetic goals combine an instruction made of attributes with every
-combination of the product's options. Both state a price limit: the larger of two draws from the next four multiples of
+combination of the product's options, or with MOST of them, drawn, if there are more (558 is the most in the original's
+1,000 products). Both state a price limit: the larger of two draws from the next four multiples of
 ten above the price. The original draws prices and limits from the global generator before seeding it, so they differ
 between runs; here every draw is addressed by (SEED, product), and the goals are frozen to a file (`catalogue.py`).
 
@@ -23,16 +24,17 @@ Left out: synthetic goals of a catalogue with official splits (millions), the or
 from __future__ import annotations
 
 import hashlib
-import itertools
+import math
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import numpy as np
 
 SEED = 20220704  # of prices and price limits
 SHUFFLE_SEED = 233  # the original's
+MOST = 1000  # synthetic goals of a product
 OFFICIAL_GOALS = 12_087
 OFFICIAL = (("test", 0, 500), ("eval", 500, 1500), ("train", 1500, OFFICIAL_GOALS))
 PARTS = ("train", "train", "train", "train", "demo", "demo", "valid", "valid", "test", "test")
@@ -108,15 +110,32 @@ def human_goals(product: Product, instructions: Sequence[Instruction]) -> list[G
 
 
 def synthetic_goals(product: Product, instruction: str, attributes: list[str]) -> list[Goal]:
-    """One goal for every combination of the product's options."""
+    """One goal for every combination of the product's options, or for MOST of them, in order of names and values."""
     limit, words = price_limit(product.asin, 0, product.price)
-    goals, names = [], sorted(product.options)
-    for values in itertools.product(*(product.options[name] for name in names)):
-        options = dict(zip(names, values, strict=True))
+    goals = []
+    for options in combinations(product.options, product.asin):
         asked = ", and ".join(f"{name}: {value}" for name, value in options.items())
         text = f"{instruction}{' with ' if asked else ''}{asked}{words}"
         goals.append(_make_goal(product, text, attributes, limit, options))
     return goals
+
+
+def combinations(choices: dict[str, list[str]], asin: str) -> Iterator[dict[str, str]]:
+    """{name: value} of every combination of values, the last name's value changing first; of more than MOST
+    combinations, as many, drawn by the asin. Builds no others."""
+    names = sorted(choices)
+    total = math.prod(len(choices[name]) for name in names)
+    numbers = range(total)
+    if total > MOST:
+        numbers, rng = set(), random.Random(f"{SEED} {asin}")
+        while len(numbers) < MOST:
+            numbers.add(rng.randrange(total))
+    for number in sorted(numbers):
+        chosen = {}
+        for name in reversed(names):
+            number, index = divmod(number, len(choices[name]))
+            chosen[name] = choices[name][index]
+        yield {name: chosen[name] for name in names}
 
 
 def _make_goal(product: Product, text: str, attributes: list[str], limit: float, options: dict | list) -> Goal:

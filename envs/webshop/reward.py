@@ -29,10 +29,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import msgspec
 from rapidfuzz import fuzz
 from rapidfuzz.utils import default_process
 
+from artifacts.json_io import parse_json
 from envs.webshop.goals import Goal, Product
 
 COLOURS = (
@@ -160,10 +160,7 @@ def _spacy_nouns(model: str) -> tuple[str, Nouns]:
 @lru_cache
 def _file_nouns(file: Path) -> tuple[str, Nouns]:
     content = file.read_bytes()
-    try:
-        table = msgspec.json.decode(content, type=dict[str, tuple[str, ...]])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {file} ({error}): expected {{asin: [nouns in lower case]}}") from error
+    table = parse_json(content, dict[str, tuple[str, ...]], str(file))
     return f"file:{hashlib.sha256(content).hexdigest()[:12]}", lambda asin, name: table[asin]
 
 

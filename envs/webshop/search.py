@@ -15,6 +15,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,8 @@ EMOJI = """
 _emoji = "".join("-".join(chr(int(end, 16)) for end in span.split("-")) for span in EMOJI.split())
 _letters = r"\p{WB=ALetter}\p{WB=Hebrew_Letter}\p{WB=Numeric}\p{WB=Katakana}\p{Script=Hiragana}\p{Script=Han}\p{LB=SA}"
 _WORDS = regex.compile(r"(?w)\b.+?\b", regex.DOTALL)
+# Flags are pairs of letters, and each boundary is found by counting back to the first one: cut after 64.
+_FLAGS = regex.compile(r"(?:\p{WB=RI}[\p{WB=Extend}\p{WB=Format}\p{WB=ZWJ}]*+){64}(?=\p{WB=RI})")
 _KEPT = regex.compile(f"[{_letters}{_emoji}]")
 _APOSTROPHES = "'\u2019\uff07"
 _porter = PorterStemmer(mode=PorterStemmer.MARTIN_EXTENSIONS)
@@ -62,7 +65,8 @@ def _term(word: str) -> str:
 
 def analyze(text: str) -> list[str]:
     """The terms of a text, in order."""
-    words = _WORDS.findall(text)
+    cuts = [0, *(flags.end() for flags in _FLAGS.finditer(text)), len(text)]
+    words = [word for start, end in pairwise(cuts) for word in _WORDS.findall(text[start:end])]
     if len(text) > MAX_TOKEN_CHARS and max(map(len, words), default=0) > MAX_TOKEN_CHARS:
         words = [word[i : i + MAX_TOKEN_CHARS] for word in words for i in range(0, len(word), MAX_TOKEN_CHARS)]
     return [term for word in words if (term := _term(word))]

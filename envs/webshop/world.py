@@ -14,11 +14,13 @@ Source: WebShop (arXiv 2207.01206); rules as measured on the original.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from envs.base import Observation, Result
+import msgspec
+
+from artifacts.json_io import read_json
+from envs.base import Observation, Result, content_hash
 from envs.webshop.catalogue import data_folder, open_catalogue, prepare
 from envs.webshop.goals import Goal
 from envs.webshop.reward import Score, nouns_named, score_purchase
@@ -29,7 +31,6 @@ PAGE = 10  # products on a results page
 SUB_PAGES = ("description", "features", "reviews")
 BLOCKED = ("<r>", "<a>", "<c>", "<q>")  # first words that the original treats as commands to its search engine
 OPEN = "search["  # the start of a search, to be completed with words and a closing bracket
-_ACTION = re.compile(r"(.+)\[(.+)\]")
 _BLANK = " \n\t\f\r"
 
 Node = tuple[str, str]  # (kind, words) of a text node; kind: text, button, option or link
@@ -37,8 +38,10 @@ Node = tuple[str, str]  # (kind, words) of a text node; kind: text, button, opti
 
 def parse(action: str) -> tuple[str, str] | None:
     """(verb, lower-case argument) of `verb[argument]`, ignoring what follows; None for any other text."""
-    match = _ACTION.match(action)
-    return (match[1], match[2].lower()) if match else None
+    line = action.partition("\n")[0]
+    end = line.rfind("]")
+    start = line.rfind("[", 1, max(end - 1, 0))  # both sides of it hold something
+    return (line[:start], line[start + 1 : end].lower()) if start > 0 else None
 
 
 class WebShop:
@@ -68,7 +71,7 @@ class WebShop:
             raise ValueError(f"unknown mode {mode!r}: expected one of {MODES}")
         self.mode, self.page, self._nouns = mode, page, nouns
         self._shop = open_catalogue(prepare(data_folder(data)))
-        self._prices = json.loads(Path(prices).read_bytes()) if prices else {}
+        self._prices = read_json(prices, dict[str, float]) if prices else {}
         nouns_name, _ = self._nouns_backend()
         self.facts = {key: value for key, value in self._shop.facts.items() if key != "data"} | {"nouns": nouns_name}
         self._goal: Goal | None = None
@@ -83,15 +86,28 @@ class WebShop:
             )
         return self._shop.splits[split]
 
+    def left_out(self, split: str) -> Mapping[str, str]:
+        """No goal is left out."""
+        self.tasks(split)
+        return {}
+
+    def fingerprint(self, task_ids: Iterable[str]) -> str:
+        """sha256 of the goals and of all products. Raises ValueError for an unknown id."""
+        products = self._shop.facts["products_sha256"].encode()
+        return content_hash(task_ids, lambda task_id: products + msgspec.json.encode(self._find_goal(task_id)))
+
     def reset(self, task_id: str) -> Observation:
         """Start a task. Raises ValueError for an unknown id."""
+        return self.start(self._find_goal(task_id))
+
+    def _find_goal(self, task_id: str) -> Goal:
         goal = self._shop.goal(task_id)
         if goal is None:
             raise ValueError(
                 f"unknown task {task_id!r}: expected an id of the splits {', '.join(self._shop.splits)}; "
                 "`python -m envs.play --env webshop --tasks --split SPLIT` lists them"
             )
-        return self.start(goal)
+        return goal
 
     def start(self, goal: Goal) -> Observation:
         """Start the task of any goal, including one outside the splits."""

@@ -11,11 +11,13 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from artifacts.tokens import Codec
 from artifacts.trajectory import Trajectory, Turn
 from lora.config import Config
 from lora.linear import LoRAParam
 from lora.load import save_model
 from lora.model import Mistral
+from lora.tokenizer import encode_piece
 from tests.support.rooms import OPENING, TASK
 
 TINY = Config(
@@ -94,6 +96,12 @@ def byte_tokenizer(size: int = 256) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def byte_codec() -> Codec:
+    """What `read_codec` gives for `write_tiny_model`."""
+    tokenizer = byte_tokenizer()
+    return Codec(encode=functools.partial(encode_piece, tokenizer), decode=tokenizer.decode, vocabulary=256)
 
 
 def write_tiny_model(folder: Path, seed: int = 0) -> Path:

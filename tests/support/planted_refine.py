@@ -209,9 +209,23 @@ FAULTS: list[tuple[str, str, Callable, str, int | None]] = [
     ),
     ("lookbehind of any width", "shell", put(*CD, CODE, r"^cd (.*)(?<= +)$"), "regex_invalid", None),
     (
-        "nested repeats fill the memory",
+        "nested repeats of thousands",
         "shell",
         put(*CD, CODE, r"((a{9999}){9999}){9999}|cd (.*)"),
+        "regex_invalid",
+        None,
+    ),
+    (
+        "nested repeats without an upper end",
+        "shell",
+        put(*CD, CODE, r"(?:(?:a{1000,}){1000,}){1000,}|cd (.*)"),
+        "regex_invalid",
+        None,
+    ),
+    (
+        "a number of thousands of digits",
+        "shell",
+        put(*CD, CODE, f"cd (.*)|(a)(?({'1' * 5000})b)"),
         "regex_invalid",
         None,
     ),
@@ -225,6 +239,15 @@ FAULTS: list[tuple[str, str, Callable, str, int | None]] = [
     ),
     # a code and its own name
     ("code of another verb", "shell", put(*CD, CODE, r"^chdir (.*)$"), "regex_self", None),
+    (
+        "code that only a fuzzy engine matches",
+        "shell",
+        several(
+            put("script", ACTIONS, "look", action(r"(?:look){e}")), put("turns", 3, "Action", "destroy everything")
+        ),
+        "regex_self",
+        None,
+    ),
     ("code in capitals", "shell", put(*CD, CODE, r"^CD (.*)$"), "regex_self", None),
     ("code lists values", "shell", put(*CD, CODE, r"^cd (home|documents)$"), "regex_self", None),
     (
