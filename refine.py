@@ -29,7 +29,7 @@ from typing import Annotated, Any
 
 from tqdm import tqdm
 
-from agent.policy import Ask
+from agent.policy import Ask, NoReply
 from agent.server import Server, ServerPolicy
 from agentrefine.teacher import make_script, make_trajectory, make_turns, teach
 from agentrefine.verify import main_over, to_trajectory, verified_prefix, verify
@@ -165,6 +165,8 @@ def run_server_teacher(args: Args, writer: Writer, bar: tqdm, directory: Path) -
         for session, reply in policy.poll():
             state = pending.pop(session)
             policy.close(session)
+            if isinstance(reply, NoReply):
+                tqdm.write(f"persona {state[0]}: {reply}")
             advance(*state, reply if isinstance(reply, str) else None)
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
 
 import contextlib
+import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Iterable
@@ -54,6 +55,7 @@ from artifacts.stage import (
     StageError,
     adapter_of_round,
     adapter_sha,
+    base_of,
     current_round,
     require_done,
     round_directory,
@@ -65,11 +67,12 @@ from artifacts.trajectory import FAULTS, Trajectory
 from lora.adapter import adapter_name, save_adapter
 from lora.attention import Implementation, require_supported
 from lora.checkpoint import base_facts
-from lora.linear import LoRAConfig
+from lora.config import Config
+from lora.linear import TARGETS, LoRAConfig
 from lora.load import load_adapter, load_model
 from lora.logprobs import token_logprobs
 from lora.sharding import is_first_process, require_shape, start_devices
-from lora.train_step import Batch, training_mesh
+from lora.train_step import Batch, require_step_memory, training_mesh
 from lora.trainer import Plan, Trainer
 
 Devices = Annotated[int, Range(1, 10**6)]
@@ -87,8 +90,8 @@ class Args:
     refinement: Literal["mask-errors", "mask-refined", "drop-errors", "no-mask"] = "mask-errors"
     """Mistakes in synthetic trajectories: masked (AgentRefine), masked with the turn that follows, dropped from the
     text, or imitated (the paper's three controls)."""
-    model: Path = Path("models/tiny-alfworld")
-    """Base model: a Hugging Face folder."""
+    model: Path | None = None
+    """Base model: a Hugging Face folder (default: the run's base, or models/tiny-alfworld in a new run)."""
     weights: Literal["nf4", "nf4-dq", "bf16", "fp32"] = "nf4"
     """Storage of the frozen base (paper: 4 bits, taken as nf4; nf4-dq also quantises its scales)."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -124,8 +127,8 @@ class Args:
     """AdamW's weight decay on the adapter (not stated in the paper)."""
     clip: Annotated[float, Range(0, 1e6, above=True)] = 1.0
     """Before Adam, scale down a step's gradient (of the objective, over all adapter weights) to this norm if it is
-    longer (not stated in the paper). The objective sums over tokens, so norms of hundreds are usual and nearly every
-    step is scaled; metrics.jsonl has the norm before."""
+    longer (not stated in the paper). The objective sums over a trajectory's tokens: norms of 1 to 40 are usual with the
+    tiny base, so most steps are scaled. metrics.jsonl has the norm before."""
     average: bool = True
     """Average the adapters at the end of each epoch (paper: rounds 1-3) instead of keeping the last one."""
     failure_reward: Annotated[float, Range(-10, 1)] = -0.5
@@ -159,10 +162,6 @@ class Args:
         require_shape(self.mesh)
         if (self.weights, self.dtype) in (("bf16", "float32"), ("fp32", "bfloat16")):
             raise ValueError(f"--weights {self.weights} has its own activations, but --dtype is {self.dtype}: give one")
-
-    @property
-    def activations(self) -> jnp.dtype:
-        return jnp.dtype(self.dtype or ("bfloat16" if self.weights == "bf16" else "float32"))
 
 
 # ---- selecting and weighting trajectories ----------------------------------------------------------------------------
@@ -333,7 +332,7 @@ def train(args: Args, round_index: int, packed: Packed, model, mesh: Mesh, direc
 
 def load_base(args: Args, round_index: int, previous: Path | None, mesh: Mesh):
     """The base with the adapter to train: a fresh one, or that of the previous round."""
-    how = {"weights": args.weights, "dtype": args.activations, "mesh": mesh}
+    how = {"weights": args.weights, "dtype": jnp.dtype(args.dtype), "mesh": mesh}
     if previous is not None:
         return load_adapter(args.model, previous, **how)
     lora = LoRAConfig(rank=args.rank, alpha=args.alpha, targets=args.targets, dropout=args.dropout)
@@ -357,21 +356,31 @@ def show(args: Args) -> None:
     preview(packed, places, args.model, args.preview)
 
 
+def resolve(args: Args) -> Args:
+    """The arguments with the run's base, and in one form for one meaning."""
+    dtype = "bfloat16" if args.weights == "bf16" else "float32"
+    targets = tuple(target for target in TARGETS if target in args.targets)
+    return dataclasses.replace(args, model=base_of(args.run, args.model), dtype=args.dtype or dtype, targets=targets)
+
+
 def main(args: Args) -> None:
+    args = resolve(args)
     if args.preview:
         show(args)
         return
-    require_supported(args.attention, jax.default_backend(), args.activations)
+    require_supported(args.attention, jax.default_backend(), jnp.dtype(args.dtype))
     mesh = training_mesh(args.mesh, args.batch_rows, args.device_rows)
+    require_step_memory(Config.read(args.model), args.batch_rows, args.device_rows, args.row_length)
     round_index = current_round(args.run) if args.round is None else args.round
     examples, hashes = collect(args, round_index)
     packed = pack_examples(examples, args, read_codec(args.model))
     previous = adapter_of_round(args.run, round_index) if args.init == "previous" else None
-    facts = {"inputs": hashes, "epochs": epochs_of(args, round_index), "previous": adapter_sha(previous)}
-    facts |= base_facts(args.model)
+    base = base_facts(args.model)
+    facts = {"inputs": hashes, "epochs": epochs_of(args, round_index), "previous": adapter_sha(previous), **base}
     directory = round_directory(args.run, round_index) / "train_pg"
     adapter = directory / "adapter"
-    with Stage(directory, args, facts) if is_first_process() else contextlib.nullcontext() as stage:
+    identity = {"model": str(args.model), **base}
+    with Stage(directory, args, facts, identity) if is_first_process() else contextlib.nullcontext() as stage:
         finished = stage is not None and stage.finished
         if multihost_utils.broadcast_one_to_all(np.array(finished)):
             return

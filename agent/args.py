@@ -14,7 +14,7 @@ from agent.policy import Policy
 from agent.server import Server, ServerPolicy
 from artifacts.cli import Range
 from artifacts.render import FORM
-from artifacts.stage import StageError, adapter_sha, read_run, sha256
+from artifacts.stage import adapter_sha, base_of, sha256
 from envs.base import World
 from envs.make import DEFAULTS, make_world, require_base_for, require_world
 from lora.checkpoint import base_facts
@@ -101,13 +101,10 @@ def resolve(args: A) -> A:
     """The arguments with the base and context of the run, or of the world for a new run. Raises StageError if the run's
     base is no longer where it was, ValueError for a base made for another world or an unreadable prompt."""
     require_file("--prompt", args.prompt)
-    defaults, known = DEFAULTS[args.env], read_run(args.run).get("model")
-    model = args.model or Path(known or defaults.model)
-    if args.model is None and known and not model.exists():
-        raise StageError(f"{args.run} was played with the base {known}, which is not there; give its folder by --model")
+    model = base_of(args.run, args.model, args.env)
     if not args.server.url:
         require_base_for(args.env, model)
-    return dataclasses.replace(args, model=model, context=args.context or defaults.context)
+    return dataclasses.replace(args, model=model, context=args.context or DEFAULTS[args.env].context)
 
 
 def make_settings(args: PlayArgs, stage: str, round_index: int, compose: Compose | None = None) -> AttemptSettings:

@@ -33,7 +33,8 @@ TAGS += [
 ]
 CUT = ("length", "max_tokens", "max_output_tokens")  # reasons to finish: the limit of a reply, or of the context
 FULL = ("model_length", "model_context_window_exceeded", "context_length_exceeded")  # certainly the context's
-BROKEN = ("error", "abort", "insufficient_system_resource")  # the server gave up, whatever it has written so far
+FILTERED = ("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "sensitive")
+BROKEN = ("error", "abort", "cancelled", "network_error", "insufficient_system_resource")  # the server gave up halfway
 
 # What an error says, in lower case and without punctuation. That the session is too long for the model:
 TOO_LONG = re.compile(
@@ -67,9 +68,9 @@ class Fault(Exception):
     def __init__(self, words: str, status: int = 0, pause: float | None = None):
         super().__init__(words)
         self.status, self.pause = status, pause
-        said = re.sub(r"[\W_]+", " ", words.lower())
+        said = re.sub(r"[\W_]+", " ", words.lower()) if status else ""  # otherwise they are ours
         too_long = SAYS_FULL.search(said) or (TOO_LONG.search(said) and not TRANSIENT.search(said))
-        self.full = status != 0 and bool(too_long)  # the session has no room for a reply
+        self.full = bool(too_long)  # the session has no room for a reply
         self.one_turn = status in (200, 400, 422, 500) and bool(ALTERNATE.search(said))  # without a system message
         self.spent = status in (402, 429) or bool(SPENT.search(said))
         self.passes = status in (0, 200, 408, 409, 425, 429) or status >= 500  # the same request may yet succeed
@@ -150,7 +151,7 @@ def read_reply(data: bytes, limit: int | None = None, whole: bool = False) -> Re
     )
     if said.finish in BROKEN:
         raise Fault(f"the reply ends with {said.finish!r}", 200)
-    if said.finish == "content_filter":
+    if said.finish in FILTERED:
         raise NoReply("the server's content filter withheld the reply")
     if not reply.text.strip() and said.finish not in (*CUT, *FULL) and _is_answer(said.thinking, whole):
         reply = msgspec.structs.replace(reply, text=_clean(said.thinking))
@@ -249,7 +250,7 @@ def _join(bodies: list[Body]) -> Said:
             said.text += _text(part.content)
             said.thinking += _text(part.reasoning_content) or _text(part.reasoning)
             said.refusal += part.refusal or ""
-            said.finish = choice.finish_reason or said.finish
+            said.finish = (choice.finish_reason or said.finish).lower()
             said.called_tools |= bool(part.tool_calls)
     return said
 

@@ -22,9 +22,9 @@ import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, AnyStr, Literal
 
-import httpx
+import httpx2
 import msgspec
 from tqdm import tqdm
 
@@ -41,7 +41,7 @@ LONGEST_BODY = 2**25  # bytes of a reply
 PATIENCE = 10  # a reply that comes in drops may take so many times --server.timeout
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two requests for a line; the server may ask for more
 SHORTEST_SECRET = 8  # characters; shorter keys are placeholders, such as EMPTY, and words of any text
-make_tls = functools.cache(httpx.create_ssl_context)  # reads all certificates, which takes a while
+make_tls = functools.cache(httpx2.create_ssl_context)  # reads all certificates, which takes a while
 NAME_THE_KEY = "put it into an environment variable, and give the variable's name by --server.key"
 
 
@@ -77,7 +77,7 @@ class Server:
                 "--server.key names no environment variable that is set; expected the name of the variable with the "
                 f"key, such as {Server.key}, and not the key"
             )
-        if re.search(r"api[-_ ]?key|authorization", self.extra, re.I):
+        if re.search(r"api[-_ ]?key|authorization|bearer|password", self.extra, re.I):
             raise ValueError(f"--server.extra holds a key; {NAME_THE_KEY}")
         self.parameters()
         if self.url is not None:
@@ -87,7 +87,7 @@ class Server:
             raise ValueError(f"{given} is {self.model or self.url} and {missing} is missing: a server needs both")
 
     def _check_url(self) -> None:
-        if re.match(r"(\w*://)?[^/]*@|.*[?#]", self.url):
+        if re.match(r"(.*?//)?[^/]*@|.*[?#]", self.url, re.S):
             raise ValueError(
                 "--server.url holds credentials or parameters; expected the plain address, such as "
                 f"http://localhost:8000/v1. If there is a key, {NAME_THE_KEY}"
@@ -105,7 +105,7 @@ class Server:
         try:
             return parse_json(self.extra, dict[str, Any], "it")
         except ValueError as error:
-            raise ValueError(f"--server.extra is {self.extra!r} ({error}); expected a JSON object") from error
+            raise ValueError(f"--server.extra is {self.extra[:100]!r} ({error}); expected a JSON object") from error
 
     def secret(self) -> str:
         """The API key, if there is one. Raises ValueError if no request can carry it."""
@@ -113,6 +113,12 @@ class Server:
         if not (key.isascii() and key.isprintable()):
             raise ValueError(f"${self.key} holds a character that no key has; set it again")
         return key
+
+
+def _folded(request: dict[str, Any]) -> dict[str, Any]:
+    """A request whose system message heads the user's."""
+    text = "\n\n".join(message["content"] for message in request["messages"])
+    return request | {"messages": [{"role": "user", "content": text}]}
 
 
 class Replies:
@@ -192,13 +198,13 @@ class ServerPolicy:
         self._server, self._prompt, self._top_p, self._whole = server, prompt, top_p, whole
         self._extra, self._key = server.parameters(), server.secret()
         bearer = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        self._client = httpx.Client(
+        self._client = httpx2.Client(
             base_url=server.url,
             headers={"Content-Type": "application/json", **bearer},
             timeout=server.timeout,
             verify=make_tls(),
             follow_redirects=True,  # to another origin without the key
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=server.concurrency),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=server.concurrency),
         )
         self._replies = Replies(cache)
         self._permits = threading.Semaphore(server.concurrency)
@@ -285,8 +291,12 @@ class ServerPolicy:
             result = type(result)(self._masked(str(result)))
         self._results.put((session, key, result))
 
-    def _masked(self, text: str) -> str:
-        return text.replace(self._key, f"${self._server.key}") if len(self._key) >= SHORTEST_SECRET else text
+    def _masked(self, text: AnyStr) -> AnyStr:
+        """The text without the API key, which a server may echo."""
+        if len(self._key) < SHORTEST_SECRET:
+            return text
+        secret, mask = self._key, "[API key]"
+        return text.replace(secret.encode(), mask.encode()) if isinstance(text, bytes) else text.replace(secret, mask)
 
     def _ask(self, session: int, request: dict[str, Any]) -> Reply | NoReply | ValueError | None:
         """Sends a request until it is answered, at most `retries` + 1 times, or until nobody waits for the answer."""
@@ -310,39 +320,40 @@ class ServerPolicy:
 
     def _exchange(self, request: dict[str, Any]) -> Reply | None:
         """One request, or two at first if the model knows no system message. Raises as read_reply does."""
-        messages = request.get("messages", [])
-        one_turn = {"role": "user", "content": "\n\n".join(message["content"] for message in messages)}
-        folded = request | {"messages": [one_turn]}
-        if self._one_turn and messages:
-            return self._post(folded)
+        has_system = len(request.get("messages", [])) > 1
+        if has_system and self._one_turn:
+            return self._post(_folded(request))
         try:
             return self._post(request)
         except Fault as fault:
-            if not fault.one_turn or len(messages) < 2:
+            if not (has_system and fault.one_turn):
                 raise
-            reply = self._post(folded)
+            reply = self._post(_folded(request))
             first, self._one_turn = not self._one_turn, True
             if first:
-                tqdm.write(f"{self._server.url} takes no system message ({fault}): it now heads the transcript")
+                tqdm.write(
+                    self._masked(f"{self._server.url} takes no system message ({fault}): it heads the transcript")
+                )
             return reply
 
     def _post(self, request: dict[str, Any]) -> Reply | None:
         """One request. Raises as read_reply does."""
         path = "/completions" if self._server.api == "completions" else "/chat/completions"
-        content, data, end = json.dumps(request, allow_nan=False), bytearray(), PATIENCE * self._server.timeout
-        end += time.monotonic()
+        content, data = json.dumps(request, allow_nan=False), bytearray()
+        end = time.monotonic() + PATIENCE * self._server.timeout
         try:
             with self._client.stream("POST", path, content=content) as response:
                 for piece in response.iter_bytes():
                     data += piece
                     if len(data) > LONGEST_BODY or time.monotonic() > end:
                         raise Fault(f"the reply does not end ({len(data)} bytes so far)")
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             raise Fault(f"{type(error).__name__}: {error}") from error
-        if response.status_code != 200:
-            raise read_fault(response.status_code, bytes(data), response.headers.get("Retry-After", ""))
+        body = self._masked(bytes(data))  # before any of it is cut
+        if not response.is_success:
+            raise read_fault(response.status_code, body, response.headers.get("Retry-After", ""))
         limit = request.get("max_tokens", request.get("max_completion_tokens"))
-        return read_reply(bytes(data), limit if isinstance(limit, int) else None, self._whole)
+        return read_reply(body, limit if isinstance(limit, int) else None, self._whole)
 
     def _judge(self, fault: Fault) -> NoReply | ValueError:
         """The meaning of a request that failed for good: the session or the server is at fault."""

@@ -109,7 +109,10 @@ def check_values(values: Any, prefix: str = "") -> None:
         else:
             _check_number(f"--{prefix}{name.replace('_', '-')}", value, hint)
     if hasattr(values, "check"):
-        values.check()
+        try:
+            values.check()
+        except ValueError as error:  # a nested class, Server, says --server; the flag may be --actre-server
+            raise ValueError(str(error).replace(f"--{type(values).__name__.lower()}.", f"--{prefix}")) from error
 
 
 def _check_number(flag: str, value: Any, hint: Any) -> None:

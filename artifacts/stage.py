@@ -36,6 +36,7 @@ from typing import Any
 
 from artifacts.cli import run_main
 from artifacts.json_io import read_json, write_json
+from envs.make import DEFAULTS
 
 # Settings that say how a stage computes, asks and waits, not what for: it may resume with different values.
 HOW = {"concurrency", "timeout", "retries", "deadline", "turn_deadline", "processes", "url", "key", "slots"}
@@ -119,6 +120,17 @@ def read_run(run: Path) -> dict[str, Any]:
     where it was; `base`, `tokenizer`, `config`: sha256) and the form of the `prompts`. Empty for a new run."""
     path = Path(run) / "run.json"
     return read_json(path, dict[str, Any]) if path.exists() else {}
+
+
+def base_of(run: Path, given: Path | None, env: str | None = None) -> Path:
+    """The base of a stage: the one given, else the run's, else that of the world `env` (default: the run's world).
+    Raises StageError if the run's base is no longer where it was."""
+    record = read_run(run)
+    if given is not None or "model" not in record:
+        return given or DEFAULTS[env or record.get("env", "alfworld")].model
+    if not Path(record["model"]).exists():
+        raise StageError(f"the base of {run} was {record['model']}, which is not there; give its folder by --model")
+    return Path(record["model"])
 
 
 def joined_identity(run: Path, identity: dict[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ CHAINS = (
 STAGES = tuple(name for chain in CHAINS for name, *_ in chain if name)
 # The shell of a full disk: $0 KiB, $1 the folder with the run, which is copied there and back, then the command.
 DISK = """disk=$1.disk run=$1 && shift && mkdir "$disk" && mount -t tmpfs -o size=$0K tmpfs "$disk" &&
-cp -a "$run/." "$disk" && cd "$disk" && { "$@"; status=$?; cp -a . "$run"; exit $status; }"""
+cp -a "$run/." "$disk" && cd "$disk" && { "$@"; status=$?; find "$run" -mindepth 1 -delete; cp -a . "$run"; exit $status; }"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +211,7 @@ def compare(folder: Path, unbroken: Path) -> None:
         {
             str(path.relative_to(place)): steady(path)
             for path in place.rglob("*")
-            if path.is_file() and path.suffix != ".lock" and path.name != ".lock" and "checkpoints" not in path.parts
+            if path.is_file() and not path.name.endswith(".lock") and "checkpoints" not in path.parts
         }
         for place in (folder, unbroken)
     )
@@ -305,7 +305,7 @@ def break_off(kind: str, unbroken: Unbroken, rng: np.random.Generator, folder: P
         return fill_disk(unbroken, rng, folder, mounts)
     process = start(command(unbroken.words), folder)
     wait_for_moment(process, folder, unbroken, rng)
-    while kind != "SIGKILL" and not handles_signals(process):
+    while kind != "SIGKILL" and process.poll() is None and not handles_signals(process):
         time.sleep(0.001)
     process.send_signal(getattr(signal, kind))
     status, _, said = end(process)
@@ -352,9 +352,9 @@ def two_at_once(unbroken: Unbroken, rng: np.random.Generator, folder: Path) -> N
 
 
 def kinds_of(index: int, stages: int) -> list[str]:
-    """How a run is broken off: every stage in all four ways in turn, and a third of the runs twice."""
-    kinds, block = list(STATUS), index // stages
-    return [kinds[block % 4]] + ([kinds[index % 4]] if (index + block) % 3 == 0 else [])
+    """How a run is broken off: every stage in all four ways in turn, and every third run twice."""
+    kinds = list(STATUS)
+    return [kinds[index // stages % 4]] + ([kinds[index % 4]] if index % 3 == 0 else [])
 
 
 def attempt(title: str, address: tuple, unbroken: Unbroken, run: Callable, folder: Path) -> Counter[str]:
@@ -379,14 +379,14 @@ def attempt(title: str, address: tuple, unbroken: Unbroken, run: Callable, folde
 def campaign(args: Args, folder: Path) -> Counter[str]:
     """Breaks off and starts twice what the flags say. Prints failures and counts them with all else."""
     count, mounts = Counter(kills=args.kills, pairs=args.pairs, failures=0), can_mount()
-    runs, attempts = unbroken_runs(folder, args.stages), []
+    runs, attempts, stages = unbroken_runs(folder, args.stages), [], len(args.stages)
     for index in range(args.kills):
-        name, kinds = args.stages[index % len(args.stages)], kinds_of(index, len(args.stages))
+        name, kinds = args.stages[(index + index // stages) % stages], kinds_of(index, stages)
         count.update([name, *kinds, *["killed_twice"] * (len(kinds) > 1)])
         run = functools.partial(killed_and_resumed, kinds, runs[name], mounts)
         attempts.append((f"{name} after {' and '.join(kinds)}", (args.seed, "kill", index), runs[name], run))
     for index in range(args.pairs):
-        name = args.stages[index % len(args.stages)]
+        name = args.stages[index % stages]
         run = functools.partial(two_at_once, runs[name])
         attempts.append((f"two at once: {name}", (args.seed, "pair", index), runs[name], run))
     with ThreadPoolExecutor(args.processes) as pool:

@@ -108,6 +108,7 @@ def from_sentencepiece(model_dir: str | Path) -> Tokenizer:
     """
     from transformers import LlamaTokenizer  # imported here because the import takes a second
 
+    chat_template(model_dir)  # raises, with the file's name, if what transformers is about to read is damaged
     fields = json.loads(LlamaTokenizer.from_pretrained(str(model_dir), add_bos_token=True).backend_tokenizer.to_str())
     fields["model"]["merges"].sort(key=lambda pair: set(pair[0] + pair[1]) == {"▁"})
     tokenizer = Tokenizer.from_str(json.dumps(fields))

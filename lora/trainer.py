@@ -12,6 +12,7 @@ Shapes: N packed rows, B of them in a step, L tokens.
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ from lora.model import Mistral
 from lora.sharding import is_first_process
 from lora.train_step import Batch, initial_state, make_update, shard_rows
 
+SPARE_BYTES = 2**20  # what a checkpoint takes beside its arrays, at most
 KEPT = ocp.training.preservation_policies.LatestN(2)  # the second is for the case that the newest is damaged
 
 
@@ -153,21 +155,22 @@ def open_checkpoints(folder: Path) -> ocp.training.Checkpointer:
 
 
 def save(checkpointer: ocp.training.Checkpointer, step: int, progress: Progress) -> None:
-    """Writes the checkpoint of a step; a kill leaves it whole or not at all. Raises OSError if it cannot be written."""
-    try:
-        checkpointer.save(step, {"progress": jax.tree.leaves(progress)})
-    except ValueError as error:  # Orbax's for a full disk and the like
-        raise OSError(
-            f"the checkpoint of step {step} cannot be written ({error}); earlier ones are kept: make room, then run "
-            "the same command again"
-        ) from error
+    """Writes the checkpoint of a step; a kill leaves it whole or not at all. Raises OSError if the disk has no room."""
+    leaves = jax.tree.leaves(progress)
+    folder, needed = checkpointer.directory, sum(leaf.nbytes for leaf in leaves) + SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:  # Orbax would print tracebacks from its threads
+        why = f"no space left for the checkpoint of step {step}: it takes {needed:,} bytes, {free:,} are free"
+        raise OSError(errno.ENOSPC, why, str(folder))
+    checkpointer.save(step, {"progress": leaves})
 
 
 def restore(folder: Path, start: Progress) -> tuple[int, Progress]:
     """The step and content of the newest checkpoint that can be read; (0, start) if there is none.
 
-    One that cannot be read is moved aside, and says so.
+    One that cannot be read is moved aside, and says so. Raises OSError if the folder cannot be made.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     leaves, tree = jax.tree.flatten(start)
     while True:
         with open_checkpoints(folder) as checkpointer:

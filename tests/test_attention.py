@@ -48,3 +48,16 @@ def test_the_device_chooses():
     assert attention.best_implementation("tpu", jnp.bfloat16) == "splash"
     assert attention.best_implementation("gpu", jnp.bfloat16) == "cudnn"
     assert attention.best_implementation("gpu", jnp.float32) == "xla"
+
+
+def test_what_a_device_cannot_compute_is_refused_with_what_to_do():
+    supported = {("cpu", "float32"): {"blocks", "xla"}, ("tpu", "bfloat16"): {"blocks", "xla", "splash"}}
+    supported |= {("gpu", "float32"): {"blocks", "xla"}, ("gpu", "bfloat16"): {"blocks", "xla", "cudnn"}}
+    for (platform, dtype), good in supported.items():
+        attention.require_supported(None, platform, jnp.dtype(dtype))
+        for implementation in ("blocks", "splash", "cudnn", "xla"):
+            if implementation in good:
+                attention.require_supported(implementation, platform, jnp.dtype(dtype))
+            else:
+                with pytest.raises(ValueError, match=f"--attention {implementation} needs .* leave the flag out"):
+                    attention.require_supported(implementation, platform, jnp.dtype(dtype))

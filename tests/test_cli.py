@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 
 import actre
 from agent.server import Server
-from artifacts.cli import parse
+from artifacts.atomic import atomic_write
+from artifacts.cli import Range, parse, run_main
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +77,12 @@ def test_flat_and_nested_flags_parse_into_the_class():
 
 
 def test_a_stage_parses_flags_of_every_class_it_inherits_from():
-    words = ["--budget", "2", "--model", "m", "--max-turns", "3", "--actre-server.model", "n", "--server.url", "u"]
-    servers = {"server": Server(url="u"), "actre_server": Server(model="n")}
+    words = "--budget 2 --model m --max-turns 3 --actre-server.model n --actre-server.url http://v".split()
+    words += "--server.url http://u --server.model o".split()
+    servers = {"server": Server(url="http://u", model="o"), "actre_server": Server(model="n", url="http://v")}
     assert parse(actre.Args, "", words) == actre.Args(budget=2, model=Path("m"), max_turns=3, **servers)
-    assert parse(actre.Args, "", []) == actre.Args()
+    with pytest.raises(ValueError, match="^--actre-server.model is n and --actre-server.url is missing"):
+        parse(actre.Args, "", ["--actre-server.model", "n"])
 
 
 def test_the_command_line_is_the_default(monkeypatch):
@@ -131,3 +137,54 @@ def test_a_required_flag_that_is_missing_exits_with_status_2(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(Args, "", [])
     assert stop.value.code == 2 and "--out" in capsys.readouterr().err
+
+
+# ---- how a command ends ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutArgs:
+    out: Path = Path("out")
+    """Where to write."""
+    numbers: tuple[Annotated[int, Range(1, 5)], ...] | None = (1, 2, 3)
+    """Numbers."""
+
+
+def end_of(main, words: list[str], monkeypatch, capsys) -> tuple[int, str]:
+    """(exit status, stderr) of a command."""
+    monkeypatch.setattr("sys.argv", ["command.py", *words])
+    try:
+        run_main(main, OutArgs, "A command.")
+    except SystemExit as stop:
+        return stop.code, capsys.readouterr().err
+    return 0, capsys.readouterr().err
+
+
+def write(args: OutArgs) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    with atomic_write(args.out / "file") as temporary:
+        temporary.write_text("text")
+
+
+def test_what_the_file_system_refuses_is_one_sentence_with_the_path(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    below = end_of(write, ["--out", str(tmp_path / "file" / "out")], monkeypatch, capsys)
+    assert below == (
+        2,
+        f"command.py: {tmp_path}/file/out: Not a directory; expected a folder: a part of this path is a file\n",
+    )
+    status, said = end_of(write, ["--out", str(tmp_path / "file")], monkeypatch, capsys)
+    assert status == 2 and said.startswith(f"command.py: {tmp_path}/file: File exists; expected a folder")
+
+    def full(args: OutArgs) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "rows.jsonl")
+
+    status, said = end_of(full, [], monkeypatch, capsys)
+    assert status == 2 and "rows.jsonl: No space left on device; what is written is kept" in said
+    assert said.count("\n") == 1
+
+
+def test_a_value_out_of_range_is_refused_wherever_it_is_in_a_tuple(monkeypatch, capsys):
+    assert end_of(lambda args: None, ["--numbers", "1", "5", "3"], monkeypatch, capsys) == (0, "")
+    said = end_of(lambda args: None, ["--numbers", "1", "5", "6"], monkeypatch, capsys)
+    assert said == (2, "command.py: --numbers is 6; expected at least 1 and at most 5\n")

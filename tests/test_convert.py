@@ -1,4 +1,4 @@
-"""Files in and out, against transformers, bitsandbytes and PEFT; conversions that are killed, repeated or in the way."""
+"""Files in and out, against transformers, bitsandbytes and PEFT; conversions that are killed, repeated, in the way."""
 
 from __future__ import annotations
 

@@ -151,6 +151,11 @@ def test_every_end_token_of_either_file_ends_a_reply(base):
     config = Config.read(base)
     assert config.eos_token_ids == (2, 32000, 7)
     assert config.to_json()["eos_token_id"] == [2, 32000, 7]
+    for damaged in ("[]", '{"eos_token_id": [-1]}', DEEP):
+        (base / "generation_config.json").write_text(damaged)
+        with pytest.raises(ValueError, match="generation_config.json"):
+            Config.read(base)
+    (base / "generation_config.json").write_text("{}")
 
     change_json(base / "config.json", eos_token_id=list(range(100)))
     change_json(base / "generation_config.json", eos_token_id=list(range(100, 256)))

@@ -89,6 +89,21 @@ def test_files_named_in_a_page_exist(page):
         assert (ROOT / name).exists() or (ROOT / "docs" / name).exists(), f"{page.name} names {name}"
 
 
+def test_every_test_that_the_tables_of_failures_name_exists():
+    """`file::test`; `::test` is of the file named before it, `test` of the file in the head of its table."""
+    head = file = ""
+    named = 0
+    for line in (ROOT / "docs/failures.md").read_text().splitlines():
+        if heading := re.search(r"\| tests(?: \(`tests/(test_\w+)\.py`\))? \|$", line):
+            head = heading[1] or ""
+        for words in re.findall(r"`([\w:]+)`", line.rstrip(" |").rpartition(" | ")[2]):
+            before, colons, test = words.rpartition("::")
+            file = before or (file if colons else head)
+            assert f"def {test}(" in (ROOT / "tests" / f"{file}.py").read_text(), f"docs/failures.md names {words}"
+            named += 1
+    assert named > 50
+
+
 def test_shell_scripts_parse():
     for script in (*ROOT.glob("*.sh"), ROOT / ".ci" / "run"):
         assert subprocess.run(["bash", "-n", script], check=False).returncode == 0, script

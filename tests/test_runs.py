@@ -11,6 +11,7 @@ import actre
 import evaluate
 import rollout
 import train_pg
+from agent.args import make_policy
 from agent.scripted import ScriptedPolicy
 from artifacts.json_io import read_json, write_json
 from artifacts.scores import table
@@ -179,3 +180,34 @@ def test_a_file_with_a_task_twice_is_refused_by_every_reader(tmp_path, model):
     for stage in (actre, train_pg):
         with pytest.raises(ValueError, match="a second row of"):
             stage.main(stage.Args(run=run, model=model))
+
+
+def test_two_prompts_of_one_name_are_told_apart(tmp_path, model):
+    """By their content, and by whom they are for."""
+    run, folders = tmp_path / "run", [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "prompt.txt").write_text(f"an example of {folder.name}")
+    first, second = (folder / "prompt.txt" for folder in folders)
+    rollout.main(rollout.Args(run=run, model=model, prompt=first, **SMALL))
+    with pytest.raises(StageError, match=r"facts\.prompt: there"):
+        rollout.main(rollout.Args(run=run, model=model, prompt=second, **SMALL))
+    actre.main(actre.Args(run=run, prompt=first, actre_prompt=second))
+    with pytest.raises(StageError, match=r"facts\.actre_prompt: there .*facts\.prompt: there"):
+        actre.main(actre.Args(run=run, prompt=second, actre_prompt=first))
+
+
+def test_a_prompt_that_cannot_be_read_or_does_not_fit_is_refused(tmp_path, model):
+    prompt = tmp_path / "prompt.txt"
+    args = rollout.Args(run=tmp_path / "run", model=model, prompt=prompt, context=4000)
+    with pytest.raises(ValueError, match="--prompt .*prompt.txt cannot be read as text"):
+        rollout.main(args)
+    prompt.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="--prompt .*prompt.txt cannot be read as text"):
+        rollout.main(args)
+    prompt.write_text("x" * 200)
+    with pytest.raises(
+        ValueError, match=r"--prompt of 20\d tokens need more than the 4096 positions .* at most 38\d\d"
+    ):
+        make_policy(args, args.server, tmp_path / "replies.sqlite", None, prompt)
+    assert not (tmp_path / "run").exists()

@@ -88,9 +88,9 @@ def server(monkeypatch):
     http.server_close()
 
 
-def line_of(policy: ServerPolicy, text: str = "Observation: a room.\nAction:", seed: int = 0):
+def line_of(policy: ServerPolicy, text: str = "Observation: a room.\nAction:", seed: int = 0, temperature: float = 0.0):
     session = policy.open(text)
-    policy.submit(Ask(session, 0.0, seed))
+    policy.submit(Ask(session, temperature, seed))
     deadline = time.time() + 60
     while time.time() < deadline:
         for of, line in policy.poll():
@@ -507,14 +507,14 @@ def test_a_request_for_a_closed_session_is_not_repeated(server, tmp_path):
     assert line_of(policy, "another") == " act[look]\n" and len(server.requests) == 2
 
 
-def test_replies_that_came_before_the_server_failed_are_kept(server, tmp_path):
+def test_replies_that_came_after_a_failure_are_kept(server, tmp_path):
     policy = policy_of(server, tmp_path, retries=0)
     server.answers[:] = [lambda body: completion("act[look]") if body["seed"] else (401, {}, b"{}")]
     for seed in (0, 1):
         policy.submit(Ask(policy.open("Observation: a room.\nAction:"), 0.0, seed))
-    deadline = time.time() + 60
-    while policy._results.qsize() < 2 and time.time() < deadline:
-        time.sleep(0.01)
+        deadline = time.time() + 60
+        while policy._results.qsize() == seed and time.time() < deadline:
+            time.sleep(0.01)
     with pytest.raises(ValueError, match="refuses model"):
         policy.poll()
     assert line_of(policy_of(server, tmp_path), seed=1) == " act[look]\n" and len(server.requests) == 2
@@ -536,12 +536,8 @@ def test_whatever_goes_wrong_in_a_request_is_its_result(server, tmp_path, monkey
 
 
 def test_a_temperature_that_is_no_number_is_no_reply(server, tmp_path):
-    policy = policy_of(server, tmp_path)
-    session = policy.open("x")
-    policy.submit(Ask(session, float("nan"), 0))
-    while not (came := policy.poll()):
-        pass
-    assert isinstance(came[0][1], NoReply) and not server.requests
+    assert isinstance(line_of(policy_of(server, tmp_path), temperature=float("nan")), NoReply)
+    assert not server.requests
 
 
 def test_a_reply_that_never_comes_does_not_keep_its_slot(server, tmp_path, monkeypatch):
@@ -601,17 +597,22 @@ def test_a_key_that_no_request_can_carry_is_refused_by_the_name_of_its_variable(
     assert SECRET not in str(refused.value)
 
 
-def test_a_key_is_sent_and_an_echo_of_it_is_masked_wherever_it_comes(server, tmp_path, monkeypatch):
+def test_a_key_is_sent_and_an_echo_of_it_is_masked_wherever_it_comes(server, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("A_KEY", f"{SECRET}\n")
     policy = policy_of(server, tmp_path, key="A_KEY", retries=0)
     server.answers[:] = [completion(f"act[say {SECRET}]")]
-    assert line_of(policy) == " act[say $A_KEY]\n" and server.keys == [f"Bearer {SECRET}"]
-    server.answers[:] = [error(400, f"Bearer {SECRET} is odd"), completion("OK.")]
-    line = line_of(policy, "another")
-    assert isinstance(line, NoReply) and "Bearer $A_KEY is odd" in str(line)
+    assert line_of(policy) == " act[say [API key]]\n" and server.keys == [f"Bearer {SECRET}"]
+    escaped = "".join(f"\\u{ord(letter):04x}" for letter in SECRET)
+    for echo in (SECRET, escaped, "x" * 490 + SECRET):  # plain, written otherwise, and where the words are cut
+        server.answers[:] = [(400, {}, b'{"error": "Bearer %s"}' % echo.encode()), completion("OK.")]
+        line = line_of(policy, "another")
+        assert isinstance(line, NoReply) and SECRET[:8] not in str(line)
     server.answers[:] = [error(401, f"Incorrect API key provided: {SECRET}")]
-    with pytest.raises(ValueError, match=r"Incorrect API key provided: \$A_KEY"):
+    with pytest.raises(ValueError, match=r"Incorrect API key provided: \[API key\]"):
         line_of(policy, "another")
+    server.answers[:] = [error(400, f"System role not supported {SECRET}"), completion("act[look]")]
+    assert line_of(policy, "another") == " act[look]\n"
+    assert "[API key]" in (out := capfd.readouterr().out) and SECRET not in out
     assert not any(SECRET.encode() in path.read_bytes() for path in tmp_path.iterdir())
 
 

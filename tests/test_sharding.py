@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from lora.config import Config
 from lora.load import save_model
 from lora.model import Mistral
-from lora.sharding import check_divisible, fused_order, join_processes, make_mesh
+from lora.sharding import check_divisible, fused_order, join_processes, make_mesh, start_devices
 from tests.support.helpers import TINY
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +90,11 @@ def test_what_cannot_be_divided_is_named(folder):
         check_divisible("q", (6, 5), P(("tensor", "fsdp")), {"data": 1, "fsdp": 2, "tensor": 2})
     with pytest.raises(ValueError, match="needs 64 devices, found 2"):
         make_mesh((1, 64, 1))
+    for shape in ((0, 0, 0), (-1, 0, 1), (1, 1), (-1, -1, 1), (1, 1, -3)):
+        with pytest.raises(
+            ValueError, match="--mesh .*: expected the devices along data, fsdp, tensor, each at least 1"
+        ):
+            make_mesh(shape)
     assert dict(make_mesh((-1, 1, 1)).shape) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
     process = start(folder, "nf4-dq", 8, "1,1,4")
     assert process.wait(120) == 1
@@ -101,3 +106,11 @@ def test_a_coordinator_needs_its_numbers(monkeypatch):
     monkeypatch.setenv("PROCESSES", "2")
     with pytest.raises(ValueError, match="needs PROCESS too"):
         join_processes()
+
+
+def test_a_cpu_is_split_into_as_many_devices_as_a_step_has_rows_but_not_into_thousands(monkeypatch):
+    devices = {}
+    monkeypatch.setattr(jax.config, "update", devices.__setitem__)
+    for rows, count in ((1, 1), (2, 2), (10_000, 64)):
+        start_devices(rows)
+        assert devices == {"jax_num_cpu_devices": count}

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -355,6 +356,16 @@ def test_attention_that_this_device_does_not_have_is_refused_before_anything_is_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_step_that_cannot_fit_is_refused_with_its_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("lora.flops.device_memory", lambda: 2**30)
+    model = write_tiny_model(tmp_path / "base")
+    with pytest.raises(
+        ValueError, match=r"a step of 10000 rows of 1048576 .* takes 125,829,120,000 bytes.*--batch-rows"
+    ):
+        main(Args(run=tmp_path / "run", model=model, batch_rows=10_000, row_length=2**20))
+    assert not (tmp_path / "run").exists()
+
+
 def test_every_row_is_seen_once_an_epoch_in_another_order_each_time():
     args = Args(batch_rows=4, seed=1)
     first, second = (np.concatenate(batch_order(args, 2, epoch, 10)) for epoch in (0, 1))
@@ -509,6 +520,27 @@ def test_a_damaged_checkpoint_is_left_aside_for_the_one_before(
     assert adapter_bytes(args.run) == adapter_bytes(unbroken)
 
 
+def test_a_full_disk_is_one_error_and_the_run_goes_on_when_there_is_room(unbroken, base, tmp_path, monkeypatch):
+    args = small(tmp_path, base, checkpoint_minutes=0.0)
+    killed(args, monkeypatch, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("lora.trainer.shutil.disk_usage", lambda _: SimpleNamespace(free=1))
+        with pytest.raises(
+            OSError, match="no space left for the checkpoint of step 2: it takes [0-9,]+ bytes, 1 are free"
+        ):
+            main(args)
+    main(args)
+    assert adapter_bytes(args.run) == adapter_bytes(unbroken) and steps_of(args.run) == [1, 2, 3, 4]
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_named(base, tmp_path):
+    args = small(tmp_path, base)
+    (args.run / "round_0/train_pg").mkdir(parents=True)
+    (args.run / "round_0/train_pg/checkpoints").write_text("")
+    with pytest.raises(FileExistsError, match="checkpoints"):
+        main(args)
+
+
 def test_the_rate_warms_up_to_the_peak_and_falls_to_a_tenth():
     peak, close = 1e-3, functools.partial(pytest.approx, rel=1e-5)
     for steps, warmup in ((1, 1), (2, 1), (100, 3)):
@@ -550,11 +582,13 @@ def test_a_record_whose_ids_were_changed_is_named_and_nothing_is_written(base, t
 
 
 def paired(tmp_path, base, **changes) -> Args:
-    """Round 1 of a run: a failure and a composition that won, after a round 0 that won nothing."""
+    """Round 1 of a run: a failure and a composition that won, after a round 0 in which nothing was won."""
     run = tmp_path / "run"
     for number in range(2):
         write_stage(run / f"round_{number}/rollout", [trajectory(round=number, **LOST)])
         write_stage(run / f"round_{number}/actre", [trajectory(round=1, source="actre", **WON)] if number else [])
+    (run / "round_0/train_pg").mkdir()
+    (run / "round_0/train_pg/done.json").write_text("{}")
     return Args(run=run, model=base, round=1, rank=2, row_length=512, epochs=(1,), **changes)
 
 
@@ -591,8 +625,8 @@ def test_preview_shows_what_was_trained_on_whatever_the_flags(base, tmp_path, ca
     assert "\033" not in would_be
     places = [line for line in lines if line.startswith("---")]
     assert [line.split(": ", 1)[1] for line in places] == [
-        "round_1/actre/trajectories.jsonl:1 weight +1, 393 tokens",
-        "round_1/rollout/trajectories.jsonl:1 weight +0.1, 393 tokens",
+        "round_1/actre/trajectories.jsonl:1 weight +1, 396 tokens",
+        "round_1/rollout/trajectories.jsonl:1 weight +0.1, 396 tokens",
     ]
     for weight, text in (
         ("+1", " think[I need a mug. I check the shelf 1.]"),

@@ -57,9 +57,9 @@ def test_rows_that_ended_in_a_fault_are_written_again(tmp_path, capsys):
         (2, "stuck"),
         (5, "context_full"),
     ]
-    note = closing_notes([trajectory(end=end) for end in [*ends, "timeout"]], tmp_path)
+    note = closing_notes([trajectory(end=end) for end in [*ends, "timeout"]], tmp_path, grammar=None)
     assert "env_error: 1, llm_error: 1, timeout: 2; to play them again, remove" in note
-    assert closing_notes([trajectory()], tmp_path) == ""
+    assert closing_notes([trajectory()], tmp_path, grammar=None) == ""
 
 
 def test_both_renderings_are_the_papers_form():
