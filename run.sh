@@ -48,7 +48,7 @@ case "$what" in
     train+=(--row-length 4096 --learning-rate 4e-3) ;; # at 1e-3 the base keeps its habits
   paper)
     base="$RUN/base-nf4" # quantised once; every stage reads it instead of the 16-bit files
-    [ -e "$base/config.json" ] ||
+    [ -e "$base" ] ||
       stage -m lora.convert --weights nf4 --out "$base" \
         --model "${MODEL:?MODEL must name the folder of Mistral-7B-Instruct-v0.2}"
     common+=(--model "$base")

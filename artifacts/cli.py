@@ -46,8 +46,8 @@ class Range:
         return (self.low < value if self.above else self.low <= value) and value <= self.high
 
     def __str__(self) -> str:
-        least = f"{'more than' if self.above else 'at least'} {self.low:g}"
-        return least if self.high == math.inf else f"{least} and at most {self.high:g}"
+        least = f"{'more than' if self.above else 'at least'} {self.low}"
+        return least if self.high == math.inf else f"{least} and at most {self.high}"
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------

@@ -21,8 +21,6 @@ import artifacts.interrupts
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -34,6 +32,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from artifacts.atomic import lock
 from artifacts.cli import run_main
 from artifacts.json_io import read_json, write_json
 from envs.make import DEFAULTS
@@ -46,7 +45,6 @@ IN_FACTS = {"run", "round", "name", "model", "data", "panel", "panels", "limit",
 IN_FACTS |= {"base", "inputs", "personas", "epochs", "verify", "out", "import_"}
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy", "alfworld")
 ROOT = Path(__file__).parents[1]  # the project's folder
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)  # of a file system without locks
 
 
 class StageError(ValueError):
@@ -186,22 +184,6 @@ def differences(old: dict[str, Any], config: dict[str, Any], args: Any) -> list[
     ]
 
 
-def lock(directory: Path) -> int:
-    """Locks a directory for this process and returns the descriptor that holds the lock; it ends with the process,
-    however that happens. Raises StageError if another process has it. Some network file systems have no locks."""
-    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            os.close(descriptor)
-            raise StageError(
-                f"another process is at work in {directory}; wait until it ends, or choose another --run"
-            ) from error
-        print(f"{directory}: this file system has no locks; start only one process here", file=sys.stderr)
-    return descriptor
-
-
 class Stage:
     """One stage in its directory; see the module's docstring.
 
@@ -218,7 +200,11 @@ class Stage:
         self._record = joined_identity(self._run, identity) if identity else None
         self._made = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock: int | None = lock(self.directory)
+        self._lock = lock(self.directory / ".lock")
+        if self._lock is None:
+            raise StageError(
+                f"another process is at work in {self.directory}; wait until it ends, or choose another --run"
+            )
         try:
             self.finished = self._open(args)
         except BaseException:

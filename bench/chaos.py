@@ -68,8 +68,9 @@ CHAINS = (
 )
 STAGES = tuple(name for chain in CHAINS for name, *_ in chain if name)
 # The shell of a full disk: $0 KiB, $1 the folder with the run, which is copied there and back, then the command.
-DISK = """disk=$1.disk run=$1 && shift && mkdir "$disk" && mount -t tmpfs -o size=$0K tmpfs "$disk" &&
-cp -a "$run/." "$disk" && cd "$disk" && { "$@"; status=$?; find "$run" -mindepth 1 -delete; cp -a . "$run"; exit $status; }"""
+DISK = """disk=$1.disk run=$1 && shift && mkdir -p "$disk" && mount -t tmpfs -o size=$0K tmpfs "$disk" &&
+cp -a "$run/." "$disk" && cd "$disk" || exit 1
+"$@"; status=$?; find "$run" -mindepth 1 -delete; cp -a . "$run"; exit $status"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +146,7 @@ def complete(words: tuple[str, ...], folder: Path) -> None:
 
 def check_end(words: tuple[str, ...], status: int, said: str, expected: int, sentence: str) -> None:
     """Raises Wrong unless a command ended with the expected status and with a sentence that has the given words."""
-    name = f"{words[1].rpartition('.')[2]}.py" if words[0] == "-m" else words[0]
+    name = f"{words[1].rpartition('.')[2]}.py" if words[0] == "-m" else Path(words[0]).name
     last = said.strip().rpartition("\n")[2]
     if status != expected or "Traceback" in said or not (last.startswith(f"{name}: ") and sentence in last):
         raise Wrong(

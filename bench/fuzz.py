@@ -46,7 +46,7 @@ from bench.fuzzing.demands import SLOW, Broken, require
 from bench.fuzzing.files import Folders, Replies
 from bench.fuzzing.games import ACTIONS, Actions, Records
 
-HANGS, STUCK = 10, 120  # seconds after which Python code is interrupted, and after which the campaign is given up
+HANGS, STUCK = 30, 120  # seconds after which Python code is interrupted, and after which the campaign is given up
 KINDS = {"actions": Actions, "records": Records, "folders": Folders, "replies": Replies}
 
 
@@ -115,14 +115,14 @@ def campaign(args: Args, folder: Path) -> Counter[str]:
         with quiet():
             case = KINDS[kind](folder) if chosen else None
         for number in tqdm(chosen, desc=kind, unit="case", mininterval=0):  # if all hangs, the bar says where
-            faulthandler.dump_traceback_later(STUCK, exit=True)
+            faulthandler.dump_traceback_later(STUCK, exit=True, file=sys.__stderr__)
             count, wrong = once(case, generator(args.seed, "fuzz", kind, number))
             if wrong.startswith(SLOW):
                 count, wrong = once(case, generator(args.seed, "fuzz", kind, number))
             total.update(count)
             total["failures"] += bool(wrong)
             if wrong:
-                tqdm.write(f"{kind}/{number}: {wrong}")
+                tqdm.write(f"{kind}/{number}: {wrong} ({case.what})")
         faulthandler.cancel_dump_traceback_later()
     return total
 

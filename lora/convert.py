@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
 
-import fcntl
 import hashlib
 import os
 import re
@@ -28,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from artifacts.atomic import lock
 from artifacts.cli import run_main
 from artifacts.json_io import read_json, write_json
 from lora.adapter import read_adapter
@@ -169,21 +169,15 @@ def is_finished(out: Path, record: dict[str, str]) -> bool:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Holds a lock beside `out`, which ends with the process. Raises ValueError if another process holds it."""
+    """Holds a lock beside `out`. Raises ValueError if another process holds it."""
     path = out.with_name(f".{out.name}.lock")
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = lock(path)
+    if descriptor is None:
+        raise ValueError(f"another process is converting to {out}; wait until it ends, or give another --out")
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())  # not removed by another since
-    except OSError as error:  # else the file system has no locks
-        mine = not isinstance(error, BlockingIOError)
-    try:
-        if not mine:
-            raise ValueError(f"another process is converting to {out}; wait until it ends, or give another --out")
         yield
     finally:
-        if mine:
-            path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         os.close(descriptor)
 
 

@@ -289,8 +289,8 @@ def test_six_wordings_are_played_scored_and_resumed(unbroken, tmp_path, capsys):
     assert (folder / "trajectories.jsonl").read_bytes() == whole
     assert capsys.readouterr().out.count("finished already") == 5
     with pytest.raises(ValueError, match="P[1-5] c.*choose another perturbation"):
-        evaluate.main(evaluate.Args(run=tmp_path, env="webshop", base=True, perturb="all"))
-    assert not (tmp_path / "base").exists()  # refused before anything is played
+        evaluate.main(evaluate.Args(run=tmp_path / "shop", env="webshop", base=True, perturb="all"))
+    assert not (tmp_path / "shop").exists()  # refused before anything is played
     with pytest.raises(StageError, match="temperature 0"):
         evaluate.main(evaluate.Args(run=tmp_path, base=True, best_of=2))
     with pytest.raises(StageError, match="no adapter"):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+
 import msgspec
 import numpy as np
 import pytest
 
+from agent.attempt import AttemptSettings, Job
+from agent.local import LocalPolicy
+from agent.loop import PlayLoop
 from artifacts.packing import pack, token_weights
 from artifacts.render import OK, act_line, actre_segments, flat, parse_reply, react_segments, text_of
 from artifacts.scores import closing_notes
-from artifacts.tokens import tokens_of
+from artifacts.tokens import read_codec, tokens_of
 from artifacts.trajectory import Writer, read_trajectories, sort_file, to_line
 from lora.tokenizer import encode_piece
-from tests.support.helpers import byte_codec, byte_tokenizer, trajectory, turn
+from tests.support.helpers import byte_codec, byte_tokenizer, trajectory, turn, write_tiny_model
+from tests.support.rooms import TASK, Room
 
 REACT = """Observation: Your task is to: put a mug in desk. You are in the middle of a room. \
 Looking quickly around you, you see a desk 1, and a shelf 1.
@@ -231,6 +237,29 @@ def test_ids_that_do_not_spell_the_record_are_refused_with_its_place(how):
         tokens_of(changed_ids(how), CODEC)
     with pytest.raises(ValueError, match=r"^rollout\.jsonl:7: "):
         tokens_of(changed_ids(how), CODEC, "rollout.jsonl:7")
+
+
+@pytest.mark.parametrize(
+    ("model", "trials", "temperature", "context"),
+    [("random", 320, 1.0, 230), ("models/tiny-alfworld", 64, 2.0, 110)],
+)
+def test_no_record_that_a_model_played_is_refused(model, trials, temperature, context, tmp_path):
+    """Replies that end in a newline, in an end token or at their limit; contexts that are full."""
+    if model == "random":
+        model = write_tiny_model(tmp_path / "base")
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"eos_token_id": [*range(60, 70)]}))
+    policy = LocalPolicy(model, slots=64, context=context, max_new_tokens=12)
+    how = {"env": "alfworld", "stage": "test", "round": 1, "seed": 0, "max_turns": 3, "patience": 0}
+    jobs = [Job(TASK, trial) for trial in range(trials)]
+    rows = list(PlayLoop(jobs, AttemptSettings(temperature=temperature, **how), Room, policy))
+    codec = read_codec(model)
+    for row in rows:
+        tokens = tokens_of(row, codec)
+        assert tokens.ids == row.ids[: len(tokens.ids)] and (row.end == "context_full" or tokens.ids == row.ids)
+        assert [a for a, flag in zip(tokens.agent, row.sampled, strict=False) if flag].count(0) == 0
+    assert len(rows) == trials and sum(len(row.turns) for row in rows) > trials
+    assert {row.end for row in rows} >= {"context_full", "max_turns"}
 
 
 def test_a_reply_cut_by_its_limit_is_closed_with_a_newline():

@@ -34,7 +34,6 @@ SENSIBLE = {
     "world_weight": (0,),
     "failure_reward": (-1, 0),
     "checkpoint_minutes": (0,),
-    "mesh": (-1,),
     "retries": (0,),
     "floor": (-1, 0),
     "threshold": (0,),

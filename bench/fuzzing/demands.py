@@ -23,6 +23,5 @@ def accepted(name: str, call: Callable, *arguments: Any) -> Any:
     try:
         return call(*arguments)
     except (ValueError, OSError) as error:
-        words = str(error)
-        require(name in words and len(words) < 3000, f"{type(error).__name__} without {name!r}: {words[:500]!r}")
+        require(name in str(error), f"{type(error).__name__} without {name!r}: {str(error)[:500]!r}")
         return None

@@ -43,7 +43,7 @@ from lora.config import Config
 from lora.linear import LoRAConfig
 from lora.load import load_model, save_model
 from lora.model import Mistral
-from lora.tokenizer import load_tokenizer, prompt_ids
+from lora.tokenizer import encode_piece, load_tokenizer, prompt_ids
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
@@ -96,7 +96,7 @@ def read_weights(folder: Path) -> Checkpoint:
 class Folders:
     """Bases with a tokenizer and an adapter, in which one file is damaged."""
 
-    clock, limit = time.process_time, LIMIT
+    clock, limit, what = time.process_time, LIMIT, ""
 
     def __init__(self, folder: Path):
         self.folder = folder / "models"
@@ -113,9 +113,10 @@ class Folders:
             tensors = path.suffix == ".safetensors"
             how = choose(rng, ("header", "values", "values", "bytes") if tensors else ("json", "json", "json", "bytes"))
             how = choose(rng, (how, how, how, "replaced"))
+            self.what = f"{how} of {path.relative_to(folder)}"
             fatal = getattr(self, how)(path, rng)
             refusals = self.refusals(folder)
-            require(bool(refusals) or not fatal, f"{path.relative_to(folder)}: {fatal}, and nothing is refused")
+            require(bool(refusals) or not fatal, f"{fatal}, and nothing is refused")
         return Counter(folders=1, refused_folders=bool(refusals))
 
     def refusals(self, folder: Path) -> int:
@@ -125,7 +126,8 @@ class Folders:
         results = [tokenizer, checkpoint, accepted(str(folder), read_weights, folder)]
         results += [accepted(str(folder), Config.read, folder), accepted(str(folder), base_facts, folder)]
         if tokenizer is not None:
-            results.append(accepted("t", prompt_ids, tokenizer, folder, "look\n"))
+            results.append(accepted("", prompt_ids, tokenizer, folder, "look\n"))
+            results.append(accepted("", lambda: tokenizer.decode(encode_piece(tokenizer, "act[take mug 1]\n", False))))
         if checkpoint is not None:
             results.append(accepted(str(folder), read_adapter, checkpoint, folder / "adapter"))
         return sum(result is None for result in results)
@@ -201,7 +203,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 class Replies:
     """Attempts at synthetic games, played by a server."""
 
-    clock, limit = time.monotonic, LIMIT
+    clock, limit, what = time.monotonic, LIMIT, ""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -221,6 +223,7 @@ class Replies:
         else:
             sent = choose(rng, getattr(self, kind))
         recovers = bool(rng.random() < 0.5)
+        self.what = f"{kind}, {before} good before: {sent[:1000]!r}"
         with tempfile.TemporaryDirectory(dir=self.folder) as place:
             cache = Path(place, "replies.sqlite")
             rows = accepted("", self.play, [self.good] * before + [sent] + [self.good] * recovers, cache)
@@ -234,7 +237,7 @@ class Replies:
         """Three attempts of two turns. Raises Broken if one is lost."""
         self.server.answers = answers
         url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        policy = ServerPolicy(Server(url=url, model="m", concurrency=1, retries=0, timeout=2.0), cache)
+        policy = ServerPolicy(Server(url=url, model="m", concurrency=1, retries=0), cache)
         jobs = [Job(f"syn_easy/{number:05d}", 0) for number in range(3)]
         settings = AttemptSettings(
             env="synthetic", stage="fuzz", round=1, seed=0, max_turns=2, patience=0, temperature=0.0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -39,9 +41,9 @@ ARGS = (train_pg.Args(), train_pg.Args(fractional=True, threshold=0.0))  # ways 
 
 
 class Actions:
-    """Walks through worlds."""
+    """Walks through worlds. `what`, here and below, describes the case at hand."""
 
-    clock, limit = time.process_time, LIMIT * ACTIONS
+    clock, limit, what = time.process_time, LIMIT * ACTIONS, ""
 
     def __init__(self, folder: Path):
         self.worlds = (
@@ -53,11 +55,15 @@ class Actions:
             ("synthetic", "syn_held", {}),
             ("pddl", "pddl_test", {}),
         )
+        for env, split, how in self.worlds:  # what is loaded or prepared only once does not count
+            world = make_world(env, **how)
+            world.reset(world.tasks(split)[0])
 
     def __call__(self, rng: np.random.Generator) -> Counter[str]:
         env, split, how = choose(rng, self.worlds)
         perturb, tells = choose(rng, ("none", *PERTURBATIONS)), bool(rng.random() < 0.3)
         world = make_world(env, perturb=perturb, tell_commands=tells, **how)
+        self.what = f"{env} {how}, {perturb}"
         count, turns, opening = Counter({"actions": ACTIONS, f"actions_{env}": ACTIONS}), [], None
         for _ in range(ACTIONS):
             if opening is None:
@@ -146,7 +152,7 @@ def played_records() -> list[Trajectory]:
 class Records:
     """Files of trajectories with one change."""
 
-    clock, limit = time.process_time, LIMIT
+    clock, limit, what = time.process_time, LIMIT, ""
 
     def __init__(self, folder: Path):
         self.path, self.codec = folder / "trajectories.jsonl", read_codec(ROOT / "models/tiny-alfworld")
@@ -158,8 +164,10 @@ class Records:
         rows = [self.rows[i] for i in sorted(rng.permutation(len(self.rows))[:5])]
         lines = list(map(to_line, rows))
         index = int(rng.integers(len(lines)))
-        how = choose(rng, ("bytes", "json", "json", "ids", "ids", "end", "end", "twice", "cut"))
+        how = choose(rng, ("bytes", "json", "json", "ids", "ids", "end", "end", "number", "twice", "cut"))
         changed = getattr(self, how)(rows[index], rng)
+        start = len(os.path.commonprefix([lines[index], changed]))
+        self.what = f"{how} of row {index}: {changed[max(0, start - 40) : start + 80]!r}"
         data = b"".join([*lines[:index], changed, *lines[index + 1 :]])
         self.path.write_bytes(data)
         found = accepted(f"{self.path}:", lambda: list(read_trajectories(self.path)))
@@ -201,6 +209,12 @@ class Records:
         """A fault, or another end, that has a reward all the same."""
         end = choose(rng, (*FAULTS, *FAULTS, "context_full", "won"))
         return json.dumps(json.loads(to_line(row)) | {"end": end, "reward": 1.0, "success": True}).encode() + b"\n"
+
+    def number(self, row: Trajectory, rng: np.random.Generator) -> bytes:
+        """Another number."""
+        name = choose(rng, ("reward", "reward", "progress", "trial", "round", "seed", "schema"))
+        number = choose(rng, ("-1", "0", "2", "0.5", "1e30", "1e308", "-1e308", "1e400", "1" + "0" * 30))
+        return re.sub(rf'("{name}"):[^,]+', rf"\1:{number}", to_line(row).decode(), count=1).encode()
 
     def twice(self, row: Trajectory, rng: np.random.Generator) -> bytes:
         return to_line(row) * 2

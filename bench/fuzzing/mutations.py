@@ -218,7 +218,7 @@ def spoil_bytes(data: bytes, rng: np.random.Generator) -> bytes:
 def answer(body: bytes | str, status: str = "200 OK", headers: str = "") -> bytes:
     """A whole answer of a server."""
     data = body.encode() if isinstance(body, str) else body
-    return f"HTTP/1.1 {status}\r\n{headers}Content-Length: {len(data)}\r\n\r\n".encode() + data
+    return f"HTTP/1.1 {status}\r\nConnection: close\r\n{headers}Content-Length: {len(data)}\r\n\r\n".encode() + data
 
 
 def chat(message: Any, **choice: Any) -> str:
@@ -300,7 +300,7 @@ def unreadable(line: str) -> list[bytes]:
         said(line).replace(json.dumps(line), DEEP),
     ]
     answers = [answer(body) for body in bodies]
-    answers += [answer(said("look \xe9").encode("latin-1")), answer(events({"role": "assistant"}))]
+    answers += [answer(said("look E").replace("E", "\xe9").encode("latin-1")), answer(events({"role": "assistant"}))]
     statuses = ("400 Bad Request", "404 Not Found", "418 I'm a teapot", "429 Too Many Requests", "500 Oops", "503 Busy")
     for status in statuses:
         answers += [answer(body, status) for body in (json.dumps({"error": {"message": "no"}}), "", "\xff", DEEP)]
@@ -308,7 +308,6 @@ def unreadable(line: str) -> list[bytes]:
     return [
         *answers,
         answer(full, "400 Bad Request"),
-        answer("", "307 Temporary Redirect", "Location: /v1/chat/completions\r\n"),
         answer(b"junk", headers="Content-Encoding: gzip\r\n"),
         b"",
         b"junk\r\n\r\n",
