@@ -49,16 +49,12 @@ class LocalPolicy:
         self._ends = set(model.config.eos_token_ids)  # end the reply of an instructed model that writes no newline
         self._stops, self._limit = [*self._newline, *self._ends], max_new_tokens
         prefix = prompt_ids(self._tokenizer, model_dir, prompt) if prompt else []
-        positions = model.config.max_position_embeddings
-        if len(prefix) + context > positions:
-            with_prompt = f" and --prompt of {len(prefix)} tokens" if prefix else ""
+        room = model.config.max_position_embeddings - len(prefix)
+        if context > room:
+            remedy = f"--context of at most {room}" if room > 0 else "a shorter --prompt"
             raise ValueError(
-                f"--context {context}{with_prompt} need more than the {positions} positions of {model_dir}; expected "
-                + (
-                    f"--context of at most {positions - len(prefix)}"
-                    if len(prefix) < positions
-                    else "a shorter --prompt"
-                )
+                f"--context {context} and {len(prefix)} tokens of --prompt need more than the "
+                f"{model.config.max_position_embeddings} positions of {model_dir}; expected {remedy}"
             )
         self._in_prefix = len(self._tokenizer.encode("").ids) if prompt else 0  # leading ids that the prefix has too
         self._engine = Engine(

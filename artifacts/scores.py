@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from artifacts.json_io import read_json
-from artifacts.stage import compared, current_round, round_directory
+from artifacts.stage import compared, current_round, round_directory, shown
 from artifacts.trajectory import FAULTS, Trajectory
 from envs.alfworld.index import TASK_TYPES, task_type
 from envs.alfworld.world import other_grammar
@@ -184,7 +184,7 @@ def settings_notes(run: Path, name: str, shown: Iterable[str]) -> dict[str, str]
     last = next(reversed(settings.values()), {})
     differing = {
         subject: [
-            f"{key} {these.get(key)!r} (else {last.get(key)!r})"
+            f"{key} {shown(these.get(key))} (else {shown(last.get(key))})"
             for key in sorted({*these, *last})
             if these.get(key) != last.get(key)
         ]

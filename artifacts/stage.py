@@ -24,6 +24,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -139,7 +140,7 @@ def joined_identity(run: Path, identity: dict[str, Any]) -> dict[str, Any]:
     if found:
         known = f" (its base was {old['model']})" if "model" in old else ""
         differing = "; ".join(
-            f"{name} is {then[name]!r} there, {now[name]!r} now ({FLAGS.get(name.split('.')[0], '--data')})"
+            f"{name} is {shown(then[name])} there, {shown(now[name])} now ({FLAGS.get(name.split('.')[0], '--data')})"
             for name in found
         )
         raise StageError(f"{run} is another run{known}: {differing}. Give the run's own setting, or a new --run.")
@@ -156,6 +157,11 @@ def by_name(settings: dict[str, Any]) -> dict[str, Any]:
         inner = by_name(value) if isinstance(value, dict) else {}
         found |= {f"{name}.{key}": v for key, v in inner.items()} or {name: value}
     return found
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: of a sha256, what tells it apart."""
+    return f"{value[:12]}..." if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else repr(value)
 
 
 def as_json(args: Any) -> dict[str, Any]:
@@ -178,7 +184,7 @@ def differences(old: dict[str, Any], config: dict[str, Any], args: Any) -> list[
     then = compared({"args": as_json(dataclasses.replace(args, **defaults))}) | compared(old)
     now = compared(config)
     return [
-        f"{name}: there {then.get(name)!r}, now {now.get(name)!r}"
+        f"{name}: there {shown(then.get(name))}, now {shown(now.get(name))}"
         for name in sorted({*then, *now})
         if then.get(name) != now.get(name)
     ]

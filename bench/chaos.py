@@ -133,8 +133,8 @@ def end(process: subprocess.Popen) -> tuple[int, str, str]:
         out, said = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         process.kill()
-        raise Wrong(f"does not end within {PATIENCE} s: {process.communicate()[1].decode()[-300:]}") from None
-    return process.returncode, out.decode(), said.decode()
+        raise Wrong(f"does not end within {PATIENCE} s: {process.communicate()[1][-300:]}") from None
+    return process.returncode, out.decode(errors="replace"), said.decode(errors="replace")
 
 
 def complete(words: tuple[str, ...], folder: Path) -> None:

@@ -106,8 +106,8 @@ def interrupt(*_: Any) -> None:
 def campaign(args: Args, folder: Path) -> Counter[str]:
     """Runs all cases and prints what fails. Returns the counts."""
     total = Counter(failures=0)
-    cases = {kind: getattr(args, kind) for kind in KINDS} | {"actions": -(-args.actions // ACTIONS)}
-    numbers = {kind: range(count) for kind, count in cases.items()}
+    cases = (-(-args.actions // ACTIONS), args.records, args.folders, args.replies)
+    numbers = {kind: range(count) for kind, count in zip(KINDS, cases, strict=True)}
     if args.only is not None:
         kind, _, number = args.only.partition("/")
         numbers = {kind: [int(number)]}

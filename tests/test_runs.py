@@ -207,7 +207,7 @@ def test_a_prompt_that_cannot_be_read_or_does_not_fit_is_refused(tmp_path, model
         rollout.main(args)
     prompt.write_text("x" * 200)
     with pytest.raises(
-        ValueError, match=r"--prompt of 20\d tokens need more than the 4096 positions .* at most 38\d\d"
+        ValueError, match=r"20\d tokens of --prompt need more than the 4096 positions .* at most 38\d\d"
     ):
         make_policy(args, args.server, tmp_path / "replies.sqlite", None, prompt)
     assert not (tmp_path / "run").exists()
