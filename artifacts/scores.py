@@ -170,13 +170,13 @@ def read_scores(run: Path, name: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def settings_notes(run: Path, name: str, shown: Iterable[str]) -> dict[str, str]:
+def settings_notes(run: Path, name: str, chosen: Iterable[str]) -> dict[str, str]:
     """{subject: what differs} for the subjects whose evaluation `name` had other settings than the last one's.
 
     What may differ in one table, since the subject says it: the adapter and a server's model.
     """
     settings = {}
-    for subject in shown:
+    for subject in chosen:
         config = read_json(subjects(run)[subject] / name / "config.json", dict[str, Any])
         settings[subject] = {
             key: value for key, value in compared(config).items() if key not in ("facts.adapter", "args.server.model")
