@@ -46,8 +46,8 @@ class Trajectory(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     source: Literal["react", "actre", "demo", "refine"]
     first_observation: str
     turns: list[Turn]
-    reward: float
-    progress: float
+    reward: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    progress: Annotated[float, msgspec.Meta(ge=0, le=1)]
     success: bool
     end: End
     ids: list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]] = []
