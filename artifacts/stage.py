@@ -225,8 +225,8 @@ class Stage:
     def _open(self, args: Any) -> bool:
         """Compares or writes config.json. Returns whether the stage is finished."""
         path = self.directory / "config.json"
-        for leftover in self.directory.glob("*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink()
+        for leftover in (*self.directory.glob("*.tmp"), *self.directory.glob("adapter/*.tmp")):
+            leftover.unlink()  # of a process that was killed while it wrote
         if self._results():
             if not path.exists():
                 raise StageError(
