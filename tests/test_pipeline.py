@@ -291,12 +291,12 @@ def test_six_wordings_are_played_scored_and_resumed(unbroken, tmp_path, capsys):
     with pytest.raises(ValueError, match="P[1-5] c.*choose another perturbation"):
         evaluate.main(evaluate.Args(run=tmp_path / "shop", env="webshop", base=True, perturb="all"))
     assert not (tmp_path / "shop").exists()  # refused before anything is played
-    with pytest.raises(StageError, match="temperature 0"):
-        evaluate.main(evaluate.Args(run=tmp_path, base=True, best_of=2))
+    with pytest.raises(ValueError, match="temperature 0"):
+        evaluate.Args(run=tmp_path, base=True, best_of=2).check()
     with pytest.raises(StageError, match="no adapter"):
         evaluate.main(evaluate.Args(run=tmp_path, adapter=tmp_path))
-    with pytest.raises(StageError, match="more than one"):
-        evaluate.main(evaluate.Args(run=tmp_path, adapter=adapter, base=True))
+    with pytest.raises(ValueError, match="more than one"):
+        evaluate.Args(run=tmp_path, adapter=adapter, base=True).check()
 
 
 def test_webshop_goes_through_the_stages(tmp_path, monkeypatch):
