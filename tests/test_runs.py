@@ -33,18 +33,14 @@ class Look:
 
 @pytest.fixture(autouse=True, scope="module")
 def a_policy_without_a_model():
-    """What a run is does not depend on how well it is played."""
+    """What a run is does not depend on how well it is played. Generated tasks everywhere, whatever is set outside."""
     with pytest.MonkeyPatch.context() as patch:
+        for name in ("ALFWORLD_DATA", "WEBSHOP_DATA"):
+            patch.delenv(name, raising=False)
+        patch.chdir(ROOT)
         for stage in (rollout, actre, evaluate):
             patch.setattr(stage, "make_policy", lambda *_: ScriptedPolicy(lambda _: Look()))
         yield
-
-
-@pytest.fixture(autouse=True)
-def generated_tasks(monkeypatch):
-    for name in ("ALFWORLD_DATA", "WEBSHOP_DATA"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture(scope="module")
