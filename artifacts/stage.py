@@ -211,11 +211,10 @@ class Stage:
             raise StageError(
                 f"another process is at work in {self.directory}; wait until it ends, or choose another --run"
             )
-        try:
+        with contextlib.ExitStack() as refused:
+            refused.callback(self.close)
             self.finished = self._open(args)
-        except BaseException:
-            self.close()
-            raise
+            refused.pop_all()
         if self.finished:
             print(f"{self.directory}: finished already")
             self.close()

@@ -28,6 +28,15 @@ def empty_tokenizer(bpe: models.BPE, split: str) -> Tokenizer:
     return tokenizer
 
 
+def byte_tokenizer(size: int = 256) -> Tokenizer:
+    """One token per byte, or per each of the first few, without training: for random models in tests and benchmarks."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:size]
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 def train_tokenizer(texts: list[str], vocabulary: int, split: str) -> Tokenizer:
     """Trains a byte-level BPE of at most `vocabulary` tokens on texts cut by the pattern `split`."""
     tokenizer = empty_tokenizer(models.BPE(), split)

@@ -24,7 +24,8 @@ from lora.convert import Args, locked, main
 from lora.linear import FUSED, TARGETS, LoRAConfig, all_gather_base
 from lora.load import load_adapter, load_model, save_model
 from lora.model import Mistral
-from tests.support.helpers import TINY, byte_tokenizer, logits_of, random_ids, with_random_adapter
+from models.tokenizer import byte_tokenizer
+from tests.support.helpers import TINY, logits_of, random_ids, with_random_adapter
 
 ALL = LoRAConfig(rank=4, alpha=12.0, targets=TARGETS)
 

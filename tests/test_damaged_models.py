@@ -26,7 +26,8 @@ from lora.linear import TARGETS, LoRAConfig
 from lora.load import load_model, save_model
 from lora.model import Mistral
 from lora.tokenizer import chat_ids, load_tokenizer, prompt_ids
-from tests.support.helpers import TINY, byte_tokenizer, logits_of, random_ids, with_random_adapter
+from models.tokenizer import byte_tokenizer
+from tests.support.helpers import TINY, logits_of, random_ids, with_random_adapter
 
 SMALL = Config(
     vocab_size=256,

@@ -17,7 +17,8 @@ from artifacts.trajectory import read_trajectories
 from lora.engine import Engine
 from lora.load import load_model
 from lora.tokenizer import encode_piece, load_tokenizer
-from tests.support.helpers import byte_tokenizer, write_tiny_model
+from models.tokenizer import byte_tokenizer
+from tests.support.helpers import write_tiny_model
 
 EXAMPLE, OPENING, MORE = "Observation: an example.\n\n", "Observation: a room.\nAction:", "Observation: OK.\nAction:"
 

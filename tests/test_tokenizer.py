@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora.tokenizer import chat_ids, encode_piece, load_tokenizer, prompt_ids
-from tests.support.helpers import byte_tokenizer
+from models.tokenizer import byte_tokenizer
 
 CHAT = [
     {"role": "user", "content": "Put a mug in the desk."},

@@ -30,7 +30,8 @@ from lora.load import load_model
 from lora.logprobs import token_logprobs
 from lora.sharding import make_mesh
 from lora.train_step import Batch, initial_state, make_update, training_mesh
-from tests.support.helpers import byte_codec, byte_tokenizer, trajectory, write_tiny_model
+from models.tokenizer import byte_tokenizer
+from tests.support.helpers import byte_codec, trajectory, write_tiny_model
 from train_pg import (
     Args,
     batch_order,

@@ -17,7 +17,8 @@ from artifacts.scores import closing_notes
 from artifacts.tokens import read_codec, tokens_of
 from artifacts.trajectory import Writer, read_trajectories, sort_file, to_line
 from lora.tokenizer import encode_piece
-from tests.support.helpers import byte_codec, byte_tokenizer, trajectory, turn, write_tiny_model
+from models.tokenizer import byte_tokenizer
+from tests.support.helpers import byte_codec, trajectory, turn, write_tiny_model
 from tests.support.rooms import TASK, Room
 
 REACT = """Observation: Your task is to: put a mug in desk. You are in the middle of a room. \

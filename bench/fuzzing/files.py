@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import train_pg
 from agent.attempt import AttemptSettings, Job
@@ -44,6 +43,7 @@ from lora.linear import LoRAConfig
 from lora.load import load_model, save_model
 from lora.model import Mistral
 from lora.tokenizer import encode_piece, load_tokenizer, prompt_ids
+from models.tokenizer import byte_tokenizer
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
@@ -60,11 +60,7 @@ def write_models(folder: Path) -> None:
         head_dim=32,
     )
     save_model(Mistral(config, rngs=nnx.Rngs(0)), folder / "dense")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "dense/tokenizer.json"))
+    byte_tokenizer().save(str(folder / "dense/tokenizer.json"))
     (folder / "dense/tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     (folder / "dense/generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     shutil.copytree(folder / "dense", folder / "sharded")

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from artifacts.tokens import Codec
 from artifacts.trajectory import Trajectory, Turn
@@ -18,6 +17,7 @@ from lora.linear import LoRAParam
 from lora.load import save_model
 from lora.model import Mistral
 from lora.tokenizer import encode_piece
+from models.tokenizer import byte_tokenizer
 from tests.support.rooms import OPENING, TASK
 
 TINY = Config(
@@ -87,15 +87,6 @@ def trajectory(**changes) -> Trajectory:
         "end": "success",
     }
     return Trajectory(**(fields | changes))
-
-
-def byte_tokenizer(size: int = 256) -> Tokenizer:
-    """One token per byte, or per each of the first few: any text, and a newline that is one token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:size]
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
 
 
 def byte_codec() -> Codec:
