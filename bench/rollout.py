@@ -36,7 +36,7 @@ from bench.shapes import MISTRAL_100M
 from envs.alfworld.world import AlfWorld
 from lora.engine import Engine
 from lora.load import load_model, save_model
-from lora.model import Mistral
+from lora.model import CausalLM
 from lora.tokenizer import encode_piece, load_tokenizer, prompt_ids
 
 BASE, PROMPT = "models/tiny-alfworld", Path("prompts/alfworld_react.txt")
@@ -79,7 +79,7 @@ def record_games(count: int, replies: int) -> list[list[list[int]]]:
 class Ours:
     """lora.engine with one session per game."""
 
-    def __init__(self, model: Mistral, slots: int, prompt: Sequence[int], args: Args):
+    def __init__(self, model: CausalLM, slots: int, prompt: Sequence[int], args: Args):
         self.engine = Engine(
             model, slots=slots, context=args.context, max_new_tokens=args.new, stop_ids=(), prefix=prompt
         )
@@ -140,7 +140,7 @@ class Transformers:
 
 def compare(
     name: str,
-    model: Mistral,
+    model: CausalLM,
     slots: int,
     games: list[list[list[int]]],
     args: Args,
@@ -183,7 +183,7 @@ def main(args: Args) -> None:
             "tiny base", load_model(BASE, weights="fp32"), args.tiny_slots, record_games(args.tiny_slots, replies), args
         )
     ]
-    model, games = Mistral(MISTRAL_100M, rngs=nnx.Rngs(0)), record_games(args.slots, replies)
+    model, games = CausalLM(MISTRAL_100M, rngs=nnx.Rngs(0)), record_games(args.slots, replies)
     prompt = prompt_ids(load_tokenizer(BASE), BASE, PROMPT.read_text())
     for name, prefix in (("98 M parameters", ()), (f"98 M parameters, {len(prompt)} ids of prompt", prompt)):
         gc.collect()

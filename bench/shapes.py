@@ -13,7 +13,7 @@ from lora import nf4
 from lora.adapter import adapter_shapes
 from lora.config import Config
 from lora.linear import FUSED, NF4, LoRAConfig
-from lora.model import Mistral
+from lora.model import CausalLM
 from lora.sharding import check_divisible, partition_spec
 
 MISTRAL_7B = Config(
@@ -41,14 +41,14 @@ MISTRAL_100M = Config(
 )
 
 
-def described(config: Config, lora: LoRAConfig, mesh: Mesh, *, double: bool = False, dtype=jnp.bfloat16) -> Mistral:
+def described(config: Config, lora: LoRAConfig, mesh: Mesh, *, double: bool = False, dtype=jnp.bfloat16) -> CausalLM:
     """A model in NF4 with an adapter, whose arrays are ShapeDtypeStructs sharded on the mesh like real ones."""
 
     def array(shape, dtype, spec, name):
         check_divisible(name, shape, spec, mesh.shape)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
-    model = nnx.eval_shape(lambda: Mistral(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0)))
     for holder in (model, model.layers):
         for name in ("embed", "norm", "head", "attention_norm", "mlp_norm"):
             if (old := getattr(holder, name, None)) is not None:
@@ -91,5 +91,5 @@ def random_like(tree, seed: int = 0):
 
 def parameters(config: Config) -> int:
     """Number of parameters of a model of that shape."""
-    shapes = jax.eval_shape(lambda: nnx.state(Mistral(config, rngs=nnx.Rngs(0))))
+    shapes = jax.eval_shape(lambda: nnx.state(CausalLM(config, rngs=nnx.Rngs(0))))
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes))

@@ -45,7 +45,7 @@ from lora.checkpoint import (
 from lora.config import Config
 from lora.flops import require_memory
 from lora.linear import FUSED, TARGETS, LoRAConfig
-from lora.model import Mistral
+from lora.model import CausalLM
 from lora.sharding import partition_spec, put, to_host
 
 # A module's name in PEFT's target_modules -> our name.
@@ -124,7 +124,7 @@ def fresh_adapter(config: Config, lora: LoRAConfig, seed: int) -> Adapter:
     return adapter
 
 
-def add_adapters(model: Mistral, lora: LoRAConfig, adapter: Adapter, mesh: Mesh | None) -> None:
+def add_adapters(model: CausalLM, lora: LoRAConfig, adapter: Adapter, mesh: Mesh | None) -> None:
     """Adds an adapter to the model's linear layers, sharded over the mesh if there is one."""
     for name, parts in FUSED.items():
         for part in (part for part in parts if part in lora.targets):
@@ -211,7 +211,7 @@ def read_adapter_file(path: Path) -> AdapterFile:
     return file
 
 
-def save_adapter(adapter_dir: str | Path, model: Mistral, base_dir: str | Path) -> None:
+def save_adapter(adapter_dir: str | Path, model: CausalLM, base_dir: str | Path) -> None:
     """Writes `adapter_model.safetensors` and `adapter_config.json` for `PeftModel.from_pretrained`.
 
     The sha256 of the base in `base_dir` is stored in the metadata of the weights. Raises ValueError for a model without

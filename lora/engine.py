@@ -54,7 +54,7 @@ from lora.decoding import (
 )
 from lora.flops import require_memory
 from lora.linear import tile_for_cpu
-from lora.model import Mistral
+from lora.model import CausalLM
 
 # Positions in the first block of the cache; later blocks end at 1.5, 2, 3, 4, 6, ... times that, so that attention
 # reads at most 50 % more than its longest row needs, with few compiled shapes.
@@ -118,7 +118,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Mistral,
+        model: CausalLM,
         *,
         slots: int = 64,
         context: int = 1024,

@@ -27,7 +27,7 @@ from lora import nf4
 from lora.adapter import add_adapters, fresh_adapter, read_adapter, require_training_memory
 from lora.checkpoint import EMBEDDINGS, HEAD, HF_NORMS, Checkpoint, layer_tensor, write_checkpoint
 from lora.linear import FUSED, NF4, LoRAConfig
-from lora.model import Mistral
+from lora.model import CausalLM
 from lora.sharding import COLUMN, fused_order, partition_spec, put
 
 Weights = Literal["nf4", "nf4-dq", "bf16", "fp32"]
@@ -43,7 +43,7 @@ def load_model(
     seed: int = 0,
     dtype=None,
     mesh: Mesh | None = None,
-) -> Mistral:
+) -> CausalLM:
     """Loads a model from a folder or an open Checkpoint; embeddings, head and norms are never quantised.
 
     `weights`: form of the linear layers, "nf4" (blocks of 64), "nf4-dq" (double-quantised), "bf16" or "fp32". `dtype`:
@@ -62,7 +62,7 @@ def load_model(
     config = checkpoint.config
     if lora is not None:
         require_training_memory(config, lora, shards=1 if mesh is None else mesh.shape["tensor"])
-    model = nnx.eval_shape(lambda: Mistral(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0)))
 
     def replicated(name: str) -> nnx.Param:
         return nnx.Param(put(checkpoint.dense(name, dtype), mesh, P(), name))
@@ -97,7 +97,7 @@ def load_adapter(
     *,
     dtype=None,
     mesh: Mesh | None = None,
-) -> Mistral:
+) -> CausalLM:
     """Loads a base (see `load_model`) with an adapter in PEFT's layout (see `read_adapter`)."""
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint(base)
     lora, adapter = read_adapter(checkpoint, adapter_dir)
@@ -157,7 +157,7 @@ def to_uint4(packed: jax.Array) -> jax.Array:
     return halves.astype(jnp.uint4).reshape(*packed.shape[:-1], -1)
 
 
-def save_model(model: Mistral, model_dir: str | Path) -> None:
+def save_model(model: CausalLM, model_dir: str | Path) -> None:
     """Writes `config.json` and float32 `model.safetensors` for `MistralForCausalLM.from_pretrained`.
 
     Raises ValueError for a model with NF4 weights or an adapter, which would be lost.

@@ -11,16 +11,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lora.model import Mistral
+from lora.model import CausalLM
 
 # A chunk has as many tokens as fit this number of logits (64 MiB in float32).
 LOGITS_PER_CHUNK = 2**24
 
 
-def token_logprobs(model: Mistral, ids_BL: jax.Array, segments_BL: jax.Array, **options) -> jax.Array:
+def token_logprobs(model: CausalLM, ids_BL: jax.Array, segments_BL: jax.Array, **options) -> jax.Array:
     """log p(ids[t] | earlier ids of its segment) [B, L] float32; 0.0 at a segment's first token and at padding.
 
-    `options`: keyword arguments of `Mistral.__call__`.
+    `options`: keyword arguments of `CausalLM.__call__`.
     """
     B, L = ids_BL.shape
     hidden_BLD = model(ids_BL, segments_BL, **options)

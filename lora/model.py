@@ -3,7 +3,7 @@
 Layer weights are stacked along a leading axis, which `jax.lax.scan` walks. Several sequences share a row: `segments`
 numbers them from 1, and 0 is padding. Attention is causal within a segment, and positions restart with each segment.
 
-    model = Mistral(config, rngs=nnx.Rngs(0))
+    model = CausalLM(config, rngs=nnx.Rngs(0))
     hidden_BLD = model(ids_BL, segments_BL)
     logprobs_BL = token_logprobs(model, ids_BL, segments_BL)        # logprobs.py
 
@@ -28,7 +28,7 @@ UNROLLED_LAYERS = 16
 REMAT = {"none": None, "full": jax.checkpoint_policies.nothing_saveable, "dots": jax.checkpoint_policies.dots_saveable}
 
 
-class Mistral(nnx.Module):
+class CausalLM(nnx.Module):
     """The language model. A new instance is float32, and every weight is a trainable `nnx.Param`."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
@@ -82,7 +82,7 @@ class Mistral(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """All decoder layers: every array has a leading N axis, which the scan in `Mistral` strips."""
+    """All decoder layers: every array has a leading N axis, which the scan in `CausalLM` strips."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         N, D, F = config.num_hidden_layers, config.hidden_size, config.intermediate_size

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from lora.flops import lora_step_flops, peak_flops, peak_memory
 from lora.linear import LoRAParam
-from lora.model import Mistral
+from lora.model import CausalLM
 from lora.sharding import is_first_process
 from lora.train_step import Batch, initial_state, make_update, shard_rows
 
@@ -68,7 +68,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Mistral,
+        model: CausalLM,
         objective: Callable,
         optimizer: optax.GradientTransformation,
         mesh: Mesh,
@@ -139,7 +139,7 @@ class Trainer:
         due = time.monotonic() - saved >= 60 * self.minutes
         return bool(multihost_utils.broadcast_one_to_all(np.array(due)))
 
-    def result(self, average: bool) -> Mistral:
+    def result(self, average: bool) -> CausalLM:
         """The model with the average of the adapters after each epoch, or with the last one."""
         adapter, _, total = self.progress
         if average and self.steps:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from lora.model import Mistral
+from lora.model import CausalLM
 
 
 def embeddings(tokenizer: Tokenizer, width: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -41,7 +41,7 @@ def embeddings(tokenizer: Tokenizer, width: int, rng: np.random.Generator) -> tu
     return table, *directions
 
 
-def match_like_with_like(model: Mistral, plain_D: np.ndarray, numbered_D: np.ndarray) -> None:
+def match_like_with_like(model: CausalLM, plain_D: np.ndarray, numbered_D: np.ndarray) -> None:
     """Initialises half of the heads of the first two layers to match names; training then sharpens them.
 
     Their keys equal their queries, so a name attends to similar ones, except that a plain name (" mug") attends mainly
@@ -59,7 +59,7 @@ def match_like_with_like(model: Mistral, plain_D: np.ndarray, numbered_D: np.nda
     o[...] = o[...].at[:2, :, :half].set(residual_scale * v[...][:2, :half].swapaxes(1, 2))
 
 
-def induction_heads(model: Mistral, table_VE: np.ndarray) -> None:
+def induction_heads(model: CausalLM, table_VE: np.ndarray) -> None:
     """Initialises a model to continue with what followed earlier occurrences of its current token.
 
     The residual stream has two or three parts, each as wide as a head. Embeddings fill the first; its last dimension is

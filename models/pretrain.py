@@ -46,7 +46,7 @@ from lora import nf4
 from lora.config import Config
 from lora.load import save_model
 from lora.logprobs import token_logprobs
-from lora.model import Mistral
+from lora.model import CausalLM
 from models.corpus import alfworld, neutral, webshop
 from models.corpus.args import CorpusArgs
 from models.initial_weights import embeddings, induction_heads, match_like_with_like
@@ -159,7 +159,7 @@ def build_tokenizer(args: Args) -> Tokenizer:
     return make_tokenizer(spellings, args.vocabulary, corpus.PRETOKENIZER)
 
 
-def build_model(args: Args, tokenizer: Tokenizer) -> Mistral:
+def build_model(args: Args, tokenizer: Tokenizer) -> CausalLM:
     """A Mistral of the given sizes with the initial weights of models/initial_weights.py."""
     config = Config(
         vocab_size=tokenizer.get_vocab_size(),
@@ -172,7 +172,7 @@ def build_model(args: Args, tokenizer: Tokenizer) -> Mistral:
         max_position_embeddings=4096,
         rope_theta=args.rope_theta,
     )
-    model = Mistral(config, rngs=nnx.Rngs(args.seed))
+    model = CausalLM(config, rngs=nnx.Rngs(args.seed))
     if args.env == "alfworld":
         table_VD, plain_D, numbered_D = embeddings(tokenizer, args.width, generator(args.seed, "embeddings"))
         model.embed[...] = model.head[...] = jnp.asarray(table_VD)

@@ -17,9 +17,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def base_dir(tmp_path_factory):
     """A random base in Hugging Face layout, saved by us."""
     from lora.load import save_model
-    from lora.model import Mistral
+    from lora.model import CausalLM
     from tests.support.helpers import TINY
 
     folder = tmp_path_factory.mktemp("base")
-    save_model(Mistral(TINY, rngs=nnx.Rngs(0)), folder)
+    save_model(CausalLM(TINY, rngs=nnx.Rngs(0)), folder)
     return folder

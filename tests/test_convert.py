@@ -23,7 +23,7 @@ from lora.config import Config
 from lora.convert import Args, locked, main
 from lora.linear import FUSED, TARGETS, LoRAConfig, all_gather_base
 from lora.load import load_adapter, load_model, save_model
-from lora.model import Mistral
+from lora.model import CausalLM
 from models.tokenizer import byte_tokenizer
 from tests.support.helpers import TINY, logits_of, random_ids, with_random_adapter
 
@@ -40,7 +40,7 @@ def base_dir(base_dir, tmp_path_factory) -> Path:
 
 def test_width_that_is_no_multiple_of_64_names_the_layer_and_the_way_out(tmp_path):
     odd = Config(**{**vars(TINY), "intermediate_size": 96})
-    save_model(Mistral(odd, rngs=nnx.Rngs(0)), tmp_path)
+    save_model(CausalLM(odd, rngs=nnx.Rngs(0)), tmp_path)
     with pytest.raises(ValueError, match="'down' has 96 inputs.*multiple of 64.*fp32"):
         load_model(tmp_path, weights="nf4")
     assert logits_of(load_model(tmp_path, weights="fp32"), random_ids(1, 5)).shape == (1, 5, TINY.vocab_size)
@@ -52,7 +52,7 @@ def test_width_that_is_no_multiple_of_64_names_the_layer_and_the_way_out(tmp_pat
 def test_transformers_reads_ours_and_we_read_theirs(tmp_path, changes):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    ours = Mistral(Config(**{**vars(TINY), **changes}), rngs=nnx.Rngs(1))
+    ours = CausalLM(Config(**{**vars(TINY), **changes}), rngs=nnx.Rngs(1))
     save_model(ours, tmp_path / "ours")
     ids = random_ids(2, 23)
     theirs = transformers.MistralForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
@@ -68,7 +68,7 @@ def test_transformers_reads_ours_and_we_read_theirs(tmp_path, changes):
 def test_bfloat16_files_are_read(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    save_model(Mistral(TINY, rngs=nnx.Rngs(1)), tmp_path / "ours")
+    save_model(CausalLM(TINY, rngs=nnx.Rngs(1)), tmp_path / "ours")
     theirs = transformers.MistralForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.bfloat16)
     theirs.save_pretrained(tmp_path / "theirs")
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_adapter_comes_back_as_it_was_and_only_on_its_base(base_dir, tmp_path):
     assert not list((tmp_path / "adapter").glob("*.tmp"))
     again = load_adapter(base_dir, tmp_path / "adapter", "nf4")
     assert np.array_equal(logits_of(again, random_ids(2, 9)), logits_of(model, random_ids(2, 9)))
-    save_model(Mistral(TINY, rngs=nnx.Rngs(9)), tmp_path / "other")
+    save_model(CausalLM(TINY, rngs=nnx.Rngs(9)), tmp_path / "other")
     with pytest.raises(ValueError, match="trained on another base"):
         load_adapter(tmp_path / "other", tmp_path / "adapter", "nf4")
     with pytest.raises(ValueError, match="without an adapter"):
@@ -263,7 +263,7 @@ def test_converting_needs_the_largest_tensor_and_a_file_no_more(tmp_path, monkey
     """Host memory as numpy asks for it, with files of 1 MB: the model has 20 MB, its largest tensor 2."""
     sizes = {"vocab_size": 512, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3}
     config = Config(**{**vars(TINY), **sizes})
-    save_model(Mistral(config, rngs=nnx.Rngs(0)), tmp_path / "base")
+    save_model(CausalLM(config, rngs=nnx.Rngs(0)), tmp_path / "base")
     byte_tokenizer().save(str(tmp_path / "base" / "tokenizer.json"))
     assert (tmp_path / "base" / "model.safetensors").stat().st_size > 20e6
     monkeypatch.setattr(checkpoint, "FILE_BYTES", 10**6)

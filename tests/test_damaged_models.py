@@ -24,7 +24,7 @@ from lora.convert import Args, main
 from lora.engine import Engine
 from lora.linear import TARGETS, LoRAConfig
 from lora.load import load_model, save_model
-from lora.model import Mistral
+from lora.model import CausalLM
 from lora.tokenizer import chat_ids, load_tokenizer, prompt_ids
 from models.tokenizer import byte_tokenizer
 from tests.support.helpers import TINY, logits_of, random_ids, with_random_adapter
@@ -47,7 +47,7 @@ NORM, QUERIES = "model.norm.weight", layer_tensor(0, "q")
 def whole(tmp_path_factory) -> Path:
     """A small model over bytes with its tokenizer, an adapter, and a conversion to NF4 with double quantisation."""
     folder = tmp_path_factory.mktemp("whole")
-    save_model(Mistral(SMALL, rngs=nnx.Rngs(0)), folder / "base")
+    save_model(CausalLM(SMALL, rngs=nnx.Rngs(0)), folder / "base")
     byte_tokenizer().save(str(folder / "base" / "tokenizer.json"))
     model = with_random_adapter(load_model(folder / "base", lora=LoRAConfig(rank=2)))
     save_adapter(folder / "adapter", model, folder / "base")

@@ -22,7 +22,7 @@ from lora.engine import Engine
 from lora.linear import LoRAConfig, LoRAParam
 from lora.load import load_model, save_model
 from lora.logprobs import token_logprobs
-from lora.model import Mistral
+from lora.model import CausalLM
 from lora.tokenizer import encode_piece, load_tokenizer
 from tests.support.helpers import trajectory, with_random_adapter
 
@@ -52,8 +52,8 @@ WIDE = {"hidden_size": 160, "intermediate_size": 192, "head_dim": 32}
 
 
 @functools.cache
-def model(window: int | None = None, wide: bool = False) -> Mistral:
-    return Mistral(Config(**{**vars(TINY), "sliding_window": window, **(WIDE if wide else {})}), rngs=nnx.Rngs(0))
+def model(window: int | None = None, wide: bool = False) -> CausalLM:
+    return CausalLM(Config(**{**vars(TINY), "sliding_window": window, **(WIDE if wide else {})}), rngs=nnx.Rngs(0))
 
 
 def engine(**changes) -> Engine:
@@ -70,7 +70,7 @@ def _full(graph, state, ids, segments):
     return token_logprobs(nnx.merge(graph, state), ids, segments)
 
 
-def full_logprobs(of: Mistral, ids: list[int]) -> np.ndarray:
+def full_logprobs(of: CausalLM, ids: list[int]) -> np.ndarray:
     """Log-probability of each id by the training forward pass, padded to the context so that it compiles once."""
     row, segment = np.zeros((1, CONTEXT), np.int32), np.zeros((1, CONTEXT), np.int32)
     row[0, : len(ids)], segment[0, : len(ids)] = ids, 1
@@ -125,7 +125,7 @@ def test_greedy_reply_is_the_argmax_of_the_full_forward():
     assert reply == logits[10:16].argmax(axis=1).tolist()
 
 
-def adapted(folder, weights: str, targets=("q", "v", "down")) -> Mistral:
+def adapted(folder, weights: str, targets=("q", "v", "down")) -> CausalLM:
     """The model, saved and loaded in a form, with an adapter whose A and B are not zero."""
     save_model(model(), folder)
     return with_random_adapter(load_model(folder, weights=weights, lora=LoRAConfig(rank=2, alpha=6.0, targets=targets)))

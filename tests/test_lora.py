@@ -16,7 +16,7 @@ from lora.config import Config
 from lora.linear import FUSED, NF4, TARGETS, LoRAConfig, LoRAParam, adapter_matmul, drop, nf4_matmul
 from lora.load import load_model
 from lora.logprobs import token_logprobs
-from lora.model import Mistral
+from lora.model import CausalLM
 from lora.sharding import make_mesh
 from lora.train_step import Batch, initial_state, make_update
 from tests.support.helpers import TINY, logits_of, random_ids, with_random_adapter
@@ -213,7 +213,7 @@ def test_dropout_drops_for_the_adapter_alone_and_by_its_key(base_dir):
     assert np.array_equal(run(state, None), run(state, jax.random.key(3)))  # the base sees all of it
 
 
-def with_zero_b(model: Mistral) -> Mistral:
+def with_zero_b(model: CausalLM) -> CausalLM:
     graph, adapter, rest = nnx.split(model, LoRAParam, ...)
     flat = nnx.to_flat_state(adapter)
     zero = [(path, value.replace(0 * value[...]) if path[-2] == "b" else value) for path, value in flat]
@@ -226,7 +226,7 @@ def with_zero_b(model: Mistral) -> Mistral:
 @pytest.mark.parametrize("window", [None, 6])
 def test_packed_rows_give_the_logprobs_of_separate_rows(window):
     """Attention or positions that cross a segment, and logits chunks cut wrongly, all show here."""
-    model = Mistral(Config(**{**vars(TINY), "sliding_window": window}), rngs=nnx.Rngs(3))
+    model = CausalLM(Config(**{**vars(TINY), "sliding_window": window}), rngs=nnx.Rngs(3))
     lengths, L, orders = (130, 1, 47, 62), 256, ((0, 1, 2, 3), (2, 0, 3, 1))
     texts = [random_ids(n, seed=n) for n in lengths]
     ids, segments = np.zeros((2, L), np.int32), np.zeros((2, L), np.int32)
@@ -248,7 +248,7 @@ def test_packed_rows_give_the_logprobs_of_separate_rows(window):
 def test_window_hides_what_is_older(monkeypatch):
     monkeypatch.setattr(attention, "ATTENTION_BLOCK", 8)
     one_layer = Config(**{**vars(TINY), "num_hidden_layers": 1, "sliding_window": 6})
-    model = Mistral(one_layer, rngs=nnx.Rngs(0))
+    model = CausalLM(one_layer, rngs=nnx.Rngs(0))
     ids = random_ids(1, 30)
     changed = ids.copy()
     changed[0, 10] = (changed[0, 10] + 1) % TINY.vocab_size
@@ -258,7 +258,7 @@ def test_window_hides_what_is_older(monkeypatch):
 
 
 def test_chunked_logits_and_remat_change_nothing(monkeypatch):
-    model = Mistral(TINY, rngs=nnx.Rngs(0))
+    model = CausalLM(TINY, rngs=nnx.Rngs(0))
     ids, segments = random_ids(2, 40), np.repeat([[1, 2], [1, 0]], 20, axis=1).astype(np.int32)
     graph, params = nnx.split(model)
 

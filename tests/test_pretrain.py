@@ -22,7 +22,7 @@ from envs.panel import excluded_ids
 from lora import nf4
 from lora.config import Config
 from lora.logprobs import token_logprobs
-from lora.model import Mistral
+from lora.model import CausalLM
 from models import demonstrations as demonstrations_stage
 from models.corpus import neutral, webshop
 from models.corpus.alfworld import PRETOKENIZER, demonstrations, sources
@@ -102,7 +102,7 @@ def test_half_of_the_first_heads_find_the_numbered_thing_of_a_plain_name_at_the_
         num_key_value_heads=4,
         head_dim=32,
     )
-    model = Mistral(config, rngs=nnx.Rngs(0))
+    model = CausalLM(config, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     plain, numbered, *kinds = np.linalg.qr(rng.normal(size=(128, 12)))[0].T
     match_like_with_like(model, plain, numbered)
@@ -122,7 +122,7 @@ TABLE = np.random.default_rng(0).normal(size=(2000, 63))
 TABLE /= np.linalg.norm(TABLE, axis=1, keepdims=True)
 
 
-def copier(width: int, layers: int = 4) -> Mistral:
+def copier(width: int, layers: int = 4) -> CausalLM:
     config = Config(
         vocab_size=2000,
         hidden_size=width,
@@ -133,12 +133,12 @@ def copier(width: int, layers: int = 4) -> Mistral:
         head_dim=64,
         rope_theta=1e8,
     )
-    model = Mistral(config, rngs=nnx.Rngs(0))
+    model = CausalLM(config, rngs=nnx.Rngs(0))
     induction_heads(model, TABLE)
     return model
 
 
-def second_time(model: Mistral, once: np.ndarray) -> tuple[float, float]:
+def second_time(model: CausalLM, once: np.ndarray) -> tuple[float, float]:
     """Mean log-probability of a text and of its repetition after it."""
     ids = jnp.asarray(np.tile(once, 2)[None])
     logprobs = np.asarray(nnx.jit(token_logprobs)(model, ids, jnp.ones_like(ids)))[0]

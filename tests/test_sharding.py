@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from lora.config import Config
 from lora.load import save_model
-from lora.model import Mistral
+from lora.model import CausalLM
 from lora.sharding import check_divisible, fused_order, join_processes, make_mesh, start_devices
 from tests.support.helpers import TINY
 
@@ -34,7 +34,7 @@ WIDE = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    save_model(Mistral(Config(**{**vars(TINY), **WIDE}), rngs=nnx.Rngs(0)), folder)
+    save_model(CausalLM(Config(**{**vars(TINY), **WIDE}), rngs=nnx.Rngs(0)), folder)
     return folder
 
 

@@ -41,7 +41,7 @@ from lora.checkpoint import Checkpoint, base_facts, is_linear
 from lora.config import Config
 from lora.linear import LoRAConfig
 from lora.load import load_model, save_model
-from lora.model import Mistral
+from lora.model import CausalLM
 from lora.tokenizer import encode_piece, load_tokenizer, prompt_ids
 from models.tokenizer import byte_tokenizer
 
@@ -59,7 +59,7 @@ def write_models(folder: Path) -> None:
         num_key_value_heads=1,
         head_dim=32,
     )
-    save_model(Mistral(config, rngs=nnx.Rngs(0)), folder / "dense")
+    save_model(CausalLM(config, rngs=nnx.Rngs(0)), folder / "dense")
     byte_tokenizer().save(str(folder / "dense/tokenizer.json"))
     (folder / "dense/tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     (folder / "dense/generation_config.json").write_text('{"eos_token_id": [1, 2]}')

@@ -15,7 +15,7 @@ from artifacts.trajectory import Trajectory, Turn
 from lora.config import Config
 from lora.linear import LoRAParam
 from lora.load import save_model
-from lora.model import Mistral
+from lora.model import CausalLM
 from lora.tokenizer import encode_piece
 from models.tokenizer import byte_tokenizer
 from tests.support.rooms import OPENING, TASK
@@ -42,12 +42,12 @@ def _logits(graph, state, ids_BL):
     return model.logits(model(ids_BL, jnp.ones_like(ids_BL)))
 
 
-def logits_of(model: Mistral, ids_BL: np.ndarray) -> np.ndarray:
+def logits_of(model: CausalLM, ids_BL: np.ndarray) -> np.ndarray:
     """Logits [B, L, V] of rows that are one text each."""
     return np.asarray(_logits(*nnx.split(model), ids_BL))
 
 
-def with_random_adapter(model: Mistral) -> Mistral:
+def with_random_adapter(model: CausalLM) -> CausalLM:
     """The model with both A and B away from zero."""
     graph, adapter, rest = nnx.split(model, LoRAParam, ...)
     leaves, tree = jax.tree.flatten(adapter)
@@ -108,6 +108,6 @@ def write_tiny_model(folder: Path, seed: int = 0) -> Path:
         head_dim=32,
         max_position_embeddings=4096,
     )
-    save_model(Mistral(config, rngs=nnx.Rngs(seed)), folder)
+    save_model(CausalLM(config, rngs=nnx.Rngs(seed)), folder)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     return folder
