@@ -1,18 +1,18 @@
 # `make help` lists the targets; `make` alone is `make run`.
-# ARGS=... is passed on to run.sh, or to models.pretrain by the base targets.
+# ARGS=... is passed on to run.sh, to models.get_smollm2, or to models.pretrain by the base targets.
 # PYTHON=python3.12 chooses the interpreter for the virtual environment in .venv.
 
 PYTHON ?= python3
 ARGS ?=
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: run help refine test bench base base-webshop base-neutral
+.PHONY: run help refine test bench smollm2 base base-webshop base-neutral
 
 run: .venv/run.done ## the closed loop on the embedded default
 	./run.sh $(ARGS)
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s%s\n", $$1, $$2 }' Makefile
 
 refine: .venv/run.done ## AgentRefine on its neutral base: synthesis, tuning, evaluation
 	./run.sh refine
@@ -24,6 +24,9 @@ test: .venv/test.done ## the style checks, then the test suite on the CPU
 
 bench: .venv/test.done ## every claim against its peer, measured now
 	set -e; for script in bench/[a-z]*.py; do echo "== $$script"; python -m bench.$$(basename $$script .py); done
+
+smollm2: .venv/run.done ## download SmolLM2-135M-Instruct (93 MB) and make a base of it
+	python -m models.get_smollm2 $(ARGS)
 
 base: .venv/run.done ## train the tiny base model of ALFWorld again
 	python -m models.pretrain $(ARGS)

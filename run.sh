@@ -5,10 +5,14 @@
 #   ./run.sh            the embedded default: the tiny base on real games ($ALFWORLD_DATA) or generated ones
 #   ./run.sh webshop    WebShop: its tiny base on real data ($WEBSHOP_DATA) or the generated catalogue
 #   ./run.sh refine     AgentRefine: synthesis, refinement tuning and evaluation on its neutral base
+#   ./run.sh smollm2    SmolLM2-135M-Instruct (make smollm2): it wins nothing at first, so round 0 trains on demonstrations
 #   ./run.sh paper      A3T's configuration on Mistral-7B-Instruct-v0.2 (real games; MODEL=folder of the weights)
 #
+# More flags for a stage carry its name, override the ones above and may follow any of these: ./run.sh --rollout.limit 20
+# --train.rank 32. The names are rollout, actre, train, evaluate, and play for the three that play.
+#
 # Environment: RUN (directory of the run), ROUNDS (4), SEED (0), MODEL, BUDGET (compositions per failed task: 3; webshop: 20;
-# paper: 40), COUNT (synthetic trajectories: 2000).
+# smollm2: 4; paper: 40), COUNT (synthetic trajectories: 2000; demonstrations: 300).
 set -euo pipefail
 cd "$(dirname "$0")"
 # Put large buffers in huge pages where Linux has them: a CPU trains a tenth faster.
@@ -23,17 +27,33 @@ stage() {
 trap 'kill -TERM "${pid:-}" 2>/dev/null; wait; exit 143' TERM
 trap 'kill -INT "${pid:-}" 2>/dev/null; wait; exit 130' INT
 
-what=${1:-tiny}
-case "$what" in webshop | refine) RUN=${RUN:-runs/$what} ;; esac
+what=tiny
+case "${1:---}" in --*) ;; *) what=$1; shift ;; esac
+case "$what" in webshop | refine | smollm2) RUN=${RUN:-runs/$what} ;; esac
 RUN=${RUN:-runs/a3t} ROUNDS=${ROUNDS:-4} SEED=${SEED:-0}
 common=(--run "$RUN" --seed "$SEED") first=() play=() compose=() train=()
+more_play=() more_rollout=() more_actre=() more_train=() more_evaluate=() to=
+for word in "$@"; do
+  case "$word" in --play.* | --rollout.* | --actre.* | --train.* | --evaluate.*)
+    to=${word#--} to=${to%%.*} word=--${word#*.} ;;
+  esac
+  case "$to" in
+    play) more_play+=("$word") ;;
+    rollout) more_rollout+=("$word") ;;
+    actre) more_actre+=("$word") ;;
+    train) more_train+=("$word") ;;
+    evaluate) more_evaluate+=("$word") ;;
+    *) echo "run.sh: got '$word', expected flags such as --rollout.limit 20 or --train.rank 32" >&2; exit 2 ;;
+  esac
+done
 case "$what" in
   refine)
     common+=(--model "${MODEL:-models/tiny-neutral}")
     unseen=(--round 0 --tell-commands --context 1536) # for worlds it was not trained on
     stage refine.py --run "$RUN" --seed "$SEED" --count "${COUNT:-2000}"
     stage train_pg.py "${common[@]}" --round 0 --inputs "$RUN/refine" --epochs 1 --rank 32 --alpha 64 \
-      --learning-rate 8e-3 --row-length 1792 --world-weight 0
+      --learning-rate 8e-3 --row-length 1792 --world-weight 0 ${more_train[@]+"${more_train[@]}"}
+    unseen+=(${more_evaluate[@]+"${more_evaluate[@]}"})
     stage evaluate.py "${common[@]}" "${unseen[@]}" --env synthetic
     stage evaluate.py "${common[@]}" "${unseen[@]}" --perturb all --panels gen_valid-100 --limit 60
     stage evaluate.py "${common[@]}" "${unseen[@]}" --env pddl --max-turns 30
@@ -46,6 +66,13 @@ case "$what" in
     play+=(--env webshop)
     compose+=(--force 3 --budget "${BUDGET:-20}") # as in the paper: three, then up to twenty until one wins
     train+=(--row-length 4096 --learning-rate 4e-3) ;; # at 1e-3 the base keeps its habits
+  smollm2)
+    MODEL=${MODEL:-models/smollm2}
+    [ -e "$MODEL" ] || stage -m models.get_smollm2
+    common+=(--model "$MODEL")
+    compose+=(--budget "${BUDGET:-4}")
+    train+=(--row-length 1920 --learning-rate 1.5e-3 --epochs 1)
+    stage -m models.demonstrations --out "$RUN/round_0/rollout" --seed "$SEED" --count "${COUNT:-300}" ;;
   paper)
     base="$RUN/base-nf4" # quantised once; every stage reads it instead of the 16-bit files
     [ -e "$base" ] ||
@@ -58,13 +85,18 @@ case "$what" in
               --actre-prompt prompts/alfworld_actre.txt)
     train+=(--targets q v --rank 16 --alpha 32 --learning-rate 1e-4 --epochs 10 6 --failure-reward -1 --world-weight 1
             --weights nf4 --dtype bfloat16 --remat full --row-length 2048 --batch-rows 16) ;;
-  *) echo "run.sh: got '$1', expected nothing, 'tiny', 'webshop', 'refine' or 'paper'" >&2; exit 2 ;;
+  *) echo "run.sh: got '$what', expected nothing, 'tiny', 'webshop', 'refine', 'smollm2' or 'paper'" >&2; exit 2 ;;
 esac
 
+play+=(${more_play[@]+"${more_play[@]}"})
+compose+=(${more_actre[@]+"${more_actre[@]}"})
+train+=(${more_train[@]+"${more_train[@]}"})
 for ((round = 0; round < ROUNDS; round++)); do
   ((round == 0)) || first=()
-  stage rollout.py "${common[@]}" --round "$round" ${first[@]+"${first[@]}"} ${play[@]+"${play[@]}"}
+  [ "$what-$round" = smollm2-0 ] || # its rollout is the demonstrations
+    stage rollout.py "${common[@]}" --round "$round" ${first[@]+"${first[@]}"} ${play[@]+"${play[@]}"} \
+      ${more_rollout[@]+"${more_rollout[@]}"}
   stage actre.py "${common[@]}" --round "$round" ${play[@]+"${play[@]}"} ${compose[@]+"${compose[@]}"}
   stage train_pg.py "${common[@]}" --round "$round" ${train[@]+"${train[@]}"}
-  stage evaluate.py "${common[@]}" --round "$round" ${play[@]+"${play[@]}"}
+  stage evaluate.py "${common[@]}" --round "$round" ${play[@]+"${play[@]}"} ${more_evaluate[@]+"${more_evaluate[@]}"}
 done

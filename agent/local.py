@@ -11,14 +11,14 @@ from agent.policy import Ask, Line
 from lora.decoding import RolloutWeights
 from lora.engine import Engine
 from lora.load import load_adapter, load_model
-from lora.tokenizer import encode_piece, load_tokenizer, prompt_ids
+from lora.tokenizer import encode_piece, line_of, load_tokenizer, newline_ids, prompt_ids
 
 
 class LocalPolicy:
     """A local JAX model. Sessions occupy the slots of one engine; each keeps its KV cache over all its turns.
 
     A `prompt` is cached once for all sessions (lora.tokenizer.prompt_ids). It changes no session's ids, hence not what
-    is trained on; the tokenizer's leading tokens (<s>) are played once, before the prompt.
+    is trained on; but of the tokenizer's leading tokens (<s>), only the prompt's are played.
     """
 
     remote = False
@@ -43,11 +43,9 @@ class LocalPolicy:
         narrow = weights == "nf4" and rollout_weights != "fp32" and not on_cpu
         how = {"weights": weights, "dtype": jnp.bfloat16 if narrow else None}
         model = load_model(model_dir, **how) if adapter is None else load_adapter(model_dir, adapter, **how)
-        self._newline = self.encode("\n", first=False)
-        if len(self._newline) != 1:
-            raise ValueError(f"{model_dir}: a newline is {len(self._newline)} tokens; expected one, which ends a reply")
-        self._ends = set(model.config.eos_token_ids)  # end the reply of an instructed model that writes no newline
-        self._stops, self._limit = [*self._newline, *self._ends], max_new_tokens
+        self._newlines = newline_ids(self._tokenizer, model_dir)
+        self._ends = frozenset(model.config.eos_token_ids)  # end a reply of an instructed model that has no newline
+        self._stops, self._limit = self._newlines | self._ends, max_new_tokens
         prefix = prompt_ids(self._tokenizer, model_dir, prompt) if prompt else []
         room = model.config.max_position_embeddings - len(prefix)
         if context > room:
@@ -62,7 +60,7 @@ class LocalPolicy:
             slots=slots,
             context=context,
             max_new_tokens=max_new_tokens,
-            stop_ids=self._stops,
+            stop_ids=sorted(self._stops),
             prefix=prefix,
             weights=rollout_weights,
         )
@@ -93,18 +91,17 @@ class LocalPolicy:
         self._engine.submit(*ask, self._top_p)
 
     def poll(self, wait: bool = True) -> list[tuple[int, Line]]:
-        """See Policy. A reply without a newline (cut off by its limit, or ended) gets one. One that the context cuts
-        off is no line, and not part of the session."""
+        """See Policy. A reply without a newline (cut off by its limit, or ended) gets one in the session. One that the
+        context cuts off is no line, and not part of the session."""
         lines: list[tuple[int, Line]] = []
         for session, reply in self._engine.poll(wait).items():
             if reply is None or (len(reply.ids) < self._limit and reply.ids[-1] not in self._stops):
                 lines.append((session, None))
                 continue
             self._append(session, reply.ids, 1)
-            if reply.ids[-1] != self._newline[0]:
-                self._append(session, self._newline, 0)
-            ids = [i for i in reply.ids if i not in self._ends]
-            lines.append((session, self._tokenizer.decode(ids, skip_special_tokens=False)))
+            if reply.ids[-1] not in self._newlines:
+                self.extend(session, "\n")
+            lines.append((session, line_of(self._tokenizer, reply.ids, self._ends)))
         return lines
 
     def close(self, session: int) -> tuple[list[int], list[int]]:

@@ -18,28 +18,31 @@ from typing import NamedTuple
 from artifacts.render import OK, act_line, parse_reply, react_segments, think_line
 from artifacts.trajectory import Trajectory
 from lora.config import Config
-from lora.tokenizer import encode_piece, load_tokenizer
+from lora.tokenizer import encode_piece, line_of, load_tokenizer, newline_ids
 
 ADVICE = "were they changed, or played with another base or tokenizer?"
 
 
 class Codec(NamedTuple):
     """From text to a base's ids and back: `encode(text, first)` is `lora.tokenizer.encode_piece`, `decode(ids)` gives
-    the line that a reply of these ids was played as, and `vocabulary` is the number of ids that the base has."""
+    the line that a reply of these ids was played as, `newlines` are the ids that end one in a newline, and `vocabulary`
+    is the number of ids that the base has."""
 
     encode: Callable[[str, bool], list[int]]
     decode: Callable[[list[int]], str]
+    newlines: frozenset[int]
     vocabulary: int
 
 
 def read_codec(model_dir: str | Path) -> Codec:
     """The codec of a base's folder."""
     tokenizer, config = load_tokenizer(model_dir), Config.read(model_dir)
-
-    def decode(ids: list[int]) -> str:
-        return tokenizer.decode([i for i in ids if i not in config.eos_token_ids], skip_special_tokens=False)
-
-    return Codec(encode=functools.partial(encode_piece, tokenizer), decode=decode, vocabulary=config.vocab_size)
+    return Codec(
+        encode=functools.partial(encode_piece, tokenizer),
+        decode=functools.partial(line_of, tokenizer, end_ids=config.eos_token_ids),
+        newlines=newline_ids(tokenizer, model_dir),
+        vocabulary=config.vocab_size,
+    )
 
 
 class Tokens(NamedTuple):
@@ -54,8 +57,9 @@ def tokens_of(trajectory: Trajectory, codec: Codec, where: str = "") -> Tokens:
     """The trajectory's token ids, each with its author and turn.
 
     A text-only record is rendered and encoded segment by segment. A record with ids keeps them, up to its last turn:
-    what the model sampled must read as the record's thought or action, however it is spelled, and all other ids must be
-    the encoding of the record's text. Raises ValueError, starting with `where` (default: task and trial), if not.
+    what the model sampled must read as the record's thought or action, however it is spelled, and end with its line;
+    all other ids must be the encoding of the record's text. Raises ValueError, starting with `where` (default: task and
+    trial), if not.
     """
     where = where or f"{trajectory.task_id} trial {trajectory.trial}"
     if strange := [i for i in trajectory.ids if not 0 <= i < codec.vocabulary]:
@@ -117,13 +121,15 @@ class Reader:
             raise ValueError(f"{self.where}: the ids from position {start} read {reply!r}, not {line!r}; {ADVICE}")
 
     def sampled_line(self, turn: int) -> str:
-        """Takes sampled ids to their end, and the newline that the harness added if they do not end in one: the reply
-        was cut by its limit, or ended by an end token. Returns their text."""
+        """Takes sampled ids to their end, and the newline that the harness added if they hold none: the reply was cut
+        by its limit, or ended by an end token. Returns the line that they were played as."""
         start = end = len(self.found.ids)
         while end < len(self.ids) and self.sampled[end]:
             end += 1
-        piece, newline = self.ids[start:end], self.codec.encode("\n", False)
+        piece, newlines = self.ids[start:end], self.codec.newlines
+        if not newlines.isdisjoint(piece[:-1]):
+            raise ValueError(f"{self.where}: the ids from position {start} run past the end of their line; {ADVICE}")
         self.add(piece, True, turn)
-        if piece[-len(newline) :] != newline:
+        if newlines.isdisjoint(piece):
             self.take_text("\n", True, turn)
         return self.codec.decode(piece)

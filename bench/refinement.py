@@ -67,7 +67,8 @@ def make_data(args: Args, arm: str, seed: int) -> list[Path]:
     directories, count = [], args.count // 2 if arm == "both" else args.count
     folder = args.runs / f"data_{count}_{seed}"
     if arm in ("demo", "both"):
-        run("-m", "models.demonstrations", "--out", folder / "demo", "--count", count, "--seed", seed)
+        command = ("-m", "models.demonstrations", "--out", folder / "demo", "--tell-commands")
+        run(*command, "--count", count, "--seed", seed)
         directories.append(folder / "demo")
     if arm != "demo":
         run("refine.py", "--run", folder, "--count", count, "--seed", seed)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from lora import nf4
 from lora.adapter import adapter_shapes
-from lora.config import Config
+from lora.config import Config, Llama3Rope
+from lora.flops import matmul_weights
 from lora.linear import FUSED, NF4, LoRAConfig
 from lora.model import CausalLM
 from lora.sharding import check_divisible, partition_spec
@@ -27,7 +31,83 @@ MISTRAL_7B = Config(
     max_position_embeddings=32768,
     rope_theta=1e6,
 )
-# 98 M parameters: the same family at a size that a laptop can train.
+LLAMA_31_8B = dataclasses.replace(
+    MISTRAL_7B,
+    model_type="llama",
+    vocab_size=128256,
+    max_position_embeddings=131072,
+    rope_theta=5e5,
+    rope_scaling=Llama3Rope(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=8192),
+)
+QWEN25_7B = Config(
+    model_type="qwen2",
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    head_dim=128,
+    max_position_embeddings=32768,
+    rope_theta=1e6,
+    rms_norm_eps=1e-6,
+)
+QWEN3_8B = Config(
+    model_type="qwen3",
+    vocab_size=151936,
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=40960,
+    rope_theta=1e6,
+    rms_norm_eps=1e-6,
+)
+QWEN25_15B = dataclasses.replace(
+    QWEN25_7B,
+    vocab_size=151936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+QWEN3_4B = dataclasses.replace(QWEN3_8B, hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True)
+LLAMA_32_1B = dataclasses.replace(
+    LLAMA_31_8B,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    head_dim=64,
+    rope_scaling=LLAMA_31_8B.rope_scaling._replace(factor=32),
+    tie_word_embeddings=True,
+)
+SMOLLM2_135M = Config(
+    model_type="llama",
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    max_position_embeddings=8192,
+    rope_theta=1e5,
+    tie_word_embeddings=True,
+)
+SHAPES = {
+    "smollm2-135m": SMOLLM2_135M,
+    "llama-3.2-1b": LLAMA_32_1B,
+    "qwen2.5-1.5b": QWEN25_15B,
+    "qwen3-4b": QWEN3_4B,
+    "mistral-7b": MISTRAL_7B,
+    "qwen2.5-7b": QWEN25_7B,
+    "llama-3.1-8b": LLAMA_31_8B,
+    "qwen3-8b": QWEN3_8B,
+}
+# 98 M parameters: Mistral at a size that a laptop can train.
 MISTRAL_100M = Config(
     vocab_size=32000,
     hidden_size=640,
@@ -49,13 +129,15 @@ def described(config: Config, lora: LoRAConfig, mesh: Mesh, *, double: bool = Fa
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     model = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0)))
-    for holder in (model, model.layers):
-        for name in ("embed", "norm", "head", "attention_norm", "mlp_norm"):
-            if (old := getattr(holder, name, None)) is not None:
+    for holder, names in ((model, ("embed", "norm", "head")), (model.layers, config.norms)):
+        for name in names:
+            if (old := getattr(holder, name)) is not None:
                 setattr(holder, name, nnx.Param(array(old.shape, dtype, P(), name)))
     N, shapes = config.num_hidden_layers, adapter_shapes(config, lora)
     for name, parts in FUSED.items():
         linear = getattr(model.layers, name)
+        for part, old in linear.bias.items():
+            linear.bias[part] = nnx.Param(array(old.shape, dtype, partition_spec(name, "bias"), f"{part}.bias"))
         G = linear.inputs // nf4.BLOCK
         M = sum(-(-rows * G // nf4.NESTED_BLOCK) for rows in linear.rows)
         fields = {"codes": ((N, sum(linear.rows), G, nf4.BLOCK), jnp.uint4)}
@@ -93,3 +175,20 @@ def parameters(config: Config) -> int:
     """Number of parameters of a model of that shape."""
     shapes = jax.eval_shape(lambda: nnx.state(CausalLM(config, rngs=nnx.Rngs(0))))
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes))
+
+
+def base_bytes(config: Config, bits: float) -> int:
+    """Bytes of a base whose linear layers take so many bits a weight: 16, 4.5 in NF4. Embeddings and head have 16."""
+    embeddings = config.vocab_size * config.hidden_size
+    linear = matmul_weights(config) - embeddings
+    return int(linear * bits / 8) + 2 * embeddings * (1 if config.tie_word_embeddings else 2)
+
+
+def adapter_bytes(config: Config, lora: LoRAConfig) -> int:
+    """Bytes of an adapter in float32."""
+    return 4 * sum(math.prod(shape) for shape in adapter_shapes(config, lora).values())
+
+
+def cache_bytes(config: Config, positions: int) -> int:
+    """Bytes of the keys and values of so many positions, in bfloat16."""
+    return 4 * positions * config.num_key_value_heads * config.head_dim * config.num_hidden_layers

@@ -1,10 +1,10 @@
 """Do 7B training and decoding fit on a TPU, and what crosses its chips? Answered by the TPU compiler, without a TPU.
 
-Compiles, for Mistral-7B's shape and from abstract arrays only, the step of train_pg.py and a chunk of the sampler's
-decoding (64 slots with a shared prefix). Prints the memory that the compiler assigns, a lower bound (the base, 16-bit
-embeddings and head, the adapter; Adam's moments, or the keys and values of the cache), every kind of all-gather, and
-whether a decoded weight is ever materialised. Needs libtpu (requirements/test.txt) but no TPU; libtpu allows one
-process at a time.
+Compiles, for Mistral-7B's shape and those of other families (bench/shapes.py), from abstract arrays only, the step of
+train_pg.py and a chunk of the sampler's decoding (with a shared prefix). Prints the memory that the compiler assigns, a
+lower bound (the base, 16-bit embeddings and head, the adapter; Adam's moments, or the keys and values of the cache),
+every kind of all-gather, and whether a decoded weight is ever materialised. Needs libtpu (requirements/test.txt) but no
+TPU; libtpu allows one process at a time.
 
     python -m bench.tpu_compile
     python -m bench.tpu_compile --only v5e/2048
@@ -32,8 +32,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from artifacts.cli import run_main
-from bench.shapes import MISTRAL_7B, described
+from bench.shapes import MISTRAL_7B, SHAPES, adapter_bytes, base_bytes, cache_bytes, described
 from lora import nf4
+from lora.config import Config
 from lora.decoding import DecoderWeights, RolloutWeights, SamplingParams, decode, decoding_layers, empty_cache
 from lora.engine import ACCELERATOR_TILE as TILE
 from lora.engine import cache_sizes
@@ -43,6 +44,8 @@ from lora.train_step import Batch, make_update, optimizer_shardings
 from train_pg import objective
 
 GIB = 2**30
+CHIP = 16e9 / GIB  # of a v5e chip
+LORA = LoRAConfig(rank=16, alpha=32.0, targets=("q", "v"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +56,9 @@ class Case:
     mesh: tuple[int, int, int]
     tokens: int
     remat: str
+    limit: float  # GiB claimed to suffice
     double: bool = False
-    limit: float | None = None  # GiB claimed to suffice
+    config: Config = MISTRAL_7B
 
 
 # With a tensor axis of 2, a row of 2,048 tokens would have the shape of half a weight and be mistaken for one.
@@ -66,6 +70,11 @@ CASES = {
     "v5e:2x4/fsdp4-tensor2": Case(topology="v5e:2x4", mesh=(1, 4, 2), tokens=2560, remat="full", limit=15.75),
     "v4:2x2x1/fsdp4": Case(topology="v4:2x2x1", mesh=(1, 4, 1), tokens=2048, remat="full", limit=31.25),
     "v6e:2x2/fsdp2-tensor2": Case(topology="v6e:2x2", mesh=(1, 2, 2), tokens=2560, remat="full", limit=31.25),
+}
+OTHERS = {name: config for name, config in SHAPES.items() if config is not MISTRAL_7B}
+CASES |= {
+    f"v5e/2048/{name}": Case(topology="v5e:2x2", mesh=(1, 1, 1), tokens=2048, remat="full", limit=CHIP, config=config)
+    for name, config in OTHERS.items()
 }
 
 
@@ -81,6 +90,11 @@ class Decode:
     prefix: int = 512
     chunk: int = 32
     mesh: tuple[int, int, int] = (1, 1, 1)
+    config: Config = MISTRAL_7B
+
+    def cache_bytes(self) -> int:
+        """Keys and values of all slots and of the prefix, in bfloat16."""
+        return cache_bytes(self.config, self.slots * self.context + self.prefix)
 
 
 DECODES = {
@@ -88,6 +102,10 @@ DECODES = {
     "decode/v6e/bf16": Decode(topology="v6e:2x2", weights="bf16", context=1024, limit=31.25),
     # The compiler treats half a v4 chip as a device, with half of its memory.
     "decode/v4/bf16": Decode(topology="v4:2x2x1", weights="bf16", context=128, limit=15.25),
+}
+DECODES |= {
+    f"decode/v5e/{name}": Decode(topology="v5e:2x2", weights="nf4", context=1024, slots=48, limit=CHIP, config=config)
+    for name, config in OTHERS.items()
 }
 
 
@@ -101,7 +119,7 @@ def compile_case(case: Case) -> dict:
     """Compiles the training step; returns memory in bytes, all-gathers and materialised decoded weights."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices
     mesh = make_mesh(case.mesh, devices)
-    model = described(MISTRAL_7B, LoRAConfig(rank=16, alpha=32.0, targets=("q", "v")), mesh, double=case.double)
+    model = described(case.config, LORA, mesh, double=case.double)
     graph, adapter, frozen = nnx.split(model, LoRAParam, ...)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
     weighted = functools.partial(objective, implementation="splash", remat=case.remat)
@@ -124,8 +142,8 @@ def compile_case(case: Case) -> dict:
 def compile_decode(case: Decode) -> dict:
     """Like `compile_case`, for a chunk of decoding in which every row reads its whole context."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices
-    mesh, config, graphs = make_mesh(case.mesh, devices[:1]), MISTRAL_7B, []
-    model = described(config, LoRAConfig(rank=16, alpha=32.0, targets=("q", "v")), mesh)
+    mesh, config, graphs = make_mesh(case.mesh, devices[:1]), case.config, []
+    model = described(config, LORA, mesh)
     K, C, N = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
 
     def make_layers(state) -> list:
@@ -165,7 +183,7 @@ def compile_decode(case: Decode) -> dict:
     )
     start = time.time()
     compiled = decode.lower(graphs[0], config, *arrays, chunk=case.chunk).compile()
-    return describe(compiled, case) | {"seconds": round(time.time() - start), "cache": cache_bytes(case)}
+    return describe(compiled, case) | {"seconds": round(time.time() - start), "cache": case.cache_bytes()}
 
 
 def describe(compiled, case: Case | Decode) -> dict:
@@ -182,7 +200,7 @@ def describe(compiled, case: Case | Decode) -> dict:
 
 def decoded_weights(text: str, case: Case | Decode) -> list[str]:
     """Arrays of the compiled program, outside fusions, with the shape of a device's whole decoded weight."""
-    config, tensor = MISTRAL_7B, case.mesh[2]
+    config, tensor = case.config, case.mesh[2]
     D, F = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, 2 * config.num_key_value_heads * config.head_dim
     weights = {((q + kv) // tensor, D), (D, q // tensor), (2 * F // tensor, D), (D, F // tensor)}
@@ -201,18 +219,12 @@ def decoded_weights(text: str, case: Case | Decode) -> list[str]:
 
 def floor_bytes(case: Case | Decode) -> int:
     """The minimum that a device must hold between steps or chunks."""
-    linear, adapter = 6_979_321_856, 6_815_744 * 4
-    dense = 2 * (2 * MISTRAL_7B.vocab_size * MISTRAL_7B.hidden_size)
+    config, adapter = case.config, adapter_bytes(case.config, LORA)
     if isinstance(case, Decode):
-        return int(linear * {"nf4": 4.5, "bf16": 16}[case.weights] / 8 + dense + adapter + cache_bytes(case))
-    bits = 4 + (8 / 64 + 32 / (64 * 256) if case.double else 32 / 64)
-    return int(linear * bits / 8 / (case.mesh[1] * case.mesh[2]) + dense + 3 * adapter)
-
-
-def cache_bytes(case: Decode) -> int:
-    """Keys and values of all slots and of the prefix, in bfloat16."""
-    positions, config = case.slots * case.context + case.prefix, MISTRAL_7B
-    return positions * 4 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+        return base_bytes(config, {"nf4": 4.5, "bf16": 16}[case.weights]) + adapter + case.cache_bytes()
+    dense = base_bytes(config, 0)
+    linear = base_bytes(config, 4 + (8 / 64 + 32 / (64 * 256) if case.double else 32 / 64)) - dense
+    return linear // (case.mesh[1] * case.mesh[2]) + dense + 3 * adapter
 
 
 def main(args: Args) -> None:
@@ -224,7 +236,7 @@ def main(args: Args) -> None:
         total = found["arguments"] + found["temporaries"] + found["outputs"]
         rows[name] = found | {"total": total, "floor": floor_bytes(case), "limit": case.limit}
         gib = [f"{x / GIB:9.2f}" for x in (found["arguments"], found["temporaries"], total)]
-        print(f"{name:24} {' '.join(gib)} {floor_bytes(case) / GIB:6.2f} {case.limit or 0:6.2f} {found['seconds']:4}")
+        print(f"{name:24} {' '.join(gib)} {floor_bytes(case) / GIB:6.2f} {case.limit:6.2f} {found['seconds']:4}")
         gathers, decoded = (", ".join(found[key]) or "none" for key in ("all_gathers", "decoded"))
         print(f"  all-gathers: {gathers}; decoded weights in memory: {decoded}")
     print(json.dumps(rows))

@@ -1,24 +1,31 @@
 """LoRA adapters: new ones, and files in PEFT's layout.
 
 A saved adapter records the sha256 of its base and is refused on any other, and so is one with values that are not
-finite, by the tensor's name.
+finite, by the tensor's name. Adapters that PEFT trained record none; they are read with whatever ranks and scales their
+layers have (`read_adapter`), and become plain LoRA.
 
     save_adapter("runs/a3t/round_0/train_pg/adapter", model, "models/tiny-alfworld")
     lora, adapter = read_adapter(Checkpoint("models/tiny-alfworld"), "runs/a3t/round_0/train_pg/adapter")
     add_adapters(model, lora, adapter, mesh=None)               # load.load_adapter does both and loads the base
 
-Left out: merging into the base (convert.py), other PEFT methods and variants of LoRA.
+Left out: merging into the base (convert.py), other PEFT methods and variants of LoRA, projections that are adapted in
+some layers only, embeddings and heads.
 Shapes: N layers, O out-features, I in-features, R LoRA rank.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+import re
+import reprlib
+import statistics
+import sys
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -48,45 +55,50 @@ from lora.linear import FUSED, TARGETS, LoRAConfig
 from lora.model import CausalLM
 from lora.sharding import partition_spec, put, to_host
 
-# A module's name in PEFT's target_modules -> our name.
-MODULES = {name.split(".")[1]: target for target, name in HF_NAMES.items()}
-
 Adapter = dict[tuple[str, str], np.ndarray]  # (target, "a" or "b") -> [N, R, I] or [N, O, R]
+Module = tuple[str, int]  # target, layer
 
-# Options of PEFT that change what an adapter computes: refused unless they have this value.
-COMPUTED = {"peft_type": "LORA", "bias": "none"} | dict.fromkeys(
-    (
-        "use_rslora",
-        "use_dora",
-        "use_qalora",
-        "use_bdlora",
-        "kasa_config",
-        "rank_pattern",
-        "alpha_pattern",
-        "modules_to_save",
-        "layers_to_transform",
-        "layer_replication",
-        "target_parameters",
-        "trainable_token_indices",
-        "alora_invocation_tokens",
-        "arrow_config",
-        "fan_in_fan_out",
-        "lora_bias",
-    )
-)
+MERGE = "merge the adapter into its base with PEFT's merge_and_unload and give the merged folder as the base"
+# Options of PEFT with which an adapter computes something else, and what: refused if they are set.
+REFUSED_OPTIONS = {
+    "bias": "biases of the base are trained",
+    "modules_to_save": "embeddings, a head or norms are trained whole",
+    "trainable_token_indices": "embeddings of some tokens are trained",
+    "target_parameters": "parameters of other modules than linear layers are adapted",
+    "layers_to_transform": "only some layers are adapted",
+    "layer_replication": "layers are used several times",
+    "use_dora": "DoRA",
+    "use_bdlora": "BD-LoRA",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+    "lora_bias": "B has a bias",
+    "alora_invocation_tokens": "aLoRA",
+    "arrow_config": "Arrow",
+    "use_qalora": "QALoRA",
+}
+UNMERGEABLE = {"layer_replication", "lora_bias", "alora_invocation_tokens", "arrow_config", "use_qalora"}
 # Initialisations of PEFT that leave the base as it is; others subtract something from its weights.
-PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 # Copies of an adapter that training holds at least at its peak: itself, Adam's moments and their successors, gradient,
 # update and average, and those that a checkpoint is written from. Measured on a CPU: 14 to 20.
 TRAINING_COPIES = 12
 
+T = TypeVar("T")
+Rank = Annotated[int, Meta(ge=1, le=2**20)]
+Alpha = Annotated[float, Meta(ge=1e-30, le=1e6)]
+
 
 class AdapterFile(msgspec.Struct):
-    """An adapter_config.json; options that change the computation are in `COMPUTED`."""
+    """An adapter_config.json without the options that are refused."""
 
-    r: Annotated[int, Meta(ge=1, le=2**20)]
-    lora_alpha: Annotated[float, Meta(gt=0, le=1e6)]
-    target_modules: Annotated[list[str], Meta(min_length=1)]
+    r: Rank
+    lora_alpha: Alpha
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Alpha] | None = None
+    use_rslora: bool | None = None
     lora_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     base_model_name_or_path: str | None = None
     init_lora_weights: bool | str | None = True
@@ -102,10 +114,15 @@ def adapter_shapes(config: Config, lora: LoRAConfig) -> dict[tuple[str, str], tu
     return shapes
 
 
+def module_path(target: str, layer: int) -> str:
+    """A projection's path in the base model, which PEFT matches patterns with."""
+    return layer_tensor(layer, target).removesuffix(".weight")
+
+
 def adapter_names(layers: int, targets: Iterable[str]) -> dict[str, tuple[str, int, str]]:
     """Tensor name in PEFT's layout -> (target, layer, "a" or "b")."""
     return {
-        f"base_model.model.model.layers.{i}.{HF_NAMES[target]}.lora_{side.upper()}.weight": (target, i, side)
+        f"base_model.model.{module_path(target, i)}.lora_{side.upper()}.weight": (target, i, side)
         for target in targets
         for i in range(layers)
         for side in "ab"
@@ -148,67 +165,207 @@ def require_training_memory(config: Config, lora: LoRAConfig, shards: int = 1) -
     require_memory(needed, what, "--rank")
 
 
-def read_adapter(base: Checkpoint, adapter_dir: str | Path) -> tuple[LoRAConfig, Adapter]:
-    """Reads an adapter in PEFT's layout, saved by us or by PEFT, onto the host.
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
-    Raises ValueError, with the file's name, if the adapter is damaged, records another base's sha256 (PEFT records
-    none), was trained on a base that its initialisation changed, needs an option that `lora/linear.py` does not
-    implement, or has missing, unexpected or misshapen tensors, or values that are not finite.
+
+def read_adapter(base: Checkpoint, adapter_dir: str | Path) -> tuple[LoRAConfig, Adapter]:
+    """Reads an adapter in PEFT's layout, saved by us or by PEFT, onto the host, as plain LoRA.
+
+    rsLoRA and ranks and alphas by module (`use_rslora`, `rank_pattern`, `alpha_pattern`) compute what they do in PEFT,
+    but as one rank and one scale alpha / r: the rank is the largest, with rows of zeros added to A and columns of zeros
+    to B, which stay zero in training; the scale is the one that most modules have, and B of any other module is
+    multiplied by its own scale over that. Trained further with Adam, such a B changes by the same steps as all others,
+    so its product with A moves by the common scale and not by its own, as it would in PEFT.
+
+    If the file records no sha256 of its base, a line on stderr says which base is assumed. Raises ValueError, with the
+    file's name, if the adapter is damaged, records another base's sha256, was trained on a base that its initialisation
+    changed, needs an option that is not computed, adapts a projection in some layers only, or has missing, unexpected
+    or misshapen tensors, or values that are not finite.
     """
-    path = Path(adapter_dir) / "adapter_config.json"
-    file = read_adapter_file(path)
-    weights_path = Path(adapter_dir) / "adapter_model.safetensors"
-    if not weights_path.is_file():
-        raise FileNotFoundError(f"{adapter_dir} has no adapter_model.safetensors; expected an adapter saved by PEFT.")
-    with open_tensors(weights_path) as opened:
-        expected_sha = (opened.metadata() or {}).get(BASE_SHA)
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-    if expected_sha is not None and expected_sha != (sha := base.sha256):
-        raise ValueError(
-            f"{adapter_dir} was trained on another base: {file.base_model_name_or_path} with sha256 "
-            f"{expected_sha}, but {base.folder} has {sha}. Give the adapter's own base, or train another adapter."
-        )
-    lora = LoRAConfig(
-        rank=file.r,
-        alpha=file.lora_alpha,
-        dropout=file.lora_dropout,
-        targets=tuple(MODULES[module] for module in sorted(set(file.target_modules))),
-    )
-    names = adapter_names(base.config.num_hidden_layers, lora.targets)
-    check_names(adapter_dir, tensors, names)
-    adapter: Adapter = {}
-    for key, (_, *shape) in adapter_shapes(base.config, lora).items():
-        layers = []
-        for name in [name for name, (target, _, side) in names.items() if (target, side) == key]:
-            where, array = f"{weights_path}: {name}", tensors[name]
-            if array.shape != tuple(shape):
-                raise ValueError(f"{where} has shape {array.shape}, expected {tuple(shape)}.")
-            layers.append(as_finite(array, np.float32, where))
-            if key[1] == "b":
-                as_finite(layers[-1] * np.float64(lora.alpha / lora.rank), np.float32, f"{where}, times alpha / r,")
-        adapter[key] = np.stack(layers)
+    path, weights_path = (Path(adapter_dir) / f"adapter_{name}" for name in ("config.json", "model.safetensors"))
+    file, layers = read_adapter_file(path), base.config.num_hidden_layers
+    targets = read_targets(path, file, layers)
+    ranks, scales = ranks_and_scales(path, file, [(target, i) for target in targets for i in range(layers)])
+    tensors = read_tensors(weights_path, base, file.base_model_name_or_path)
+    names = adapter_names(layers, targets)
+    check_adapter_names(weights_path, tensors, names)
+    rank, scale = max(ranks.values()), statistics.mode(scales.values())
+    lora = LoRAConfig(rank=rank, alpha=scale * rank, dropout=file.lora_dropout, targets=targets)
+    shapes = adapter_shapes(base.config, lora)
+    for name, (target, layer, side) in names.items():  # before anything of the largest rank is allocated
+        (_, rows, columns), own = shapes[target, side], ranks[target, layer]
+        expected = (own, columns) if side == "a" else (rows, own)
+        if (shape := tensors[name].shape) != expected:
+            raise ValueError(f"{weights_path}: {name} has shape {shape}, expected {expected} on {base.folder}.")
+    adapter = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+    for name, (target, layer, side) in names.items():
+        where, own = f"{weights_path}: {name}", np.float64(scales[target, layer])
+        array = as_finite(tensors.pop(name), np.float32, where)
+        if side == "b":
+            as_finite(array * own, np.float32, f"{where}, times alpha / r,")
+            array = as_finite(array * (own / scale), np.float32, f"{where}, times its scale over the common one,")
+        rows, columns = array.shape
+        adapter[target, side][layer, :rows, :columns] = array
     return lora, adapter
 
 
 def read_adapter_file(path: Path) -> AdapterFile:
-    """Reads an adapter_config.json. Raises ValueError for one that `lora/linear.py` does not compute."""
+    """Reads an adapter_config.json. Raises ValueError for one that is not computed."""
     options = read_json(path, dict[str, Any])
-    unsupported = [f"{key}={options[key]!r}" for key, plain in COMPUTED.items() if (options.get(key) or plain) != plain]
-    modules = options.get("target_modules")
-    if not isinstance(modules, list) or not set(map(str, modules)) <= set(MODULES):  # PEFT also takes a pattern
-        unsupported.append(f"target_modules={modules!r}")
-    if unsupported:
+    if (method := options.get("peft_type", "LORA")) != "LORA":
         raise ValueError(
-            f"{path}: got {', '.join(unsupported)}; expected a plain LoRA adapter with target_modules among "
-            f"{list(MODULES)}."
+            f"{path}: peft_type is {method!r}, and only 'LORA' is computed; merge the adapter into its base with PEFT, "
+            "if its method has merge_and_unload, and give the merged folder as the base, or train a LoRA adapter."
         )
+    if found := {option: options[option] for option in REFUSED_OPTIONS if is_set(options.get(option))}:
+        what = ", ".join(f"{key}={reprlib.repr(value)} ({REFUSED_OPTIONS[key]})" for key, value in found.items())
+        lost = "PEFT cannot save it merged into its base, so train a plain LoRA adapter"
+        raise ValueError(f"{path}: {what}: not computed; {lost if UNMERGEABLE & set(found) else MERGE}.")
     file = read_json(path, AdapterFile)
     if file.init_lora_weights not in PLAIN_INITIALISATIONS:
         raise ValueError(
-            f"{path}: init_lora_weights={file.init_lora_weights!r} changed the base that this adapter was trained on. "
-            "Make a plain adapter of it, with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
+            f"{path}: init_lora_weights={file.init_lora_weights!r} changed the base that this adapter was trained on: "
+            "merge it into that base with PEFT's merge_and_unload and give the merged folder as the base, or make a "
+            "plain adapter of it with save_pretrained(path_initial_model_for_weight_conversion=...), which PEFT can do "
+            "for PiSSA, OLoRA, CorDA and LoRA-GA."
         )
     return file
+
+
+def is_set(option: Any) -> bool:
+    """Whether an option has another value than PEFT's defaults; 0 may name a layer or a token."""
+    return option is not False and option not in (None, "none", [], {})
+
+
+def compiled(path: Path, pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path}: {pattern!r} is no regular expression ({error}); copy the file again.") from error
+
+
+def matcher(path: Path, modules: list[str] | str | None) -> Callable[[str], bool]:
+    """Whether PEFT's target_modules or exclude_modules select a module path, which a regular expression must match as a
+    whole and an entry of a list must end or be."""
+    if isinstance(modules, str):
+        pattern = compiled(path, modules)
+        return lambda module: pattern.fullmatch(module) is not None
+    ends = tuple(f".{name}" for name in modules or ())
+    return lambda module: f".{module}".endswith(ends)
+
+
+def read_targets(path: Path, file: AdapterFile, layers: int) -> tuple[str, ...]:
+    """The projections that are adapted. Raises ValueError if one is in some layers only, or anything else is."""
+    modules = file.target_modules
+    if isinstance(modules, str) and modules.lower() == "all-linear":  # in PEFT, all but the head
+        modules = list(HF_NAMES.values())
+    included, excluded = matcher(path, modules), matcher(path, file.exclude_modules)
+
+    def selected(module: str) -> bool:
+        return included(module) and not excluded(module)
+
+    if others := [module for module in ("model.embed_tokens", "lm_head") if selected(module)]:
+        raise ValueError(
+            f"{path}: target_modules selects {' and '.join(others)}, and only adapters of the layers' projections are "
+            f"computed; {MERGE}."
+        )
+    found = {target: [i for i in range(layers) if selected(module_path(target, i))] for target in TARGETS}
+    found = {target: where for target, where in found.items() if where}
+    parts = {HF_NAMES[target]: where for target, where in found.items() if len(where) < layers}
+    if parts:
+        what = " and ".join(f"{name} in layers {', '.join(map(str, where))}" for name, where in parts.items())
+        raise ValueError(
+            f"{path}: target_modules selects {what} of {layers} only, and a projection is adapted in all layers or in "
+            f"none; {MERGE}."
+        )
+    if not found:
+        raise ValueError(
+            f"{path}: target_modules={reprlib.repr(file.target_modules)} selects none of "
+            f"{', '.join(HF_NAMES.values())}; expected an adapter of at least one."
+        )
+    return tuple(found)
+
+
+def ranks_and_scales(
+    path: Path, file: AdapterFile, modules: list[Module]
+) -> tuple[dict[Module, int], dict[Module, float]]:
+    """The rank of each module's adapter and the scale of its B A: alpha / r, or alpha / sqrt(r) with rsLoRA.
+
+    As in PEFT, the first key of a pattern counts that matches the module's path or the end of it after a dot.
+    """
+
+    def by_module(patterns: dict[str, T] | None, default: T) -> dict[Module, T]:
+        table = [(compiled(path, rf"(.*\.)?({key})$"), value) for key, value in (patterns or {}).items()]
+        paths = {module: module_path(*module) for module in modules}
+        return {m: next((value for key, value in table if key.match(name)), default) for m, name in paths.items()}
+
+    ranks, alphas = by_module(file.rank_pattern, file.r), by_module(file.alpha_pattern, file.lora_alpha)
+    return ranks, {m: alphas[m] / (math.sqrt(rank) if file.use_rslora else rank) for m, rank in ranks.items()}
+
+
+def read_tensors(path: Path, base: Checkpoint, trained_on: str | None) -> dict[str, np.ndarray]:
+    """The tensors of an adapter_model.safetensors. Raises ValueError if it records the sha256 of another base."""
+    if not path.is_file():
+        if (old := path.with_suffix(".bin")).is_file():
+            raise ValueError(
+                f"{old} can run code when it is read: load it with PEFT's PeftModel.from_pretrained and save it again "
+                f"with save_pretrained, which writes {path.name}."
+            )
+        raise FileNotFoundError(f"{path.parent} has no {path.name}; expected an adapter saved by PEFT.")
+    with open_tensors(path) as opened:
+        expected_sha = (opened.metadata() or {}).get(BASE_SHA)
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    if expected_sha is None:
+        note_assumed_base(path.parent, trained_on, base.folder)
+    elif expected_sha != base.sha256:
+        raise ValueError(
+            f"{path.parent} was trained on another base: {trained_on} with sha256 {expected_sha}, but {base.folder} "
+            f"has {base.sha256}. Give the adapter's own base, or train another adapter."
+        )
+    return tensors
+
+
+@functools.cache  # said once, however often the adapter is read
+def note_assumed_base(adapter_dir: Path, trained_on: str | None, base_dir: Path) -> None:
+    known = f"was trained on {trained_on} and records no hash of it" if trained_on else "does not record its base"
+    print(f"{adapter_dir} {known}: assumed to be {base_dir}", file=sys.stderr)
+
+
+def check_adapter_names(path: Path, found: Collection[str], expected: Collection[str]) -> None:
+    """Raises ValueError for tensors that are missing, unexpected, of another number of layers or not named by PEFT."""
+    if whole := sorted(name for name in found if "lora_" not in name):
+        raise ValueError(
+            f"{path} holds {', '.join(map(repr, whole))}, and weights that are trained whole, or of added tokens, are "
+            f"not computed; {MERGE}."
+        )
+    if named := next(filter(None, (re.search(r"\.lora_[AB](\.\w+)\.weight$", name) for name in found)), None):
+        rename = f"{{n.replace('{named[1]}.', '.'): t for n, t in load_file(f).items()}}"
+        raise ValueError(
+            f"{path}: {named.string} has a name as in training, and PEFT saves it without {named[1]!r}; rename all "
+            f'tensors with python -c "from safetensors.torch import load_file, save_file; f = {str(path)!r}; '
+            f'save_file({rename}, f)".'
+        )
+    last, last_expected = (max(map(layer_of, names)) for names in (found or expected, expected))
+    if last != last_expected:
+        raise ValueError(
+            f"{path}: the last layer that is adapted is {last}, but that of the base is {last_expected}; give the "
+            "adapter's own base."
+        )
+    if found and not set(found) & set(expected):
+        raise ValueError(
+            f"{path}: PEFT would not name a tensor of this base {min(found)!r}, but for instance {min(expected)!r}; "
+            "load the adapter with what trained it and save it with PEFT's save_pretrained, or give its own base."
+        )
+    check_names(path, found, expected)
+
+
+def layer_of(name: str) -> int:
+    """The layer of a tensor; 0 if it has none."""
+    layer = re.search(r"\.layers\.(\d{1,9})\.", name)
+    return int(layer[1]) if layer else 0
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def save_adapter(adapter_dir: str | Path, model: CausalLM, base_dir: str | Path) -> None:

@@ -10,7 +10,7 @@ bases are written in bitsandbytes' layout, so transformers loads the same 4-bit 
 Whatever is read is checked: values that are not finite, and files that are cut or contradict config.json, are refused
 with the name of the tensor and its file.
 
-Left out: PyTorch's .bin files, bitsandbytes' FP4 and int8, GPTQ, AWQ, GGUF.
+Left out: GGUF (gguf.py), PyTorch's .bin files, bitsandbytes' FP4 and int8, GPTQ, AWQ.
 Shapes: O out-features, I in-features, G NF4 blocks of an in-row, M blocks of absmax.
 """
 
@@ -20,7 +20,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -41,7 +40,12 @@ from lora.tokenizer import tokenizer_sha
 
 HF_NAMES = {target: f"self_attn.{target}_proj" for target in ("q", "k", "v", "o")}
 HF_NAMES |= {target: f"mlp.{target}_proj" for target in ("gate", "up", "down")}
-HF_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+HF_NORMS = {
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+}
 # Key for the sha256 of the original base, in config.json of a quantised base and in the metadata of an adapter.
 BASE_SHA = "base_model_sha256"
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -104,21 +108,21 @@ def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         "gate": (F, D),
         "up": (F, D),
         "down": (D, F),
-        "attention_norm": (D,),
-        "mlp_norm": (D,),
     }
+    layer_shapes |= {norm: (width,) for norm, width in config.norms.items()}
     for layer in range(config.num_hidden_layers):
         shapes |= {layer_tensor(layer, ours): shape for ours, shape in layer_shapes.items()}
+        shapes |= {layer_tensor(layer, part, "bias"): layer_shapes[part][:1] for part in config.biased}
     return shapes
 
 
-def layer_tensor(layer: int, ours: str) -> str:
-    """The checkpoint's name for one of our tensors of a layer: "q" ... "down", "attention_norm" or "mlp_norm"."""
-    return f"model.layers.{layer}.{(HF_NAMES | HF_NORMS)[ours]}.weight"
+def layer_tensor(layer: int, ours: str, kind: str = "weight") -> str:
+    """The checkpoint's name for the weight or "bias" of one of our projections or norms in a layer."""
+    return f"model.layers.{layer}.{(HF_NAMES | HF_NORMS)[ours]}.{kind}"
 
 
 def is_linear(name: str) -> bool:
-    """Whether NF4 quantises this tensor: embeddings, head and norms stay dense."""
+    """Whether NF4 quantises this tensor: embeddings, head, biases and norms stay dense."""
     return name.startswith("model.layers.") and name.endswith("_proj.weight")
 
 
@@ -168,6 +172,11 @@ class Checkpoint:
                     "same. Set tie_word_embeddings to false to use it, or remove it."
                 )
             del self._files[HEAD]
+
+    @cached_property
+    def files(self) -> dict[str, bytes]:
+        """Name -> content of the folder's other files: config.json, tokenizer, chat template, generation settings."""
+        return {path.name: path.read_bytes() for path in (self.folder / "config.json", *companions(self.folder))}
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -415,6 +424,8 @@ def companions(model_dir: str | Path) -> list[Path]:
     return sorted({path for pattern in COMPANIONS for path in Path(model_dir).glob(pattern) if path.is_file()})
 
 
-def copy_companions(model_dir: str | Path, out_dir: str | Path) -> None:
-    for path in companions(model_dir):
-        shutil.copy(path, Path(out_dir) / path.name)
+def write_companions(checkpoint: Checkpoint, out_dir: str | Path) -> None:
+    """Writes the other files of a base; config.json, which differs by conversion, is written with the weights."""
+    for name, content in checkpoint.files.items():
+        if name != "config.json":
+            (Path(out_dir) / name).write_bytes(content)

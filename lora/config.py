@@ -3,8 +3,8 @@
     config = Config.read("qwen2.5-7b")              # refuses architectures that model.py does not implement
     json.dumps(config.to_json())                    # what save_model writes next to the weights
 
-Left out: fields that only matter to transformers (dtype, cache, initialisation), scaling of RoPE other than Llama 3.1's,
-other architectures.
+Left out: fields that only matter to transformers (dtype, cache, initialisation), RoPE scaling except Llama 3.1's, other
+architectures.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ COMPUTED = {
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
 }
-# Where transformers 5 and 4 describe RoPE. Other keys than theta and the fields of `Llama3Rope` must have a plain value.
+# Where transformers 5 and 4 describe RoPE, and the values that mean nothing special there.
 ROPE, PLAIN = ("rope_parameters", "rope_scaling"), ("default", 1.0, None)
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -160,8 +160,9 @@ class ConfigFile(Struct, kw_only=True):
             yield f"rope_theta has several values, {sorted(self.thetas())}"
         if len(self.scalings()) > 1:
             yield f"{' and '.join(ROPE)} scale RoPE in different ways"
-        if any(scaling and None in scaling for scaling in self.scalings()):
-            yield f"RoPE of type llama3 lacks one of {', '.join(Llama3Rope._fields)}"
+        for scaling in self.scalings() - {None}:
+            if None in scaling or scaling.low_freq_factor >= scaling.high_freq_factor:
+                yield f"RoPE of type llama3 has {scaling}; expected four numbers, high_freq_factor the larger one"
         if self.use_sliding_window is False and window is not None and self.model_type.endswith("stral"):
             yield f"sliding_window is {window}, but use_sliding_window is false"
         if kinds - {FULL, SLIDING}:
@@ -196,14 +197,15 @@ class Config:
     eos_token_ids: tuple[int, ...] = ()  # `eos_token_id`, a number or a list in files: each of them ends a reply
 
     @property
-    def qkv_bias(self) -> bool:
-        """Whether the projections to queries, keys and values have a bias."""
-        return self.model_type == "qwen2"
+    def biased(self) -> tuple[str, ...]:
+        """The projections of a layer that have a bias."""
+        return ("q", "k", "v") if self.model_type == "qwen2" else ()
 
     @property
-    def qk_norm(self) -> bool:
-        """Whether queries and keys of each head are normalised (RMSNorm over the head) before RoPE."""
-        return self.model_type == "qwen3"
+    def norms(self) -> dict[str, int]:
+        """The norms of a layer and their widths. Qwen3 normalises the queries and keys of each head, before RoPE."""
+        of_heads = ("q_norm", "k_norm") if self.model_type == "qwen3" else ()
+        return dict.fromkeys(("attention_norm", "mlp_norm"), self.hidden_size) | dict.fromkeys(of_heads, self.head_dim)
 
     @classmethod
     def read(cls, model_dir: str | Path) -> Config:

@@ -1,13 +1,14 @@
-"""Converts model folders: quantises a base to NF4, changes its dtype, or merges a LoRA adapter into it.
+"""Converts models: quantises a base to NF4, changes its dtype, reads a GGUF file, or merges a LoRA adapter.
 
     python -m lora.convert --model mistral-7b --out base-nf4 --weights nf4          # quantise once
     python -m lora.convert --model mistral-7b --adapter ADAPTER --out merged        # dense, adapter merged
+    python -m lora.convert --model model.Q4_K_M.gguf --out base --weights bf16      # of llama.cpp's format
 
 The output is a Hugging Face folder that transformers can load. Tensors are converted one at a time (checkpoint.py) into
 a folder of its own beside --out, which is renamed at the end: whenever it is killed, the same command starts again and
 ends with the same bytes. A finished conversion of the same inputs is kept; anything else in its place is refused.
 
-Left out: loading into JAX (load.py), writing adapters (adapter.py), merging straight into NF4.
+Left out: loading into JAX (load.py), writing adapters (adapter.py), merging straight into NF4, writing GGUF.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from artifacts.atomic import lock
 from artifacts.cli import run_main
-from artifacts.json_io import read_json, write_json
+from artifacts.json_io import parse_json, read_json, write_json
 from lora.adapter import read_adapter
 from lora.checkpoint import (
     BASE_SHA,
@@ -38,12 +39,12 @@ from lora.checkpoint import (
     Checkpoint,
     as_finite,
     bitsandbytes_tensors,
-    companions,
-    copy_companions,
     decoded,
     is_linear,
     write_checkpoint,
+    write_companions,
 )
+from lora.gguf import GGUFFile
 from lora.load import DTYPES, Weights
 from lora.tokenizer import chat_template, load_tokenizer
 
@@ -54,7 +55,7 @@ RECORD = "conversion.json"
 @dataclass(frozen=True, kw_only=True)
 class Args:
     model: Path
-    """Hugging Face folder: safetensors in bf16, fp16, fp32, or bitsandbytes NF4."""
+    """Hugging Face folder (safetensors in bf16, fp16, fp32, or bitsandbytes NF4), or GGUF file of any quantisation."""
     out: Path
     """Folder to write. One that holds this conversion already is left as it is; any other content is refused."""
     weights: Weights = "nf4"
@@ -63,7 +64,8 @@ class Args:
     """LoRA adapter to merge into the weights; the output is then dense, and --weights is the form that the adapter was
     trained on, whose decoded values it is added to. Unset: nothing is merged."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    """Dtype of unquantised weights. Unset: bf16 or fp32 if --weights is, else the dtype of the input's embeddings."""
+    """Dtype of unquantised weights. Unset: bf16 or fp32 if --weights is, else the dtype of the input's embeddings;
+    where they are quantised (GGUF), fp32."""
 
 
 def convert(
@@ -99,7 +101,7 @@ def convert(
         return array.astype(np.float32) + np.float32(lora.alpha / lora.rank) * (b @ a)
 
     write_checkpoint(out_dir, tensors(), converted_config(checkpoint, weights, lora is not None, str(dense_dtype)))
-    copy_companions(checkpoint.folder, out_dir)
+    write_companions(checkpoint, out_dir)
     return f"{weights}" + ("" if lora is None else f" + {adapter_dir}, {dense_dtype}")
 
 
@@ -109,12 +111,11 @@ def dtype_of(checkpoint: Checkpoint, dtype: str | None) -> np.dtype:
 
 
 def converted_config(checkpoint: Checkpoint, weights: Weights, merged: bool, dtype: str) -> dict[str, Any]:
-    """The config.json of a conversion: the input's, with the base of RoPE where transformers 4 and 5 look for it."""
-    config = read_json(checkpoint.folder / "config.json", dict[str, Any])
-    for key in ("quantization_config", "rope_scaling", BASE_SHA):
+    """The config.json of a conversion: the input's, with RoPE described where transformers 4 and 5 look for it."""
+    config = parse_json(checkpoint.files["config.json"], dict[str, Any], f"{checkpoint.folder}: config.json")
+    for key in ("quantization_config", BASE_SHA):
         config.pop(key, None)
-    theta = checkpoint.config.rope_theta
-    config |= {"rope_theta": theta, "rope_parameters": {"rope_theta": theta, "rope_type": "default"}, "dtype": dtype}
+    config |= checkpoint.config.rope_json() | {"dtype": dtype}
     if "torch_dtype" in config:  # transformers 4
         config["torch_dtype"] = dtype
     if merged:
@@ -136,10 +137,11 @@ def converted_config(checkpoint: Checkpoint, weights: Weights, merged: bool, dty
 
 def record_of(checkpoint: Checkpoint, weights: Weights, adapter_dir: Path | None, dtype: str | None) -> dict[str, str]:
     """What decides the bytes of a conversion, whatever the folders are called: settings, and sha256 by file."""
-    files = [checkpoint.folder / "config.json", *companions(checkpoint.folder)]
+    files = dict(checkpoint.files)
     if adapter_dir is not None:
-        files += [adapter_dir / "adapter_config.json", adapter_dir / "adapter_model.safetensors"]
-    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        names = ("adapter_config.json", "adapter_model.safetensors")
+        files |= {name: (adapter_dir / name).read_bytes() for name in names}
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     settings = {"--weights": weights, "--dtype": str(dtype_of(checkpoint, dtype))}
     return settings | {"base": checkpoint.weights_sha256} | hashes
 
@@ -181,13 +183,22 @@ def locked(out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def open_base(model: Path) -> tuple[Checkpoint, str | None]:
+    """A GGUF file or a folder, and its chat template. Raises ValueError if its tokenizer is missing or broken too."""
+    if model.is_file():
+        file = GGUFFile(model)
+        return file, file.chat_template
+    checkpoint = Checkpoint(model)
+    load_tokenizer(model)
+    return checkpoint, chat_template(model)
+
+
 def main(args: Args) -> None:
     dtype = args.dtype or (args.weights if args.weights in DTYPES else None)
-    checkpoint, out = Checkpoint(args.model), Path(os.path.realpath(args.out))
-    load_tokenizer(args.model)  # raises if it is missing, broken or another model's
+    (checkpoint, template), out = open_base(args.model), Path(os.path.realpath(args.out))
     if args.adapter is not None:
         read_adapter(checkpoint, args.adapter)  # raises if it is broken, before anything is made
-    if chat_template(args.model) is None:
+    if template is None:
         print(f"{args.model} has no chat template: a prompt will be played as plain text")
     record = record_of(checkpoint, args.weights, args.adapter, dtype)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -193,7 +193,7 @@ def decoding_layers(layers: Layer, weights: RolloutWeights) -> tuple[Graph, list
             dtype = DTYPES[weights]
             for name in FUSED:
                 setattr(layer, name, getattr(layer, name).dense(dtype, merge=weights == "fp32"))
-            for name in ("attention_norm", "mlp_norm"):
+            for name in layers.config.norms:
                 setattr(layer, name, nnx.Param(getattr(layer, name)[...].astype(dtype)))
         layer_graph, layer_arrays = nnx.split(layer)
         arrays.append(layer_arrays)

@@ -1,9 +1,9 @@
-"""Linear layers without bias, dense or NF4, with LoRA adapters: y = x W^T + alpha/r (x A^T) B^T.
+"""Linear layers, dense or NF4, with LoRA adapters: y = x W^T + bias + alpha/r (x A^T) B^T.
 
 Projections that share an input are fused (q|k|v, gate|up); fusing leaves the quantised bits unchanged, and each part
 keeps its own adapter. Weights use the [out, in] layout of Hugging Face files, A [r, in] and B [out, r] that of PEFT. An
 NF4 base (`Quantized`) is always frozen; a dense base is frozen by giving the optimizer only `LoRAParam`.
-Left out: rank-stabilised scaling.
+Left out: scales that differ between layers (adapter.py folds them into B).
 
 Shapes: N layers, O out-features, I in-features, R LoRA rank, G NF4 blocks in a weight row, M blocks of absmax; "..." is
 rows of tokens.
@@ -164,10 +164,19 @@ class Linear(nnx.Module):
     """One (fused) linear layer of all decoder layers: arrays are [N, ...], or without N inside the scan over layers.
 
     Starts dense and trainable, with one weight per part ({"q": O, "k": O, ...}). `quantize` replaces the weights by
-    NF4; `add_adapter` adds A and B to a part.
+    NF4; `add_adapter` adds A and B to a part. The parts in `biased` have a bias [N, O], which is never quantised.
     """
 
-    def __init__(self, layers: int, parts: dict[str, int], inputs: int, *, std: float, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        layers: int,
+        parts: dict[str, int],
+        inputs: int,
+        *,
+        std: float,
+        biased: Sequence[str] = (),
+        rngs: nnx.Rngs,
+    ):
         self.parts, self.rows, self.inputs = tuple(parts), tuple(parts.values()), inputs
         self.weight = nnx.Dict(
             {
@@ -175,6 +184,7 @@ class Linear(nnx.Module):
                 for part, rows in parts.items()
             }
         )
+        self.bias = nnx.Dict({part: nnx.Param(jnp.zeros((layers, parts[part]))) for part in biased})
         self.codes, self.absmax = nnx.data(None), nnx.data(None)
         self.absmax_codes, self.nested, self.offset = nnx.data(None), nnx.data(None), nnx.data(None)
         self.a, self.b = nnx.Dict(), nnx.Dict()
@@ -205,9 +215,11 @@ class Linear(nnx.Module):
 
         With `merge` the adapters are merged into the base, else they stay separate.
         """
-        weight, a, b = ({part: x[...] for part, x in holder.items()} for holder in (self.weight, self.a, self.b))
+        holders = (self.weight, self.bias, self.a, self.b)
+        weight, bias, a, b = ({part: x[...] for part, x in holder.items()} for holder in holders)
         base = self.base() if self.quantized else weight
         layer = Dense(merged_weight(base, a if merge else {}, b, self.scale, self.parts, self.rows, dtype), self)
+        layer.bias = nnx.Dict({part: nnx.Param(array.astype(dtype)) for part, array in bias.items()})
         if not merge:
             layer.a, layer.b = self.a, self.b
         return layer
@@ -220,12 +232,14 @@ class Linear(nnx.Module):
             out = split(y, [count // share for count in self.rows])
         else:
             out = [dense_matmul(x, gather(self.weight[part][...])) for part in self.parts]
-        return add_adapter_outputs(out, x, self, key)
+        return add_bias_and_adapters(out, x, self, key)
 
 
-def add_adapter_outputs(out: list[jax.Array], x: jax.Array, layer: Linear | Dense, key: jax.Array | None = None):
-    """Adds the outputs of the adapters to `out`, the base's output for each part."""
+def add_bias_and_adapters(out: list[jax.Array], x: jax.Array, layer: Linear | Dense, key: jax.Array | None = None):
+    """Adds biases and the outputs of the adapters to `out`, x W^T for each part."""
     for index, part in enumerate(layer.parts):
+        if part in layer.bias:
+            out[index] += layer.bias[part][...]
         if part in layer.a:
             dropped = x if key is None else drop(x, layer.dropout, jax.random.fold_in(key, index))
             out[index] += adapter_matmul(dropped, layer.a[part][...], layer.b[part][...], layer.scale)
@@ -297,8 +311,8 @@ class Dense(nnx.Module):
 
     def __init__(self, weight: jax.Array, source: Linear):
         self.weight, self.parts, self.rows = nnx.Variable(weight), source.parts, source.rows
-        self.a, self.b, self.scale = nnx.Dict(), nnx.Dict(), source.scale
+        self.bias, self.a, self.b, self.scale = nnx.Dict(), nnx.Dict(), nnx.Dict(), source.scale
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> list[jax.Array]:
         """The output of each part; sampling applies no dropout, so `key` is ignored."""
-        return add_adapter_outputs(split(tiled_matmul(x, self.weight[...]), self.rows), x, self)
+        return add_bias_and_adapters(split(tiled_matmul(x, self.weight[...]), self.rows), x, self)

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from lora import nf4
 from lora.adapter import add_adapters, fresh_adapter, read_adapter, require_training_memory
-from lora.checkpoint import EMBEDDINGS, HEAD, HF_NORMS, Checkpoint, layer_tensor, write_checkpoint
+from lora.checkpoint import EMBEDDINGS, HEAD, Checkpoint, layer_tensor, write_checkpoint
 from lora.linear import FUSED, NF4, LoRAConfig
 from lora.model import CausalLM
 from lora.sharding import COLUMN, fused_order, partition_spec, put
@@ -44,7 +44,7 @@ def load_model(
     dtype=None,
     mesh: Mesh | None = None,
 ) -> CausalLM:
-    """Loads a model from a folder or an open Checkpoint; embeddings, head and norms are never quantised.
+    """Loads a model from a folder or an open Checkpoint; embeddings, head, biases and norms are never quantised.
 
     `weights`: form of the linear layers, "nf4" (blocks of 64), "nf4-dq" (double-quantised), "bf16" or "fp32". `dtype`:
     dtype of activations and unquantised weights; None means bfloat16 for "bf16", else float32. `lora` adds new adapters
@@ -67,17 +67,20 @@ def load_model(
     def replicated(name: str) -> nnx.Param:
         return nnx.Param(put(checkpoint.dense(name, dtype), mesh, P(), name))
 
-    def stacked(ours: str) -> np.ndarray:
-        names = (layer_tensor(layer, ours) for layer in range(config.num_hidden_layers))
+    def stacked(ours: str, kind: str = "weight") -> np.ndarray:
+        names = (layer_tensor(layer, ours, kind) for layer in range(config.num_hidden_layers))
         return np.stack([checkpoint.dense(name, dtype) for name in names])
 
     model.embed, model.norm = replicated(EMBEDDINGS), replicated("model.norm.weight")
     if not config.tie_word_embeddings:
         model.head = replicated(HEAD)
-    for ours in HF_NORMS:
+    for ours in config.norms:
         setattr(model.layers, ours, nnx.Param(put(stacked(ours), mesh, P(), ours)))
     for name, parts in FUSED.items():
         linear = getattr(model.layers, name)
+        for part in linear.bias:
+            array = put(stacked(part, "bias"), mesh, partition_spec(name, "bias"), f"{part}.bias")
+            linear.bias[part] = nnx.Param(array)
         if weights.startswith("nf4"):
             check_width(checkpoint.folder, name, linear.inputs)
             linear.quantize(read_nf4(checkpoint, name, weights == "nf4-dq", mesh))
@@ -158,7 +161,7 @@ def to_uint4(packed: jax.Array) -> jax.Array:
 
 
 def save_model(model: CausalLM, model_dir: str | Path) -> None:
-    """Writes `config.json` and float32 `model.safetensors` for `MistralForCausalLM.from_pretrained`.
+    """Writes `config.json` and float32 `model.safetensors` for `AutoModelForCausalLM.from_pretrained`.
 
     Raises ValueError for a model with NF4 weights or an adapter, which would be lost.
     """
@@ -168,8 +171,10 @@ def save_model(model: CausalLM, model_dir: str | Path) -> None:
             raise ValueError(f"save_model got a quantised or adapted {name!r}, expected dense weights only.")
     tensors = {EMBEDDINGS: model.embed, "model.norm.weight": model.norm}
     tensors |= {} if model.head is None else {HEAD: model.head}
-    stacks = {part: getattr(model.layers, name).weight[part] for name, parts in FUSED.items() for part in parts}
-    stacks |= {name: getattr(model.layers, name) for name in HF_NORMS}
-    tensors |= {layer_tensor(i, ours): x[i] for ours, x in stacks.items() for i in range(len(x))}
+    layers = [(name, getattr(model.layers, name)) for name in FUSED]
+    stacks = {(part, "weight"): x for _, linear in layers for part, x in linear.weight.items()}
+    stacks |= {(part, "bias"): x for _, linear in layers for part, x in linear.bias.items()}
+    stacks |= {(norm, "weight"): getattr(model.layers, norm) for norm in model.config.norms}
+    tensors |= {layer_tensor(i, *ours): x[i] for ours, x in stacks.items() for i in range(len(x))}
     arrays = ((name, np.asarray(array[...], np.float32)) for name, array in tensors.items())
     write_checkpoint(model_dir, arrays, model.config.to_json())

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from lora.model import CausalLM
 
-# A chunk has as many tokens as fit this number of logits (64 MiB in float32).
-LOGITS_PER_CHUNK = 2**24
+# A chunk has as many tokens as fit this number of logits (64 MiB in float32), but at least so many tokens that reading
+# the head takes less time than multiplying by it on any accelerator, whatever the vocabulary.
+LOGITS_PER_CHUNK, TOKENS_PER_CHUNK = 2**24, 512
 
 
 def token_logprobs(model: CausalLM, ids_BL: jax.Array, segments_BL: jax.Array, **options) -> jax.Array:
@@ -75,9 +76,9 @@ def logits_and_logprobs(hidden_CD, targets_C, head_VD):
 
 
 def in_chunks(function, vocabulary: int, *arrays: jax.Array):
-    """Applies `function` to arrays [T, ...] in equal chunks of T, as large as `LOGITS_PER_CHUNK` allows."""
+    """Applies `function` to arrays [T, ...] in equal chunks of T (see `LOGITS_PER_CHUNK`)."""
     tokens = len(arrays[0])
-    chunks = -(-tokens * vocabulary // LOGITS_PER_CHUNK)
+    chunks = -(-tokens // max(LOGITS_PER_CHUNK // vocabulary, TOKENS_PER_CHUNK))
     size = -(-tokens // chunks)
     chunked = [
         jnp.pad(x, [(0, chunks * size - tokens)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, size, *x.shape[1:])

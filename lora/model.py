@@ -1,13 +1,14 @@
-"""Mistral (RMSNorm, grouped-query attention, rotary positions, SwiGLU) as a Flax NNX module over packed rows.
+"""The decoder of Llama, Mistral and Qwen (RMSNorm, grouped-query attention, RoPE, SwiGLU) as a Flax NNX module.
 
+Qwen2 has biases on queries, keys and values, Qwen3 a norm on the queries and keys of each head, Llama 3.1 scaled RoPE.
 Layer weights are stacked along a leading axis, which `jax.lax.scan` walks. Several sequences share a row: `segments`
 numbers them from 1, and 0 is padding. Attention is causal within a segment, and positions restart with each segment.
 
-    model = CausalLM(config, rngs=nnx.Rngs(0))
+    model = CausalLM(config, rngs=nnx.Rngs(0))       # load.load_model for one from files
     hidden_BLD = model(ids_BL, segments_BL)
     logprobs_BL = token_logprobs(model, ids_BL, segments_BL)        # logprobs.py
 
-Left out: the KV cache (engine.py), files (load.py), RoPE scaling, biases, dropout outside LoRA.
+Left out: the KV cache (engine.py), files (load.py), other RoPE scaling, dropout outside LoRA.
 Shapes: N layers, B rows, L tokens, D model, F feed-forward, H heads, K kv heads, C head dim, V vocabulary.
 """
 
@@ -90,10 +91,11 @@ class Layer(nnx.Module):
         # Projections into the residual stream start small, so that 2N additions keep its variance near one.
         residual_scale = (2 * N) ** -0.5
         self.config = config
-        self.attention_norm = nnx.Param(jnp.ones((N, D)))
-        self.qkv = Linear(N, {"q": queries, "k": keys, "v": keys}, D, std=D**-0.5, rngs=rngs)
+        for name, width in config.norms.items():
+            setattr(self, name, nnx.Param(jnp.ones((N, width))))
+        qkv = {"q": queries, "k": keys, "v": keys}
+        self.qkv = Linear(N, qkv, D, std=D**-0.5, biased=config.biased, rngs=rngs)
         self.o = Linear(N, {"o": D}, queries, std=residual_scale * queries**-0.5, rngs=rngs)
-        self.mlp_norm = nnx.Param(jnp.ones((N, D)))
         self.gate_up = Linear(N, {"gate": F, "up": F}, D, std=D**-0.5, rngs=rngs)
         self.down = Linear(N, {"down": D}, F, std=residual_scale * F**-0.5, rngs=rngs)
 
@@ -104,6 +106,9 @@ class Layer(nnx.Module):
         """
         y = copy_to_tensor_parallel(rms_norm(x_BLD, self.attention_norm[...], self.config.rms_norm_eps))
         q, k, v = (part.reshape(*y.shape[:2], -1, self.config.head_dim) for part in self.qkv(y, subkey(key, 0)))
+        if "q_norm" in self.config.norms:
+            q = rms_norm(q, self.q_norm[...], self.config.rms_norm_eps)
+            k = rms_norm(k, self.k_norm[...], self.config.rms_norm_eps)
         return apply_rope(q, rope), apply_rope(k, rope), v
 
     def attention_output_and_mlp(self, x_BLD: jax.Array, attended: jax.Array, key=None) -> jax.Array:
@@ -126,6 +131,11 @@ def rms_norm(x: jax.Array, weight_D: jax.Array, epsilon: float) -> jax.Array:
 def rope_angles(positions_BL: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine [B, L, 1, C/2] of the rotary angles at the given positions."""
     frequencies = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    if (scaling := config.rope_scaling) is not None:
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * jnp.pi)  # in the original context
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = jnp.clip((turns - low) / (high - low), 0, 1)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
     angles = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 

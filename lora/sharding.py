@@ -138,6 +138,7 @@ COLUMN = ("qkv", "gate_up")
 # Field of a linear layer (linear.py) -> its axis of out-features (or their blocks), its axis of in-features.
 FIELDS = {
     "weight": (1, 2),
+    "bias": (1, None),
     "codes": (1, 2),
     "absmax": (1, 2),
     "absmax_codes": (1, None),
@@ -151,15 +152,15 @@ FIELDS = {
 def partition_spec(layer: str, field: str) -> P:
     """The PartitionSpec of a field [N, ...] of a linear layer ("qkv", "o", "gate_up", "down").
 
-    Adapters are not sharded along `fsdp`: their gradients and optimizer state are small. Double-quantisation statistics
-    span whole weight rows, so layers that shard in-features hold all of them and slice what they need.
+    Biases and adapters, which are small, are not sharded along `fsdp`. Double-quantisation statistics span whole weight
+    rows, so layers that shard in-features hold all of them and slice what they need.
     """
     out_axis, in_axis = FIELDS[field]
     axes: list = [None, None, None]
-    if out_axis is not None and field != "b":
+    if field in ("b", "bias"):
+        axes[1] = "tensor" if layer in COLUMN else None
+    elif out_axis is not None:
         axes[out_axis] = ("tensor", "fsdp") if layer in COLUMN else "fsdp"
-    if field == "b" and layer in COLUMN:
-        axes[1] = "tensor"
     if in_axis is not None and layer not in COLUMN:
         axes[in_axis] = "tensor"
     while axes and axes[-1] is None:

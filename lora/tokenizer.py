@@ -1,26 +1,38 @@
-"""Tokenises text and chats: loads the tokenizer of a Hugging Face folder and applies Mistral's chat format.
+"""Text, chats and lines as token ids: loads the tokenizer of a Hugging Face folder and applies its chat template.
 
-    tokenizer = load_tokenizer("mistral-7b")
-    ids = chat_ids(tokenizer, [{"role": "user", "content": "Hello"}])       # <s> [INST] Hello [/INST]
+    tokenizer = load_tokenizer("qwen3-4b")
+    ids = chat_ids(tokenizer, "qwen3-4b", [{"role": "user", "content": "Hello"}])
+    stops = newline_ids(tokenizer, "qwen3-4b")              # a sampled line ends at any of them
+    line = line_of(tokenizer, sampled_ids, end_ids)
 
-Left out: other models' chat templates, tools, images.
+Left out: tools, images, templates that are not the default one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
-from tokenizers import Tokenizer, normalizers
+import tokenizers
+from tokenizers import Tokenizer
 
 from artifacts.json_io import read_json
 from lora.config import Config
 
 # What a tokenizer.model is read with (from_sentencepiece).
 SENTENCEPIECE = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")  # that a chat template may print
+# Precedes every chat template: one that prints today's date (Llama 3.2, 3.3) would give other ids tomorrow. The day is
+# the one that Llama's templates name where they cannot know the date.
+FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format.replace('%d', '26').replace('%b', 'Jul').replace('%B', 'July')"
+    ".replace('%m', '07').replace('%Y', '2024') }}{% endmacro +%}"
+)
 
 
 class TokenizerModel(msgspec.Struct):
@@ -34,10 +46,33 @@ class TokenizerFile(msgspec.Struct):
     model: TokenizerModel
 
 
-class TokenizerConfigFile(msgspec.Struct):
-    """A tokenizer_config.json. Templates may be several, each with a name."""
+class NamedTemplate(msgspec.Struct):
+    name: str
+    template: str
 
-    chat_template: str | list[dict[str, str]] | None = None
+
+class AddedToken(msgspec.Struct):
+    content: str
+
+
+SpecialToken = str | AddedToken | None | msgspec.UnsetType
+
+
+class TokenizerConfigFile(msgspec.Struct):
+    """A tokenizer_config.json: its chat template, or several, each with a name, and special tokens."""
+
+    chat_template: str | list[NamedTemplate] | None = None
+    bos_token: SpecialToken = msgspec.UNSET
+    eos_token: SpecialToken = msgspec.UNSET
+    unk_token: SpecialToken = msgspec.UNSET
+    pad_token: SpecialToken = msgspec.UNSET
+
+
+class ChatTemplate(NamedTuple):
+    """A template, and the special tokens that the folder names: None where it says that there is none."""
+
+    text: str
+    tokens: dict[str, str | None]
 
 
 def load_tokenizer(model_dir: str | Path) -> Tokenizer:
@@ -59,7 +94,10 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the libraries raise nothing narrower, and a panic of theirs is no Exception
-        raise ValueError(f"{path} is not a valid tokenizer ({error}); copy it from the model again") from error
+        raise ValueError(
+            f"{path} is not a valid tokenizer to tokenizers {tokenizers.__version__} ({error}); upgrade tokenizers and "
+            "transformers if a newer version wrote it, else copy it from the model again"
+        ) from error
     if (path.parent / "config.json").exists():
         size = Config.read(model_dir).vocab_size
         if max(ids, default=0) >= size:
@@ -87,85 +125,143 @@ def tokenizer_sha(model_dir: str | Path) -> str:
     return hashlib.sha256(json.dumps([parts, chat_template(model_dir)]).encode()).hexdigest()
 
 
-def chat_template(model_dir: str | Path) -> str | None:
-    """The chat template of a folder: all of them in JSON if it has several, None if it has none."""
-    path = Path(model_dir) / "chat_template.jinja"
-    if path.exists():
+def chat_template(model_dir: str | Path) -> ChatTemplate | None:
+    """The chat template of a folder, the default one of several; None if it has none."""
+    config, own = (Path(model_dir) / name for name in ("tokenizer_config.json", "chat_template.jinja"))
+    file = read_json(config, TokenizerConfigFile) if config.exists() else TokenizerConfigFile()
+    text = file.chat_template
+    if own.exists():
         try:
-            return path.read_text(encoding="utf-8")
+            text = own.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 ({error}); copy it from the model again") from error
-    config = path.with_name("tokenizer_config.json")
-    template = read_json(config, TokenizerConfigFile).chat_template if config.exists() else None
-    return json.dumps(template) if isinstance(template, list) else template
+            raise ValueError(f"{own} is not UTF-8 ({error}); copy it from the model again") from error
+    elif isinstance(text, list):
+        named = {each.name: each.template for each in text}
+        if "default" not in named:
+            raise ValueError(f"{config} has the chat templates {sorted(named)}; expected one called 'default'")
+        text = named["default"]
+    tokens = {name: getattr(file, name) for name in SPECIAL}
+    tokens = {name: token.content if isinstance(token, AddedToken) else token for name, token in tokens.items()}
+    given = {name: token for name, token in tokens.items() if token is not msgspec.UNSET}
+    return None if text is None else ChatTemplate(text=text, tokens=given)
 
 
 def from_sentencepiece(model_dir: str | Path) -> Tokenizer:
-    """Mistral's tokenizer.model as converted by transformers, corrected to give SentencePiece's ids for runs of spaces.
+    """A tokenizer.model as converted by transformers, corrected to give SentencePiece's ids for runs of spaces.
 
-    SentencePiece, like Mistral's tokenizer.json, merges runs of spaces last (their scores are lowest) and prepends a
-    space to every text. The conversion merges them first and prepends none to a text that starts with a space.
+    SentencePiece, like Mistral's tokenizer.json, merges runs of spaces last (their scores are lowest); the conversion
+    merges them first. As in transformers, only a text that starts without a space gets one, where SentencePiece always
+    adds one, and the texts between the special tokens of a chat get none (unless the folder says `legacy`).
     """
     from transformers import LlamaTokenizer  # imported here because the import takes a second
 
     chat_template(model_dir)  # raises, with the file's name, if what transformers is about to read is damaged
     fields = json.loads(LlamaTokenizer.from_pretrained(str(model_dir), add_bos_token=True).backend_tokenizer.to_str())
     fields["model"]["merges"].sort(key=lambda pair: set(pair[0] + pair[1]) == {"▁"})
-    tokenizer = Tokenizer.from_str(json.dumps(fields))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.pre_tokenizer = None
-    return tokenizer
+    return Tokenizer.from_str(json.dumps(fields))
+
+
+# ---- lines -----------------------------------------------------------------------------------------------------------
 
 
 def encode_piece(tokenizer: Tokenizer, text: str, first: bool) -> list[int]:
     """Ids of one piece of a longer text that is encoded piece by piece.
 
     The `first` piece gets the tokenizer's prefix (Mistral: <s> and a space); later ones are encoded as if they followed
-    a newline. Concatenated, the pieces have the ids of the full text if no token spans two of them. Raises ValueError
-    for a tokenizer that joins a newline with the text after it.
+    a newline, or a letter if they start with a newline, as two newlines may be one token. Concatenated, the pieces have
+    the ids of the full text if no token spans two of them. Raises ValueError for a tokenizer that joins what comes
+    before with the text.
     """
     if first:
         return tokenizer.encode(text).ids
-    newline, ids = (tokenizer.encode(t, add_special_tokens=False).ids for t in ("\n", "\n" + text))
-    if ids[: len(newline)] != newline:
-        raise ValueError(f"the tokenizer joins a newline with {text[:20]!r}; expected every line to start a new token")
-    return ids[len(newline) :]
+    context = "a" if text.startswith("\n") else "\n"
+    before, ids = (tokenizer.encode(t, add_special_tokens=False).ids for t in (context, context + text))
+    if ids[: len(before)] != before:
+        raise ValueError(
+            f"the tokenizer joins {context!r} with {text[:20]!r}; expected every line to start a new token"
+        )
+    return ids[len(before) :]
+
+
+def newline_ids(tokenizer: Tokenizer, model_dir: str | Path) -> frozenset[int]:
+    """All ids whose text holds a newline, each of which ends a sampled line: "\\n", but also "\\n\\n" and "]\\n".
+
+    Raises ValueError, with the folder's name, if there are none.
+    """
+    ids = list(tokenizer.get_vocab().values())
+    texts = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
+    found = frozenset(i for i, text in zip(ids, texts, strict=True) if "\n" in text)
+    if not found:
+        raise ValueError(f"{model_dir}: the tokenizer has no token that holds a newline; expected one, to end a line")
+    return found
+
+
+def line_of(tokenizer: Tokenizer, sampled: Sequence[int], end_ids: Collection[int]) -> str:
+    """The line that sampled ids are played as: their text without end tokens, up to and including its first newline.
+
+    What follows the newline in its token was sampled, and counts as such, but is not part of the line.
+    """
+    text = tokenizer.decode([i for i in sampled if i not in end_ids], skip_special_tokens=False)
+    line, newline, _ = text.partition("\n")
+    return line + newline
+
+
+# ---- chats -----------------------------------------------------------------------------------------------------------
 
 
 def prompt_ids(tokenizer: Tokenizer, model_dir: str | Path, text: str) -> list[int]:
     """Ids of an example to put before a text; the text's own ids are appended without the tokenizer's prefix.
 
-    For an instruction-tuned model in Mistral's format (the chat template in `model_dir` contains [INST]), the example
-    is the user's message and the text the assistant's: <s> [INST] example [/INST] text. Other models get the plain
-    example: <s> example text.
+    If `model_dir` has a chat template, the example is the user's message and the text the assistant's: with Mistral
+    v0.2 <s> [INST] example [/INST] text. Without one, the plain example comes first: <s> example text. Raises
+    ValueError as `chat_ids` does.
     """
-    if "[INST]" in (chat_template(model_dir) or ""):
-        return chat_ids(tokenizer, [{"role": "user", "content": text.strip()}])
-    return tokenizer.encode(text).ids
+    if chat_template(model_dir) is None:
+        return tokenizer.encode(text).ids
+    return chat_ids(tokenizer, model_dir, [{"role": "user", "content": text.strip()}])
 
 
-def chat_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """Ids of a chat in the format of Mistral-7B-Instruct v0.1 and v0.2: <s> [INST] user [/INST] assistant</s> ...
+def chat_ids(tokenizer: Tokenizer, model_dir: str | Path, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Ids of a chat up to where the assistant's next message begins.
 
-    Each message is encoded separately, as in mistral-common, so the ids of earlier messages never change. A system
-    prompt is prepended to the first user message with an empty line between them. Raises ValueError unless user and
-    assistant alternate, and for a tokenizer without <s> or </s>.
+    The folder's chat template renders the chat as in transformers' `apply_chat_template`, with the generation prompt
+    and without thinking; only the date that a template prints is always 26 July 2024, so that ids do not change from
+    day to day. Raises ValueError, with the folder's name, if there is no template, if it fails, refuses the messages (a
+    system message, say) or leaves the last one out, and for a special token that it prints and the tokenizer lacks.
     """
-    messages = list(messages)
-    if messages and messages[0]["role"] == "system":
-        system, first, *rest = messages if len(messages) > 1 else (*messages, {"role": "none", "content": ""})
-        messages = [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
-    roles = [message["role"] for message in messages]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
-        raise ValueError(
-            f"got messages with roles {roles}; expected an optional system, then user and assistant in turn."
+    template = chat_template(model_dir)
+    if template is None:
+        raise ValueError(f"{model_dir} has no chat template; expected one in tokenizer_config.json")
+    for name in SPECIAL:
+        token = template.tokens.get(name, "")
+        if token is not None and tokenizer.token_to_id(token) is None and re.search(rf"\b{name}\b", template.text):
+            raise ValueError(
+                f"{model_dir}: its chat template prints {name}, {token!r} in tokenizer_config.json; expected a token "
+                "of the tokenizer: copy the tokenizer's files from the model again"
+            )
+    return tokenizer.encode(render(template, messages, model_dir), add_special_tokens=False).ids
+
+
+def render(template: ChatTemplate, messages: Sequence[Mapping[str, str]], model_dir: str | Path) -> str:
+    """The text of a chat (see `chat_ids`)."""
+    from transformers.utils.chat_template_utils import render_jinja_template  # the import takes seconds
+
+    tokens = {name: token for name, token in template.tokens.items() if token is not None}
+    try:
+        [text], _ = render_jinja_template(
+            conversations=[[dict(message) for message in messages]],
+            chat_template=FIXED_DATE + template.text,
+            add_generation_prompt=True,
+            enable_thinking=False,
+            **tokens,
         )
-    start, end = (tokenizer.token_to_id(token) for token in ("<s>", "</s>"))
-    if None in (start, end):
-        raise ValueError("the tokenizer has no <s> or no </s>, but the chat template is Mistral's: copy both again.")
-    ids = [start]
-    for message in messages:
-        text = f"[INST] {message['content']} [/INST]" if message["role"] == "user" else message["content"]
-        ids += tokenizer.encode(text, add_special_tokens=False).ids
-        ids += [end] if message["role"] == "assistant" else []
-    return ids
+        if messages[-1]["content"].strip() not in text:
+            raise ValueError("it leaves out the last message")
+    except Exception as error:  # a blanket except: a template is a program, which raises anything
+        roles = ", ".join(message["role"] for message in messages)
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"{model_dir}: its chat template cannot render a chat of {roles} ({type(error).__name__}: {why}); send "
+            "messages that it takes, or copy it from the model again"
+        ) from error
+    return text

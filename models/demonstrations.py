@@ -1,10 +1,10 @@
 """Writes demonstrations of ALFWorld games as a finished stage, an input for train_pg.py.
 
-    python -m models.demonstrations --out runs/refine/demo --count 600
+    python -m models.demonstrations --out runs/refine/demo --count 600 --tell-commands
     python train_pg.py --run runs/refine --inputs runs/refine/demo
 
-The scripted demonstrator plays generated games and, if the data is available, real ones; no game is in a panel.
-Openings end with the list of commands, as with --tell-commands.
+The scripted demonstrator plays generated games and, if the data is available, real ones; no game is in a panel. In the
+place of a run's round_0/rollout, they are what round 0 trains on (`./run.sh smollm2`).
 
 Left out: ActRe, careless players (models/pretrain.py trains on both).
 """
@@ -36,6 +36,8 @@ class Args:
     """Directory of the stage."""
     count: Annotated[int, Range(1, 10**6)] = 600
     """Number of games."""
+    tell_commands: bool = False
+    """Append the list of commands to the first observation, as the flag of that name does in play."""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Seeds the games and their order."""
 
@@ -51,7 +53,8 @@ def demonstrate(args: Args, stage: Stage) -> None:
     games = itertools.islice(alfworld.demonstrations(corpus), args.count)
     trajectories = []
     for index, game in enumerate(tqdm(games, total=args.count, unit="game")):
-        opening = told_commands(game.first_observation, COMMANDS["0.4"])
+        opening = game.first_observation
+        opening = told_commands(opening, COMMANDS["0.4"]) if args.tell_commands else opening
         trajectories.append(msgspec.structs.replace(game, first_observation=opening, trial=index))
     write_file(args.out / "trajectories.jsonl", trajectories)
     stage.finish({"trajectories": len(trajectories), "success": sum(t.success for t in trajectories)})

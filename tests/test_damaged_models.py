@@ -17,7 +17,7 @@ import lora.flops
 from agent.local import LocalPolicy
 from agent.policy import Ask
 from lora import score
-from lora.adapter import read_adapter, save_adapter
+from lora.adapter import REFUSED_OPTIONS, read_adapter, save_adapter
 from lora.checkpoint import STATE, Checkpoint, base_facts, layer_tensor
 from lora.config import Config
 from lora.convert import Args, main
@@ -25,7 +25,7 @@ from lora.engine import Engine
 from lora.linear import TARGETS, LoRAConfig
 from lora.load import load_model, save_model
 from lora.model import CausalLM
-from lora.tokenizer import chat_ids, load_tokenizer, prompt_ids
+from lora.tokenizer import load_tokenizer, prompt_ids
 from models.tokenizer import byte_tokenizer
 from tests.support.helpers import TINY, logits_of, random_ids, with_random_adapter
 
@@ -255,6 +255,8 @@ def test_a_model_whose_numbers_overflow_stops_instead_of_playing(base):
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
 
+CHANGED_BASE = "changed the base.*merge it into that base .*path_initial_model_for.*for PiSSA, OLoRA, CorDA and LoRA-GA"
+
 
 @pytest.mark.parametrize(
     "changes, said",
@@ -264,24 +266,73 @@ def test_a_model_whose_numbers_overflow_stops_instead_of_playing(base):
         ({"r": 0}, "`int` >= 1 - at `..r`"),
         ({"lora_alpha": float("nan")}, "not valid JSON"),
         ({"lora_alpha": 1e308}, "<= 1000000.0 - at `..lora_alpha`"),
-        ({"lora_alpha": -1}, "> 0.0 - at `..lora_alpha`"),
+        ({"lora_alpha": -1}, ">= 1e-30 - at `..lora_alpha`"),
         ({"lora_dropout": 1.5}, "< 1.0 - at `..lora_dropout`"),
-        ({"target_modules": []}, "length >= 1 - at `..target_modules`"),
-        ({"target_modules": "all-linear"}, "target_modules='all-linear'"),
-        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
-        ({"layer_replication": [[0, 1]]}, "layer_replication"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changed the base.*path_initial_model_for"),
-        ({"init_lora_weights": "pissa_niter_4"}, "changed the base.*path_initial_model_for"),
-        ({"init_lora_weights": "olora"}, "changed the base.*path_initial_model_for"),
-        ({"init_lora_weights": "loftq"}, "changed the base.*path_initial_model_for"),
-        ({"init_lora_weights": "corda"}, "changed the base.*path_initial_model_for"),
-        ({"init_lora_weights": "lora_ga"}, "changed the base.*path_initial_model_for"),
+        ({"rank_pattern": {"q_proj": 0}}, "`int` >= 1 - at `..rank_pattern"),
+        ({"rank_pattern": {"(": 2}}, r"is no regular expression \(missing \)"),
+        ({"alpha_pattern": {"q_proj": -1}}, ">= 1e-30 - at `..alpha_pattern"),
+        ({"alpha_pattern": {"a{99999999999}": 2}}, r"is no regular expression \(the repetition number is too large\)"),
+        ({"target_modules": "*_proj"}, r"'\*_proj' is no regular expression \(nothing to repeat"),
+        ({"target_modules": []}, r"target_modules=\[\] selects none of self_attn.q_proj, .*at least one"),
+        ({"target_modules": None}, "target_modules=None selects none"),
+        ({"target_modules": "q_proj"}, "target_modules='q_proj' selects none"),
+        ({"target_modules": r"model\.layers\.0\.self_attn\.q"}, "target_modules=.* selects none"),
+        ({"exclude_modules": ["q_proj", "v_proj"]}, "selects none"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "selects model.embed_tokens, and only .*; merge the adapter"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3', and only 'LORA' is computed; merge .*, or train a LoRA adapter"),
+        ({"init_lora_weights": "pissa"}, CHANGED_BASE),
+        ({"init_lora_weights": "pissa_niter_4"}, CHANGED_BASE),
+        ({"init_lora_weights": "olora"}, CHANGED_BASE),
+        ({"init_lora_weights": "loftq"}, CHANGED_BASE),
+        ({"init_lora_weights": "corda"}, CHANGED_BASE),
+        ({"init_lora_weights": "lora_ga"}, CHANGED_BASE),
     ],
 )
 def test_an_adapter_that_cannot_be_meant_is_refused_by_name(whole, adapter, changes, said):
     change_json(adapter / "adapter_config.json", **changes)
     with pytest.raises(ValueError, match=f"adapter_config.json.*{said}"):
         read_adapter(Checkpoint(whole / "base"), adapter)
+
+
+MERGED = "merge the adapter into its base with PEFT's merge_and_unload and give the merged folder as the base"
+TRAINED = "PEFT cannot save it merged into its base, so train a plain LoRA adapter"
+HOW_REFUSED = {
+    "bias": ("lora_only", MERGED),
+    "modules_to_save": (["lm_head"], MERGED),
+    "trainable_token_indices": ([3], MERGED),
+    "target_parameters": (["mlp.experts"], MERGED),
+    "layers_to_transform": (0, MERGED),
+    "use_dora": (True, MERGED),
+    "use_bdlora": ({"nblocks": 2}, MERGED),
+    "kasa_config": ({"beta": 1e-4}, MERGED),
+    "monteclora_config": ({"num_samples": 8}, MERGED),
+    "velora_config": ({"num_groups": 64}, MERGED),
+    "layer_replication": ([[0, 1]], TRAINED),
+    "lora_bias": (True, TRAINED),
+    "alora_invocation_tokens": ([5], TRAINED),
+    "arrow_config": ({"top_k": 3}, TRAINED),
+    "use_qalora": (True, TRAINED),
+}
+
+
+@pytest.mark.parametrize("option", REFUSED_OPTIONS)
+def test_an_option_of_peft_that_is_not_computed_is_refused_with_the_remedy(whole, adapter, option):
+    value, remedy = HOW_REFUSED[option]
+    change_json(adapter / "adapter_config.json", **{option: value})
+    with pytest.raises(ValueError, match=rf"adapter_config.json: {option}=.*\(.*\): not computed; {remedy}\.$"):
+        read_adapter(Checkpoint(whole / "base"), adapter)
+
+
+def test_an_adapter_with_every_option_at_peft_s_default_is_read(whole, adapter):
+    defaults = {
+        "bias": "none",
+        "use_dora": False,
+        "layers_to_transform": None,
+        "rank_pattern": {},
+        "modules_to_save": [],
+    }
+    change_json(adapter / "adapter_config.json", **(dict.fromkeys(REFUSED_OPTIONS) | defaults))
+    assert read_adapter(Checkpoint(whole / "base"), adapter)[0].targets == ("q", "v")
 
 
 def test_an_adapter_s_config_without_a_rank_as_a_list_or_cut_is_a_sentence(whole, adapter):
@@ -306,17 +357,74 @@ def test_an_adapter_with_a_value_that_is_not_finite_or_overflows_is_refused_by_t
         read_adapter(Checkpoint(whole / "base"), adapter)
 
 
+def test_an_adapter_that_overflows_by_the_alpha_of_one_layer_is_refused_by_the_tensor_s_name(base_dir, tmp_path):
+    save_adapter(tmp_path, with_random_adapter(load_model(base_dir, lora=LoRAConfig(rank=2))), base_dir)
+    path = tmp_path / "adapter_model.safetensors"
+    name = f"base_model.model.{layer_tensor(1, 'v').replace('weight', 'lora_B.weight')}"
+    change_tensors(path, **{name: with_value(path, name, 1e34)})
+    read_adapter(Checkpoint(base_dir), tmp_path)
+    change_json(tmp_path / "adapter_config.json", alpha_pattern={"1.self_attn.v_proj": 1e6})
+    with pytest.raises(ValueError, match=f"adapter_model.safetensors: {name}, times alpha / r, .* not finite"):
+        read_adapter(Checkpoint(base_dir), tmp_path)
+    change_json(tmp_path / "adapter_config.json", lora_alpha=1e-3, alpha_pattern={"1.self_attn.v_proj": 1e3})
+    with pytest.raises(ValueError, match=f"{name}, times its scale over the common one, .* not finite"):
+        read_adapter(Checkpoint(base_dir), tmp_path)
+
+
 def test_an_adapter_s_weights_that_are_cut_missing_or_of_another_shape_are_named(whole, adapter):
     path, base = adapter / "adapter_model.safetensors", Checkpoint(whole / "base")
-    change_json(adapter / "adapter_config.json", r=2**20)
-    with pytest.raises(ValueError, match=r"lora_A.weight has shape \(2, 64\), expected \(1048576, 64\)"):
-        read_adapter(base, adapter)
+    for rank in ({"r": 2**20}, {"rank_pattern": {"q_proj": 2**20}}):
+        change_json(adapter / "adapter_config.json", **rank)
+        with pytest.raises(ValueError, match=r"lora_A.weight has shape \(2, 64\), expected \(1048576, 64\)"):
+            read_adapter(base, adapter)
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(ValueError, match="adapter_model.safetensors is not a valid safetensors file"):
         read_adapter(base, adapter)
     path.unlink()
     with pytest.raises(FileNotFoundError, match="has no adapter_model.safetensors"):
         read_adapter(base, adapter)
+
+
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        (
+            "base_model.model.",
+            "",
+            "PEFT would not name .* 'model.layers.0.* but for instance 'base_model.model.model.*",
+        ),
+        ("base_model.model.", "base_model.model._orig_mod.", "would not name .*save it with PEFT's save_pretrained"),
+        ("lora_A.weight", "lora_A.my_name.weight", "has a name as in training.*without '.my_name'; rename all tensors"),
+        (
+            "layers.0",
+            "layers.35",
+            "the last layer that is adapted is 35, but that of the base is 0; give the adapter's own",
+        ),
+        ("v_proj.lora_A", "k_proj.lora_A", r"Missing: .*v_proj.lora_A.weight\. Unexpected: .*k_proj.lora_A.weight"),
+    ],
+)
+def test_an_adapter_s_tensors_of_other_names_are_refused_with_the_remedy(whole, adapter, old, new, said):
+    path = adapter / "adapter_model.safetensors"
+    save_file({name.replace(old, new): array for name, array in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match=f"adapter_model.safetensors.*{said}"):
+        read_adapter(Checkpoint(whole / "base"), adapter)
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        (
+            "lm_head.weight",
+            f"holds 'base_model.model.lm_head.weight', and weights that are trained whole, .*; {MERGED}",
+        ),
+        ("model.embed_tokens.lora_embedding_A", r"Missing: none\. Unexpected: .*embed_tokens.lora_embedding_A"),
+    ],
+)
+def test_tensors_besides_an_adapter_of_the_projections_are_refused_by_name(whole, adapter, name, said):
+    path = adapter / "adapter_model.safetensors"
+    change_tensors(path, **{f"base_model.model.{name}": np.ones((2, 2), np.float32)})
+    with pytest.raises(ValueError, match=f"adapter_model.safetensors.*{said}"):
+        read_adapter(Checkpoint(whole / "base"), adapter)
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
@@ -361,7 +469,9 @@ def test_a_panic_of_the_library_is_a_sentence(base):
         load_tokenizer(base)
 
 
-@pytest.mark.parametrize("text", ["[]", "{", DEEP, '{"chat_template": 5}', '{"chat_template": [5]}'])
+@pytest.mark.parametrize(
+    "text", ["[]", "{", DEEP, '{"chat_template": 5}', '{"chat_template": [5]}', '{"chat_template": "", "bos_token": 5}']
+)
 def test_a_tokenizer_config_that_cannot_be_read_is_named(base, text):
     (base / "tokenizer_config.json").write_text(text)
     with pytest.raises(ValueError, match="tokenizer_config.json"):
@@ -372,8 +482,18 @@ def test_a_chat_template_must_be_text_and_its_tokens_must_exist(base):
     (base / "chat_template.jinja").write_bytes(b"\xff[INST]")
     with pytest.raises(ValueError, match="chat_template.jinja is not UTF-8"):
         prompt_ids(load_tokenizer(base), base, "an example")
-    with pytest.raises(ValueError, match="no <s> or no </s>"):
-        chat_ids(load_tokenizer(base), [{"role": "user", "content": "a"}])
+    (base / "chat_template.jinja").write_text("{{ bos_token }}[INST] {{ messages[0].content }}")
+    for config in ("{}", '{"bos_token": "<s>"}'):
+        (base / "tokenizer_config.json").write_text(config)
+        with pytest.raises(ValueError, match=f"{base}: its chat template prints bos_token, '(<s>)?' in tokenizer_conf"):
+            prompt_ids(load_tokenizer(base), base, "an example")
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content", "{% if %}", "{{ raise_exception('no') }}", "[INST]"])
+def test_a_chat_template_that_cannot_be_rendered_or_drops_the_example_is_named(base, template):
+    (base / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=f"{base}: its chat template cannot render a chat of user"):
+        prompt_ids(load_tokenizer(base), base, "an example")
 
 
 # ---- all of it -------------------------------------------------------------------------------------------------------

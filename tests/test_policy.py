@@ -21,6 +21,10 @@ from models.tokenizer import byte_tokenizer
 from tests.support.helpers import write_tiny_model
 
 EXAMPLE, OPENING, MORE = "Observation: an example.\n\n", "Observation: a room.\nAction:", "Observation: OK.\nAction:"
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +71,14 @@ def by_hand(model_dir, before: list[int], ids: list[int], sampled: list[int]) ->
 @pytest.mark.parametrize("instructed", [False, True])
 def test_a_prompt_is_played_and_not_kept(model_dir, instructed):
     config = model_dir / "tokenizer_config.json"
-    config.write_text(json.dumps({"chat_template": "[INST] {{ messages }} [/INST]"} if instructed else {}))
+    config.write_text(json.dumps({"chat_template": TEMPLATE, "bos_token": "<s>"} if instructed else {}))
     tokenizer = load_tokenizer(model_dir)
     how = {"slots": 2, "context": 256, "max_new_tokens": 16}
     prompted, alone = LocalPolicy(model_dir, **how, prompt=EXAMPLE), LocalPolicy(model_dir, **how)
     lines, ids, sampled = game(prompted)
     opening = encode_piece(tokenizer, OPENING, True)
     assert ids[: len(opening)] == opening and ids.count(250) == 1  # as without a prompt, <s> and all
-    text = f"[INST] {EXAMPLE.strip()} [/INST]" if instructed else EXAMPLE
+    text = f"user: {EXAMPLE.strip()}\nassistant: " if instructed else EXAMPLE
     before = tokenizer.encode(text).ids
     assert by_hand(model_dir, before, ids[1:], sampled[1:])
     assert lines != game(alone)[0]  # else the prompt is not read

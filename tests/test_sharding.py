@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from lora.config import Config
+from lora.config import Config, Llama3Rope
 from lora.load import save_model
 from lora.model import CausalLM
 from lora.sharding import check_divisible, fused_order, join_processes, make_mesh, start_devices
@@ -31,11 +31,21 @@ WIDE = {
 }
 
 
+def write_model(folder: Path, **changes) -> Path:
+    """A random model, with biases and norms of heads away from their initial values."""
+    model = CausalLM(Config(**{**vars(TINY), **WIDE, **changes}), rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    drawn = [*model.layers.qkv.bias.values()]
+    drawn += [getattr(model.layers, name) for name in model.config.norms if name in ("q_norm", "k_norm")]
+    for variable in drawn:
+        variable[...] = variable[...] + rng.normal(0, 0.3, variable.shape).astype(np.float32)
+    save_model(model, folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    save_model(CausalLM(Config(**{**vars(TINY), **WIDE}), rngs=nnx.Rngs(0)), folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("base"))
 
 
 def start(folder, weights, devices, *meshes, **environment) -> subprocess.Popen:
@@ -66,6 +76,15 @@ def test_meshes_give_the_losses_of_one_device(folder, one_device):
 def test_other_forms_of_the_base_too(folder, weights, mesh):
     [sharded] = result(start(folder, weights, 8, mesh))
     [alone] = result(start(folder, weights, 1, "1,1,1"))
+    assert np.abs(sharded - alone).max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", pytest.param("llama", marks=pytest.mark.slow)])
+def test_other_families_are_sharded_too(family, tmp_path):
+    scaling = Llama3Rope(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+    write_model(tmp_path, model_type=family, rope_scaling=scaling if family == "llama" else None)
+    [sharded] = result(start(tmp_path, "nf4", 8, "1,2,4"))
+    [alone] = result(start(tmp_path, "nf4", 1, "1,1,1"))
     assert np.abs(sharded - alone).max() < 1e-5
 
 

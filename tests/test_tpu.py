@@ -25,6 +25,15 @@ def test_7b_trains_within_seven_gib_of_one_v5e_chip():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-7b", "qwen3-8b"])
+@pytest.mark.parametrize("program", ["v5e/2048", "decode/v5e"])
+def test_other_families_fit_a_chip_of_16_gb(program, name):
+    found = compiled(f"{program}/{name}")
+    assert found["floor"] < found["total"] < 16e9
+    assert found["decoded"] == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v5e:2x4/fsdp8", "v5e:2x4/fsdp4-tensor2"])
 def test_codes_and_not_weights_cross_the_chips(name):
     found = compiled(name)

@@ -18,7 +18,8 @@ from artifacts.tokens import read_codec, tokens_of
 from artifacts.trajectory import Writer, read_trajectories, sort_file, to_line
 from lora.tokenizer import encode_piece
 from models.tokenizer import byte_tokenizer
-from tests.support.helpers import byte_codec, trajectory, turn, write_tiny_model
+from tests.support.helpers import byte_codec, codec_of, trajectory, turn, write_tiny_model
+from tests.support.published import hand_tokenizer
 from tests.support.rooms import TASK, Room
 
 REACT = """Observation: Your task is to: put a mug in desk. You are in the middle of a room. \
@@ -46,6 +47,8 @@ def encode(text, first=False):
 
 
 CODEC = byte_codec()
+HAND_TOKENIZER = hand_tokenizer()
+HAND = codec_of(HAND_TOKENIZER, 300)
 
 
 def test_rows_that_ended_in_a_fault_are_written_again(tmp_path, capsys):
@@ -271,6 +274,63 @@ def test_a_reply_cut_by_its_limit_is_closed_with_a_newline():
     sampled = [0] * len(opening) + [1] * len(reply) + [0] * (1 + len(observation))
     tokens = tokens_of(msgspec.structs.replace(record, ids=ids, sampled=sampled), CODEC)
     assert tokens.ids == ids and sum(tokens.agent) == len(reply) + 1
+
+
+def hand_record(reply: list[int], action: str = "look"):
+    """A record of one sampled reply in the ids of the hand-made tokenizer, and its flags."""
+    record = trajectory(turns=[turn("", action, "Nothing happens.", valid=False)])
+    opening, _, observation = (HAND.encode(s.text, s.turn < 0) for s in react_segments(record))
+    flags = [0] * len(opening) + [1] * len(reply) + [0] * len(observation)
+    return msgspec.structs.replace(record, ids=opening + reply + observation, sampled=flags)
+
+
+def hand_ids(text: str, *tokens: str) -> list[int]:
+    return [*HAND_TOKENIZER.encode(text).ids, *(HAND_TOKENIZER.token_to_id(token) for token in tokens)]
+
+
+@pytest.mark.parametrize(
+    ("reply", "action"),
+    [
+        (hand_ids(" act[look]", "Ċ"), "look"),
+        (hand_ids(" act[look", "]Ċ"), "look"),
+        (hand_ids(" act[look]", "ĊĊ"), "look"),
+        (hand_ids(" act[look]", "Ċĉ"), "look"),
+        (hand_ids(" act[look", ")ĊĊ"), "act[look)"),
+        (hand_ids("", "ĊĊ"), ""),
+    ],
+)
+def test_a_reply_ends_at_a_token_that_holds_more_than_its_newline(reply, action):
+    record = hand_record(reply, action)
+    tokens = tokens_of(record, HAND)
+    assert tokens.ids == record.ids and tokens.agent == record.sampled
+
+
+@pytest.mark.parametrize("last", ["Ċ", "ĊĊ", "Ċĉ"])
+def test_a_thought_ends_at_such_a_token_too(last):
+    record = trajectory(turns=[turn("A shelf.", "look", "Nothing happens.")])
+    opening, _, ok, _, observation = (HAND.encode(s.text, s.turn < 0) for s in react_segments(record))
+    pieces = [opening, hand_ids(" think[A shelf.", "]Ċ"), ok, hand_ids(" act[look]", last), observation]
+    ids = [i for piece in pieces for i in piece]
+    flags = [number % 2 for number, piece in enumerate(pieces) for _ in piece]
+    tokens = tokens_of(msgspec.structs.replace(record, ids=ids, sampled=flags), HAND)
+    assert tokens.ids == ids and tokens.agent == flags
+
+
+@pytest.mark.parametrize("more", [["Ċ"], ["ĊĊ"], ["a", "Ċ"], ["a"]])
+@pytest.mark.parametrize("reply", [hand_ids(" act[look]", "Ċ"), hand_ids(" act[look", "]Ċ")])
+def test_sampled_ids_that_run_past_their_line_are_refused(reply, more):
+    """The line is the text up to the first newline, which alone would not tell."""
+    tokens_of(hand_record(reply), HAND)
+    with pytest.raises(ValueError, match="run past the end of their line; were they changed"):
+        tokens_of(hand_record(reply + hand_ids("", *more)), HAND)
+
+
+def test_a_text_alone_is_encoded_as_it_would_be_played():
+    record = trajectory()
+    tokens = tokens_of(record, HAND)
+    assert tokens.ids == HAND_TOKENIZER.encode(REACT).ids
+    own = HAND_TOKENIZER.decode([i for i, a in zip(tokens.ids, tokens.agent, strict=True) if a])
+    assert own.count("]\n") == 3 == tokens.ids.count(HAND_TOKENIZER.token_to_id("]Ċ"))
 
 
 def test_ids_of_another_tokenizer_are_refused():

@@ -42,7 +42,7 @@ from lora.config import Config
 from lora.linear import LoRAConfig
 from lora.load import load_model, save_model
 from lora.model import CausalLM
-from lora.tokenizer import encode_piece, load_tokenizer, prompt_ids
+from lora.tokenizer import encode_piece, load_tokenizer, newline_ids, prompt_ids
 from models.tokenizer import byte_tokenizer
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
@@ -122,7 +122,8 @@ class Folders:
         results = [tokenizer, checkpoint, accepted(str(folder), read_weights, folder)]
         results += [accepted(str(folder), Config.read, folder), accepted(str(folder), base_facts, folder)]
         if tokenizer is not None:
-            results.append(accepted("", prompt_ids, tokenizer, folder, "look\n"))
+            results.append(accepted(str(folder), prompt_ids, tokenizer, folder, "look\n"))
+            results.append(accepted(str(folder), newline_ids, tokenizer, folder))
             results.append(accepted("", lambda: tokenizer.decode(encode_piece(tokenizer, "act[take mug 1]\n", False))))
         if checkpoint is not None:
             results.append(accepted(str(folder), read_adapter, checkpoint, folder / "adapter"))

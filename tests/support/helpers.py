@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
+from safetensors import safe_open
+from tokenizers import Tokenizer
 
 from artifacts.tokens import Codec
 from artifacts.trajectory import Trajectory, Turn
@@ -16,7 +20,7 @@ from lora.config import Config
 from lora.linear import LoRAParam
 from lora.load import save_model
 from lora.model import CausalLM
-from lora.tokenizer import encode_piece
+from lora.tokenizer import encode_piece, line_of, newline_ids
 from models.tokenizer import byte_tokenizer
 from tests.support.rooms import OPENING, TASK
 
@@ -89,10 +93,19 @@ def trajectory(**changes) -> Trajectory:
     return Trajectory(**(fields | changes))
 
 
+def codec_of(tokenizer: Tokenizer, vocabulary: int) -> Codec:
+    """What `read_codec` gives for a base without end tokens."""
+    return Codec(
+        encode=functools.partial(encode_piece, tokenizer),
+        decode=functools.partial(line_of, tokenizer, end_ids=()),
+        newlines=newline_ids(tokenizer, "tests"),
+        vocabulary=vocabulary,
+    )
+
+
 def byte_codec() -> Codec:
     """What `read_codec` gives for `write_tiny_model`."""
-    tokenizer = byte_tokenizer()
-    return Codec(encode=functools.partial(encode_piece, tokenizer), decode=tokenizer.decode, vocabulary=256)
+    return codec_of(byte_tokenizer(), 256)
 
 
 def write_tiny_model(folder: Path, seed: int = 0) -> Path:
@@ -111,3 +124,28 @@ def write_tiny_model(folder: Path, seed: int = 0) -> Path:
     save_model(CausalLM(config, rngs=nnx.Rngs(seed)), folder)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     return folder
+
+
+def quantised_by_transformers(base_dir, folder: Path, double: bool):
+    """A folder with the base in bitsandbytes' NF4, as transformers saves it, and that model."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def all_tensors(folder: Path) -> dict[str, bytes]:
+    """Every tensor of a folder as bytes; bitsandbytes' JSON as its sorted items."""
+    found = {}
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, "np") as file:
+            found |= {name: file.get_tensor(name).tobytes() for name in file.keys()}
+    return {k: str(sorted(json.loads(v).items())).encode() if "quant_state" in k else v for k, v in found.items()}

@@ -1,0 +1,78 @@
+"""Which stages run.sh runs with which flags, by a program in python's place that writes its arguments."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def run_sh(tmp_path):
+    """Runs ./run.sh with one round and some arguments; returns its exit status, its commands and its errors."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "model").mkdir()
+    set_here = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ROUNDS": "1", "MODEL": str(tmp_path / "model")}
+    env = {name: value for name, value in os.environ.items() if name not in ("RUN", "BUDGET", "COUNT", "SEED")}
+
+    def run(*words: str) -> tuple[int, list[str], str]:
+        done = subprocess.run(["./run.sh", *words], cwd=ROOT, env=env | set_here, capture_output=True, text=True)
+        return done.returncode, done.stdout.splitlines(), done.stderr
+
+    return run
+
+
+def stages(commands: list[str]) -> list[str]:
+    return [command.split()[1] if command.startswith("-m ") else command.split()[0] for command in commands]
+
+
+LOOP = ["rollout.py", "actre.py", "train_pg.py", "evaluate.py"]
+
+
+@pytest.mark.parametrize(
+    "mode, expected",
+    [
+        ("tiny", LOOP),
+        ("webshop", LOOP),
+        ("smollm2", ["models.demonstrations", *LOOP[1:]]),
+        ("paper", ["lora.convert", *LOOP]),
+        ("refine", ["refine.py", "train_pg.py", *["evaluate.py"] * 3]),
+    ],
+)
+def test_each_mode_runs_its_stages_in_order(run_sh, mode, expected):
+    status, commands, _ = run_sh(mode)
+    assert (status, stages(commands)) == (0, expected)
+
+
+def test_flags_with_a_stage_s_name_come_last_and_go_to_it_alone(run_sh):
+    words = [
+        "--play.max-turns",
+        "2",
+        "--train.epochs",
+        "1",
+        "2",
+        "--rollout.server.url",
+        "URL",
+        "--evaluate.limit",
+        "3",
+    ]
+    for mode in ([], ["webshop"]):
+        _, [rollout, actre, train, evaluate], _ = run_sh(*mode, *words)
+        assert rollout.endswith("--max-turns 2 --server.url URL")
+        assert "--max-turns 2" in actre and "URL" not in actre
+        assert train.endswith("--epochs 1 2") and "max-turns" not in train
+        assert evaluate.endswith("--max-turns 2 --limit 3")
+
+
+@pytest.mark.parametrize(
+    "words, got",
+    [(["new"], "new"), (["tiny", "--limit", "3"], "--limit"), (["--seed", "3"], "--seed"), (["tiny", "x"], "x")],
+)
+def test_what_it_does_not_know_is_refused_before_anything_runs(run_sh, words, got):
+    status, commands, said = run_sh(*words)
+    assert (status, commands) == (2, []) and f"run.sh: got '{got}'" in said
