@@ -47,6 +47,7 @@ from artifacts.stage import Stage, StageError, adapter_of_round, current_round, 
 from artifacts.trajectory import Writer, sort_file
 from envs.panel import default_panels, pick_tasks, require_tasks
 from envs.wording import Perturbed
+from lora.checkpoint import adapter_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +139,7 @@ def policies(args: Args) -> list[tuple[str, Path | None, int]]:
     if args.base:
         return [("base", None, 0)]
     if args.adapter is not None:
-        if not (args.adapter / "adapter_model.safetensors").exists():
-            raise StageError(
-                f"--adapter {args.adapter} is no adapter: expected a folder with adapter_model.safetensors, such as "
-                "<run>/round_0/train_pg/adapter"
-            )
+        adapter_weights(args.adapter)  # raises if it is none
         return [("adapter", args.adapter, 0)]
     trained = current_round(args.run)
     if not args.run.is_dir():

@@ -41,6 +41,7 @@ from lora.checkpoint import (
     BASE_SHA,
     HF_NAMES,
     Checkpoint,
+    adapter_weights,
     as_finite,
     base_sha,
     check_names,
@@ -182,7 +183,7 @@ def read_adapter(base: Checkpoint, adapter_dir: str | Path) -> tuple[LoRAConfig,
     changed, needs an option that is not computed, adapts a projection in some layers only, or has missing, unexpected
     or misshapen tensors, or values that are not finite.
     """
-    path, weights_path = (Path(adapter_dir) / f"adapter_{name}" for name in ("config.json", "model.safetensors"))
+    path, weights_path = Path(adapter_dir) / "adapter_config.json", adapter_weights(adapter_dir)
     file, layers = read_adapter_file(path), base.config.num_hidden_layers
     targets = read_targets(path, file, layers)
     ranks, scales = ranks_and_scales(path, file, [(target, i) for target in targets for i in range(layers)])
@@ -305,13 +306,6 @@ def ranks_and_scales(
 
 def read_tensors(path: Path, base: Checkpoint, trained_on: str | None) -> dict[str, np.ndarray]:
     """The tensors of an adapter_model.safetensors. Raises ValueError if it records the sha256 of another base."""
-    if not path.is_file():
-        if (old := path.with_suffix(".bin")).is_file():
-            raise ValueError(
-                f"{old} can run code when it is read: load it with PEFT's PeftModel.from_pretrained and save it again "
-                f"with save_pretrained, which writes {path.name}."
-            )
-        raise FileNotFoundError(f"{path.parent} has no {path.name}; expected an adapter saved by PEFT.")
     with open_tensors(path) as opened:
         expected_sha = (opened.metadata() or {}).get(BASE_SHA)
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}

@@ -318,6 +318,20 @@ def weight_files(model_dir: str | Path) -> list[Path]:
     return files
 
 
+def adapter_weights(adapter_dir: str | Path) -> Path:
+    """The adapter_model.safetensors of an adapter. Raises ValueError for a .bin file in its place, and
+    FileNotFoundError if there is neither."""
+    path = Path(adapter_dir) / "adapter_model.safetensors"
+    if path.is_file():
+        return path
+    if (old := path.with_suffix(".bin")).is_file():
+        raise ValueError(
+            f"{old} can run code when it is read: load it with PEFT's PeftModel.from_pretrained and save it again with "
+            f"save_pretrained, which writes {path.name}."
+        )
+    raise FileNotFoundError(f"{adapter_dir} has no {path.name}; expected an adapter saved by PEFT.")
+
+
 def base_sha(model_dir: str | Path) -> str:
     """What adapters are bound to: `weights_sha`, or for a base that we converted, that of the original."""
     return recorded_sha(model_dir) or weights_sha(model_dir)

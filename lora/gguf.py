@@ -13,6 +13,7 @@ chat templates, writing GGUF.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from gguf import GGMLQuantizationType as Kind
 from lora.checkpoint import HF_NAMES, Checkpoint, check_names, tensor_shapes
 from lora.config import Config, ConfigFile, Llama3Rope, Size, Theta
 from lora.gguf_tokenizer import Vocabulary, tokenizer_files
+from lora.model import rope_frequencies
 
 # general.architecture: also the model_type in config.json. Files of Mistral and SmolLM2 say llama.
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
@@ -159,12 +161,12 @@ class GGUFFile(Checkpoint):
             head_dim=sizes.head_dim(),
             max_position_embeddings=sizes.context_length,
             rope_theta=shortest(sizes.theta),
-            rope_scaling=self._rope_scaling(sizes),
             rms_norm_eps=shortest(sizes.epsilon),
             tie_word_embeddings="output.weight" not in self._tensors,
             bos_token_id=vocabulary.bos_token_id,
             eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
         )
+        config = dataclasses.replace(config, rope_scaling=self._rope_scaling(config))
         try:
             problems = list(msgspec.convert(config.to_json(), ConfigFile).problems())
         except msgspec.ValidationError as error:
@@ -173,16 +175,14 @@ class GGUFFile(Checkpoint):
             raise ValueError(f"{self.folder}: {'; '.join(problems)}. Download the file again, or convert another one.")
         return config
 
-    def _rope_scaling(self, sizes: Sizes) -> Llama3Rope | None:
-        """Llama 3.1's scaling, if the file has its factors: recomputed, because only they are stored."""
+    def _rope_scaling(self, config: Config) -> Llama3Rope | None:
+        """Llama 3.1's scaling, if the file has its factors on the wavelengths of a `config` without scaling."""
         if ROPE_FACTORS not in self._tensors:
             return None
         factors = np.asarray(self._tensors[ROPE_FACTORS].data, np.float64).reshape(-1)
         scaling = Llama3Rope(factor=float(factors.max()), **BANDS)
-        low, high, original = scaling[1:]
-        wavelengths = 2 * np.pi * sizes.theta ** (np.arange(0, sizes.head_dim(), 2) / sizes.head_dim())
-        kept = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-        expected = 1 / (kept + (1 - kept) / scaling.factor)
+        scaled = dataclasses.replace(config, rope_scaling=scaling)
+        expected = np.asarray(rope_frequencies(config) / rope_frequencies(scaled))
         if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
             raise ValueError(
                 f"{self.folder}: {ROPE_FACTORS} scales RoPE by {factors.min():g} to {factors.max():g}, in another way "

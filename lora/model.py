@@ -130,14 +130,19 @@ def rms_norm(x: jax.Array, weight_D: jax.Array, epsilon: float) -> jax.Array:
 
 def rope_angles(positions_BL: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine [B, L, 1, C/2] of the rotary angles at the given positions."""
-    frequencies = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
-    if (scaling := config.rope_scaling) is not None:
-        turns = scaling.original_max_position_embeddings * frequencies / (2 * jnp.pi)  # in the original context
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = jnp.clip((turns - low) / (high - low), 0, 1)
-        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
-    angles = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies
+    angles = positions_BL[:, :, None, None].astype(jnp.float32) * rope_frequencies(config)
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope_frequencies(config: Config) -> jax.Array:
+    """Radians per position [C/2] of the pairs of a head, scaled as in Llama 3.1 if the config says so."""
+    frequencies = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    if (scaling := config.rope_scaling) is None:
+        return frequencies
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * jnp.pi)  # in the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((turns - low) / (high - low), 0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
 
 
 def apply_rope(x_BLHC: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:

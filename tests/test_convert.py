@@ -25,7 +25,14 @@ from lora.linear import FUSED, TARGETS, LoRAConfig, all_gather_base
 from lora.load import load_model, save_model
 from lora.model import CausalLM
 from models.tokenizer import byte_tokenizer
-from tests.support.helpers import TINY, logits_of, random_ids, with_random_adapter
+from tests.support.helpers import (
+    TINY,
+    all_tensors,
+    logits_of,
+    quantised_by_transformers,
+    random_ids,
+    with_random_adapter,
+)
 
 ALL = LoRAConfig(rank=4, alpha=12.0, targets=TARGETS)
 
@@ -44,25 +51,6 @@ def test_width_that_is_no_multiple_of_64_names_the_layer_and_the_way_out(tmp_pat
     with pytest.raises(ValueError, match="'down' has 96 inputs.*multiple of 64.*fp32"):
         load_model(tmp_path, weights="nf4")
     assert logits_of(load_model(tmp_path, weights="fp32"), random_ids(1, 5)).shape == (1, 5, TINY.vocab_size)
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"tie_word_embeddings": True, "num_key_value_heads": 4}, {"sliding_window": 7}]
-)
-def test_transformers_reads_ours_and_we_read_theirs(tmp_path, changes):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    ours = CausalLM(Config(**{**vars(TINY), **changes}), rngs=nnx.Rngs(1))
-    save_model(ours, tmp_path / "ours")
-    ids = random_ids(2, 23)
-    theirs = transformers.MistralForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
-    with torch.no_grad():
-        expected = theirs(torch.tensor(ids)).logits.numpy()
-    assert np.abs(logits_of(ours, ids) - expected).max() < 1e-4
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = load_model(tmp_path / "theirs", weights="fp32")
-    assert again.config == ours.config
-    assert np.abs(logits_of(again, ids) - expected).max() < 1e-4
 
 
 def test_bfloat16_files_are_read(tmp_path):
@@ -90,33 +78,6 @@ def test_checkpoint_of_another_shape_names_every_tensor(base_dir, tmp_path):
 
 
 # ---- 4-bit folders ---------------------------------------------------------------------------------------------------
-
-
-def quantised_by_transformers(base_dir, folder: Path, double: bool):
-    """A folder with the base in bitsandbytes' NF4, as transformers saves it, and that model."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("bitsandbytes")
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    model = transformers.MistralForCausalLM.from_pretrained(base_dir, quantization_config=config, dtype=torch.float32)
-    model.save_pretrained(folder)
-    return model.eval()
-
-
-def all_tensors(folder: Path) -> dict[str, bytes]:
-    """Every tensor of a folder as bytes; bitsandbytes' JSON as its sorted items."""
-    from safetensors import safe_open
-
-    found = {}
-    for path in folder.glob("model*.safetensors"):
-        with safe_open(path, "np") as file:
-            found |= {name: file.get_tensor(name).tobytes() for name in file.keys()}
-    return {k: str(sorted(json.loads(v).items())).encode() if "quant_state" in k else v for k, v in found.items()}
 
 
 @pytest.mark.parametrize("weights", ["nf4", "nf4-dq"])

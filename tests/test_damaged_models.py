@@ -85,19 +85,38 @@ def with_value(path: Path, name: str, value: float) -> np.ndarray:
 
 # ---- config.json -----------------------------------------------------------------------------------------------------
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 YARN = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192}
 NOT_COMPUTED = [
-    ({"model_type": "llama"}, "model_type is 'llama'"),
+    ({"model_type": "gemma3_text"}, "model_type is 'gemma3_text'; expected one of llama, mistral"),
+    ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'"),
+    ({"model_type": "qwen3_5"}, "model_type is 'qwen3_5'"),
+    ({"model_type": "smollm3"}, "model_type is 'smollm3'"),
     ({"model_type": None}, "model_type is None"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"attention_bias": True}, "attention_bias is True"),
     ({"rope_scaling": YARN}, "rope_scaling.type is 'yarn'"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type is 'linear'"),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type is 'dynamic'"),
-    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_parameters.rope_type is 'llama3'"),
+    ({"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0]}}, "rope_scaling.rope_type is 'longrope'"),
+    (
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}},
+        "llama3 has .*None.*expected four numbers",
+    ),
+    ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor the larger one"),
+    ({"rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"factor": 2.0}}, "scale RoPE in different ways"),
+    ({"rope_scaling": LLAMA3 | {"beta_fast": 32}}, "rope_scaling.beta_fast is 32"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "rope_parameters.full_attention"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ({"layer_types": ["full_attention", "full_attention"]}, "layer_types has 2 entries for 1 layers"),
+    ({"layer_types": ["sliding_attention"]}, "there is no sliding window"),
+    ({"layer_types": ["chunked_attention"]}, "layer_types are .'chunked_attention'"),
     ({"sliding_window": 8, "use_sliding_window": False}, "use_sliding_window is false"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quant_method is 'gptq'"),
 ]

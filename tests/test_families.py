@@ -70,6 +70,22 @@ FAMILIES = {
         {"head_dim": 32, "sliding_window": 200, "layer_types": ["full_attention", "sliding_attention"]},
     ),
 }
+# A family, what its config.json says of windows, and what is computed: the window of all layers, and positions.
+QWEN_WINDOW = {"sliding_window": 9, "use_sliding_window": True}
+MIXED = ["full_attention", "sliding_attention"]
+WINDOWS = [
+    ("llama", {"sliding_window": 9}, (None, 512)),  # which Llama ignores
+    ("qwen2", {"sliding_window": 9}, (None, 512)),
+    ("qwen3", {"sliding_window": 9, "use_sliding_window": False}, (None, 512)),
+    ("qwen3", QWEN_WINDOW | {"max_window_layers": 0}, (9, 512)),
+    ("qwen2", QWEN_WINDOW, (None, 512)),  # from layer 28 on, of which there are 2
+    ("qwen2", QWEN_WINDOW | {"max_window_layers": 1}, (None, 9)),  # a part of the layers
+    ("mistral", {"sliding_window": 9}, (9, 512)),
+    ("mistral", {"sliding_window": None}, (None, 512)),
+    ("mistral", {"sliding_window": 9, "layer_types": MIXED}, (None, 9)),
+    ("ministral", {"sliding_window": 900, "layer_types": MIXED}, (None, 512)),
+    ("ministral", {"sliding_window": 9, "layer_types": ["full_attention"] * 2}, (None, 512)),
+]
 FAST = ("llama-3.1", "qwen2.5", "qwen3")
 EACH = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 LENGTH = 100  # tokens of a text: three times the original context of the scaled RoPE
@@ -197,6 +213,14 @@ def test_an_export_has_rope_where_transformers_4_and_5_look_for_it(folder, tmp_p
     assert config.get("rope_scaling") == scaling
     assert config["rope_parameters"].items() >= (scaling or {"rope_type": "default"}).items()
     assert Config.read(tmp_path / "out") == wanted
+
+
+@pytest.mark.parametrize("family, said, computed", WINDOWS)
+def test_a_window_of_some_layers_ends_the_positions(tmp_path, family, said, computed):
+    file = SIZES | {"model_type": family, "rms_norm_eps": 1e-6, "head_dim": 16} | said
+    (tmp_path / "config.json").write_text(json.dumps(file))
+    config = Config.read(tmp_path)
+    assert (config.sliding_window, config.max_position_embeddings) == computed
 
 
 def test_one_step_of_adamw_is_peft_s(folder):

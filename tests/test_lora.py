@@ -1,26 +1,20 @@
-"""The Mistral, its NF4 base and its adapters: against plain numpy, dense layers, and a step of PEFT's."""
+"""The decoder, its NF4 base and its adapters: against plain numpy and dense layers (test_families.py: transformers)."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from lora import attention, logprobs, nf4
-from lora.checkpoint import HF_NAMES
 from lora.config import Config
 from lora.linear import FUSED, NF4, TARGETS, LoRAConfig, LoRAParam, adapter_matmul, drop, nf4_matmul
 from lora.load import load_model
 from lora.logprobs import token_logprobs
 from lora.model import CausalLM
-from lora.sharding import make_mesh
-from lora.train_step import Batch, initial_state, make_update
 from tests.support.helpers import TINY, logits_of, random_ids, with_random_adapter
-from train_pg import objective
 
 ALL = LoRAConfig(rank=4, alpha=12.0, targets=TARGETS)
 
@@ -145,51 +139,6 @@ def test_bfloat16_activations_keep_the_adapter_and_its_gradient_in_float32(base_
 def test_unknown_target_is_refused():
     with pytest.raises(ValueError, match="qkv.*expected.*'gate'"):
         LoRAConfig(targets=("q", "qkv"))
-
-
-def test_one_step_of_adamw_is_peft_s(base_dir):
-    """The same batch, the same A and B (neither zero), decay and all: A and B after the step are the same."""
-    torch = pytest.importorskip("torch")
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-    lora = LoRAConfig(rank=4, alpha=12.0, targets=("q", "v", "down"))
-    model = with_random_adapter(load_model(base_dir, weights="fp32", lora=lora))
-    ids, rate, decay = random_ids(2, 17), 1e-3, 0.1
-
-    base = transformers.MistralForCausalLM.from_pretrained(base_dir)
-    modules = ["q_proj", "v_proj", "down_proj"]
-    theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=12, target_modules=modules))
-    places = {
-        (part, i, side): theirs.get_parameter(
-            f"base_model.model.model.layers.{i}.{HF_NAMES[part]}.lora_{side.upper()}.default.weight"
-        )
-        for part in lora.targets
-        for i in range(TINY.num_hidden_layers)
-        for side in "ab"
-    }
-    holders = {part: getattr(model.layers, name) for name, parts in FUSED.items() for part in parts}
-    for (part, i, side), weight in places.items():
-        weight.data = torch.tensor(np.asarray(getattr(holders[part], side)[part][i]))
-    optimizer = torch.optim.AdamW(theirs.parameters(), lr=rate, weight_decay=decay)
-    logits = theirs(torch.tensor(ids)).logits[:, :-1]
-    chosen = torch.log_softmax(logits, -1).gather(2, torch.tensor(ids)[:, 1:, None])
-    (-chosen.sum() / 2).backward()
-    optimizer.step()
-
-    mesh = make_mesh((1, 1, 1))
-    graph, adapter, frozen = nnx.split(model, LoRAParam, ...)
-    adapter, frozen = jax.device_put((adapter, frozen), NamedSharding(mesh, PartitionSpec()))
-    ours = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(decay))
-    update = make_update(objective, graph, ours, mesh, adapter, frozen)
-    batch = Batch(ids[None], np.ones_like(ids)[None], np.ones((1, *ids.shape), np.float32))
-    after, _, _ = update(adapter, initial_state(ours, adapter, mesh), frozen, rate, batch, 2.0, None)
-    holders = nnx.merge(graph, after, frozen).layers
-    holders = {part: getattr(holders, name) for name, parts in FUSED.items() for part in parts}
-    before = {part: getattr(model.layers, name) for name, parts in FUSED.items() for part in parts}
-    for (part, i, side), weight in places.items():
-        got = np.asarray(getattr(holders[part], side)[part][i])
-        assert np.abs(got - weight.detach().numpy()).max() < 1e-5
-        assert np.abs(got - np.asarray(getattr(before[part], side)[part][i])).max() > 5e-4  # it moved
 
 
 def test_dropout_drops_for_the_adapter_alone_and_by_its_key(base_dir):

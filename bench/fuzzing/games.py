@@ -31,6 +31,7 @@ from envs.alfworld.rooms import family
 from envs.make import make_world
 from envs.webshop.generate import ensure_catalogue
 from envs.wording import PERTURBATIONS
+from lora.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 ACTIONS = 20  # of one case
@@ -155,7 +156,8 @@ class Records:
     clock, limit, what = time.process_time, LIMIT, ""
 
     def __init__(self, folder: Path):
-        self.path, self.codec = folder / "trajectories.jsonl", read_codec(ROOT / "models/tiny-alfworld")
+        base, self.path = ROOT / "models/tiny-alfworld", folder / "trajectories.jsonl"
+        self.codec, self.tokenizer = read_codec(base), load_tokenizer(base)
         tasks = [f"syn_train/{number:05d}" for number in range(3)]
         taught = [make_trajectory(task, teach(task, generator(0, "fuzz", task)), 0) for task in tasks]
         self.rows = played_records() + taught
@@ -246,7 +248,8 @@ class Records:
         require(bool(np.isfinite(packed.weights_NL).all()), "a weight that is not finite")
         for example in examples:
             row = example.trajectory
-            spelled, text = self.codec.decode(tokens_of(row, self.codec).ids), text_of(react_segments(row))
+            spelled = self.tokenizer.decode(tokens_of(row, self.codec).ids, skip_special_tokens=False)
+            text = text_of(react_segments(row))
             same = text.strip() == spelled.strip() or (row.ids and text.strip().startswith(spelled.strip()))
             require(bool(same), f"the ids of {row.key} spell another text")
         return len(examples)
