@@ -27,6 +27,7 @@ stage() {
 trap 'kill -TERM "${pid:-}" 2>/dev/null; wait; exit 143' TERM
 trap 'kill -INT "${pid:-}" 2>/dev/null; wait; exit 130' INT
 
+{ # read whole before anything runs, so that an update of this file does not disturb a run
 what=tiny
 case "${1:---}" in --*) ;; *) what=$1; shift ;; esac
 case "$what" in webshop | refine | smollm2) RUN=${RUN:-runs/$what} ;; esac
@@ -70,6 +71,7 @@ case "$what" in
     MODEL=${MODEL:-models/smollm2}
     [ -e "$MODEL" ] || stage -m models.get_smollm2
     common+=(--model "$MODEL")
+    play+=(--context 1664) # 20 turns of most games
     compose+=(--budget "${BUDGET:-4}")
     train+=(--row-length 1920 --learning-rate 1.5e-3 --epochs 1)
     stage -m models.demonstrations --out "$RUN/round_0/rollout" --seed "$SEED" --count "${COUNT:-300}" ;;
@@ -100,3 +102,5 @@ for ((round = 0; round < ROUNDS; round++)); do
   stage train_pg.py "${common[@]}" --round "$round" ${train[@]+"${train[@]}"}
   stage evaluate.py "${common[@]}" --round "$round" ${play[@]+"${play[@]}"} ${more_evaluate[@]+"${more_evaluate[@]}"}
 done
+exit
+}

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,7 @@ def main(args: Args) -> None:
     write_model(model, config)
     written = round(time.time() - start)
     environment = os.environ | {"MODEL": str(model.resolve()), "RUN": str(run.resolve()), "ROUNDS": str(args.rounds)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # run.sh calls python
     stages = run_stages(["./run.sh", "paper", *FLAGS.split()], environment)
     last = run / f"round_{args.rounds - 1}" / "actre" / "done.json"
     print(f"{parameters(config) / 1e9:.2f} B parameters, {args.layers} layers; checkpoint written in {written} s")

@@ -20,8 +20,8 @@ def run_sh(tmp_path):
     set_here = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ROUNDS": "1", "MODEL": str(tmp_path / "model")}
     env = {name: value for name, value in os.environ.items() if name not in ("RUN", "BUDGET", "COUNT", "SEED")}
 
-    def run(*words: str) -> tuple[int, list[str], str]:
-        done = subprocess.run(["./run.sh", *words], cwd=ROOT, env=env | set_here, capture_output=True, text=True)
+    def run(*words: str, script: Path = ROOT / "run.sh") -> tuple[int, list[str], str]:
+        done = subprocess.run([script, *words], cwd=ROOT, env=env | set_here, capture_output=True, text=True)
         return done.returncode, done.stdout.splitlines(), done.stderr
 
     return run
@@ -76,3 +76,12 @@ def test_flags_with_a_stage_s_name_come_last_and_go_to_it_alone(run_sh):
 def test_what_it_does_not_know_is_refused_before_anything_runs(run_sh, words, got):
     status, commands, said = run_sh(*words)
     assert (status, commands) == (2, []) and f"run.sh: got '{got}'" in said
+
+
+def test_a_run_survives_an_update_of_run_sh(run_sh, tmp_path):
+    copy = tmp_path / "run.sh"
+    copy.write_bytes((ROOT / "run.sh").read_bytes())
+    copy.chmod(0o755)
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@"\necho "(" > {copy}\n')
+    status, commands, _ = run_sh(script=copy)
+    assert (status, stages(commands)) == (0, LOOP)
