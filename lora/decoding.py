@@ -241,6 +241,17 @@ def prefill_layer(graph, config, weights, x_FD, batch: PrefillBatch, prefix, pas
     return layer.attention_output_and_mlp(x_FD[None], attended_BTA[*where][None])[0], buffer
 
 
+def codes_after(weights, x):
+    """Weights and x, where XLA:CPU cannot decode NF4 codes before x is known.
+
+    Otherwise it would decode all layers at once, or once for all steps, and hold the whole base in float32. The barrier
+    that serves elsewhere is gone from a CPU's program before it is scheduled.
+    """
+    first = x.reshape(-1)[0]
+    zero = (first != first).astype(jnp.uint4)  # 1 only if x is not a number, when nothing matters any more
+    return jax.tree.map(lambda leaf: leaf ^ zero if leaf.dtype == jnp.uint4 else leaf, weights), x
+
+
 @functools.partial(jax.jit, static_argnames=("graph", "config", "chunk"))
 def decode(graph, config, decoder: DecoderWeights, past, lengths_R, params: SamplingParams, *, chunk: int):
     """Samples up to `params.limit` ids per row, at most `chunk` (P).
@@ -256,8 +267,9 @@ def decode(graph, config, decoder: DecoderWeights, past, lengths_R, params: Samp
         rope = rope_angles((decoder.prefix[0][0].shape[-1] + lengths_R + t)[:, None], config)
         x_RTD, filled = decoder.embed[last_R[:, None]], []
         for weights, prefix, blocks, fresh in zip(decoder.layers, decoder.prefix, past, buffer, strict=True):
-            # Tying the weights to the layer's input keeps XLA from hoisting the NF4 decoding out of the loop.
-            weights, x_RTD = jax.lax.optimization_barrier((weights, x_RTD))
+            weights, x_RTD = jax.lax.platform_dependent(
+                weights, x_RTD, cpu=codes_after, default=lambda *both: jax.lax.optimization_barrier(both)
+            )
             x_RTD, fresh = run_layer(graph.merge(weights), config, x_RTD, rope, prefix, blocks, lengths_R, fresh, t)
             filled.append(fresh)
         hidden_RD = rms_norm(x_RTD[:, 0], decoder.norm, config.rms_norm_eps)
