@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from lora import nf4
 from lora.adapter import adapter_shapes
 from lora.config import Config, Llama3Rope
+from lora.decoding import DecoderWeights, Graph, RolloutWeights, SamplingParams, decoding_layers, empty_cache
 from lora.flops import matmul_weights
 from lora.linear import FUSED, NF4, LoRAConfig
 from lora.model import CausalLM
@@ -155,6 +156,51 @@ def described(config: Config, lora: LoRAConfig, mesh: Mesh, *, double: bool = Fa
             a, b = (array(shapes[part, side], jnp.float32, partition_spec(name, side), part) for side in "ab")
             linear.add_adapter(part, a, b, lora)
     return model
+
+
+def decode_arguments(
+    model: CausalLM,
+    *,
+    weights: RolloutWeights,
+    slots: int,
+    prefix: int,
+    sizes: tuple[int, ...],
+    tile: int,
+) -> tuple[Graph, tuple]:
+    """What `lora.decoding.decode` takes, for a `described` model: its graph, and abstract arrays in the order of its
+    arguments. `sizes` and `tile`: the blocks of the cache (lora.engine.cache_sizes)."""
+    config, dtype, graphs = model.config, model.embed.dtype, []
+
+    def make_layers(state) -> list:
+        graph, layers = decoding_layers(nnx.merge(definition, state), weights)
+        graphs.append(graph)
+        return layers
+
+    def array(*shape: int, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    definition, state = nnx.split(model.layers)
+    layers = jax.eval_shape(make_layers, state)
+    K, C, V, D = config.num_key_value_heads, config.head_dim, config.vocab_size, config.hidden_size
+    decoder = DecoderWeights(
+        embed=array(V, D),
+        norm=array(D),
+        head=array(D, V),
+        stops_V=array(V, dtype=bool),
+        layers=layers,
+        prefix=[(array(K, C, prefix), array(K, prefix, C))] * config.num_hidden_layers,
+    )
+    past = jax.eval_shape(lambda: empty_cache(config, slots, sizes, tile, dtype))
+    ints, floats = array(slots, dtype=jnp.int32), array(slots, dtype=jnp.float32)
+    params = SamplingParams(
+        first_id=ints,
+        limit=ints,
+        drawn=ints,
+        temperature=floats,
+        top_p=floats,
+        seed=array(slots, dtype=jnp.uint32),
+    )
+    return graphs[0], (decoder, past, ints, params)
 
 
 def random_like(tree, seed: int = 0):

@@ -32,10 +32,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from artifacts.cli import run_main
-from bench.shapes import MISTRAL_7B, SHAPES, adapter_bytes, base_bytes, cache_bytes, described
+from bench.shapes import MISTRAL_7B, SHAPES, adapter_bytes, base_bytes, cache_bytes, decode_arguments, described
 from lora import nf4
 from lora.config import Config
-from lora.decoding import DecoderWeights, RolloutWeights, SamplingParams, decode, decoding_layers, empty_cache
+from lora.decoding import RolloutWeights, decode
 from lora.engine import ACCELERATOR_TILE as TILE
 from lora.engine import cache_sizes
 from lora.linear import LoRAConfig, LoRAParam
@@ -142,47 +142,19 @@ def compile_case(case: Case) -> dict:
 def compile_decode(case: Decode) -> dict:
     """Like `compile_case`, for a chunk of decoding in which every row reads its whole context."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices
-    mesh, config, graphs = make_mesh(case.mesh, devices[:1]), case.config, []
-    model = described(config, LORA, mesh)
-    K, C, N = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
-
-    def make_layers(state) -> list:
-        graph, layers = decoding_layers(nnx.merge(definition, state), case.weights)
-        graphs.append(graph)
-        return layers
-
-    definition, state = nnx.split(model.layers)
-    layers = jax.eval_shape(make_layers, state)
-
-    def array(*shape: int, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    V, D, R = config.vocab_size, config.hidden_size, case.slots
-    prefix = [(array(K, C, case.prefix), array(K, case.prefix, C))] * N
-    decoder = DecoderWeights(
-        embed=array(V, D),
-        norm=array(D),
-        head=array(D, V),
-        stops_V=array(V, dtype=bool),
-        layers=layers,
-        prefix=prefix,
-    )
-    past = jax.eval_shape(lambda: empty_cache(config, R, cache_sizes(case.context, TILE), TILE, jnp.bfloat16))
-    ints, floats = array(R, dtype=jnp.int32), array(R, dtype=jnp.float32)
-    params = SamplingParams(
-        first_id=ints,
-        limit=ints,
-        drawn=ints,
-        temperature=floats,
-        top_p=floats,
-        seed=array(R, dtype=jnp.uint32),
+    mesh = make_mesh(case.mesh, devices[:1])
+    graph, arrays = decode_arguments(
+        described(case.config, LORA, mesh),
+        weights=case.weights,
+        slots=case.slots,
+        prefix=case.prefix,
+        sizes=cache_sizes(case.context, TILE),
+        tile=TILE,
     )
     on_chip = NamedSharding(mesh, P())
-    arrays = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip), (decoder, past, ints, params)
-    )
+    arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip), arrays)
     start = time.time()
-    compiled = decode.lower(graphs[0], config, *arrays, chunk=case.chunk).compile()
+    compiled = decode.lower(graph, case.config, *arrays, chunk=case.chunk).compile()
     return describe(compiled, case) | {"seconds": round(time.time() - start), "cache": case.cache_bytes()}
 
 

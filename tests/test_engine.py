@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from flax import nnx
 from peft import PeftModel
 
 from artifacts.render import react_segments, text_of
+from bench.shapes import MISTRAL_7B, base_bytes, decode_arguments, described
 from lora import engine as engine_module
 from lora import linear
 from lora.adapter import save_adapter
@@ -23,6 +25,7 @@ from lora.linear import LoRAConfig, LoRAParam
 from lora.load import load_model, save_model
 from lora.logprobs import token_logprobs
 from lora.model import CausalLM
+from lora.sharding import make_mesh
 from lora.tokenizer import encode_piece, load_tokenizer
 from tests.support.helpers import trajectory, with_random_adapter
 
@@ -143,6 +146,21 @@ def test_an_adapter_is_sampled_from_added_or_beside(tmp_path, held, weights):
     assert np.abs(expected - plain).max() > 0.05  # else the adapter does nothing
     assert np.abs(expected - reply.logprobs).max() < 1e-4
     assert len(jax.tree.leaves(nnx.state(source, LoRAParam))) == 6  # the caller's model is left alone
+
+
+def test_sampling_from_nf4_on_a_cpu_decodes_one_layer_at_a_time():
+    """And not the whole base, of which 7B have 28 GB in float32. Compiled from abstract arrays of 7B's width."""
+    temporaries, mesh = [], make_mesh((1, 1, 1))
+    for layers in (2, 4):
+        config = dataclasses.replace(MISTRAL_7B, num_hidden_layers=layers, vocab_size=1000)
+        model = described(config, LoRAConfig(), mesh, dtype=jnp.float32)
+        graph, arrays = decode_arguments(model, weights="nf4", slots=2, prefix=0, sizes=(4, 4), tile=64)
+        compiled = decode.lower(graph, config, *arrays, chunk=8).compile()
+        temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
+    two, four = temporaries
+    decoded = base_bytes(config, 32) - base_bytes(config, 0)  # of all four layers
+    assert two > decoded / 8  # the largest weight of a layer: else this test looks at something else
+    assert four - two < decoded / 4  # of two more layers, not even one
 
 
 def test_a_bfloat16_copy_keeps_the_adapter_beside_it(tmp_path):
