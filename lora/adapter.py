@@ -183,8 +183,9 @@ def read_adapter(base: Checkpoint, adapter_dir: str | Path) -> tuple[LoRAConfig,
     changed, needs an option that is not computed, adapts a projection in some layers only, or has missing, unexpected
     or misshapen tensors, or values that are not finite.
     """
-    path, weights_path = Path(adapter_dir) / "adapter_config.json", adapter_weights(adapter_dir)
+    path = Path(adapter_dir) / "adapter_config.json"
     file, layers = read_adapter_file(path), base.config.num_hidden_layers
+    weights_path = adapter_weights(adapter_dir)
     targets = read_targets(path, file, layers)
     ranks, scales = ranks_and_scales(path, file, [(target, i) for target in targets for i in range(layers)])
     tensors = read_tensors(weights_path, base, file.base_model_name_or_path)

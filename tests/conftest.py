@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 
 import jax
@@ -11,6 +12,15 @@ from flax import nnx
 jax.config.update("jax_num_cpu_devices", 2)
 # Where tests run as a job in the background, interrupts are ignored, by the programs that they start too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_end_with_their_file():
+    """XLA:CPU maps memory for every program that it compiles, and Linux lets a process have 65,530 mappings: those of
+    the whole suite are more, at which point the compiler aborts the process."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

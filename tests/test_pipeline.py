@@ -293,7 +293,7 @@ def test_six_wordings_are_played_scored_and_resumed(unbroken, tmp_path, capsys):
     assert not (tmp_path / "shop").exists()  # refused before anything is played
     with pytest.raises(ValueError, match="temperature 0"):
         evaluate.Args(run=tmp_path, base=True, best_of=2).check()
-    with pytest.raises(StageError, match="no adapter"):
+    with pytest.raises(FileNotFoundError, match="has no adapter_model.safetensors"):
         evaluate.main(evaluate.Args(run=tmp_path, adapter=tmp_path))
     with pytest.raises(ValueError, match="more than one"):
         evaluate.Args(run=tmp_path, adapter=adapter, base=True).check()

@@ -310,9 +310,11 @@ def test_the_words_of_an_accepted_action_were_read_before_even_if_they_are_made_
     assert 0.2 < np.mean([walk.first_observation != told(walk.task_id) for walk in synthetic]) < 0.6
 
 
-def test_demonstrations_are_a_finished_stage_of_successes_with_told_commands(tmp_path, generated_only):
-    demonstrations_stage.main(demonstrations_stage.Args(out=tmp_path / "demo", count=12))
+@pytest.mark.parametrize("told", [True, False])
+def test_demonstrations_are_a_finished_stage_of_successes_with_told_commands_if_asked(tmp_path, generated_only, told):
+    demonstrations_stage.main(demonstrations_stage.Args(out=tmp_path / "demo", count=12, tell_commands=told))
     rows = list(read_trajectories(tmp_path / "demo/trajectories.jsonl"))
     assert len({row.key for row in rows}) == 12 and (tmp_path / "demo/done.json").exists()
     for row in rows:
-        assert row.success and row.source == "demo" and row.first_observation.endswith("look, inventory, help.")
+        assert row.success and row.source == "demo"
+        assert row.first_observation.endswith("look, inventory, help.") == told
