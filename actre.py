@@ -28,6 +28,7 @@ from agent.args import (
     make_settings,
     require_file,
     resolve,
+    run_identity,
     world_identity,
     world_maker,
 )
@@ -138,10 +139,12 @@ def main(args: Args) -> None:
     rollout = round_directory(args.run, round_index) / "rollout"
     require_done(rollout, f"python rollout.py --run {args.run} --round {round_index}")
     played = rollout / "trajectories.jsonl"
-    tasks = sorted({trajectory.task_id for trajectory in read_trajectories(played)})
-    world = world_maker(args)()
-    require_tasks(world, tasks)
-    panel = read_json(rollout / "config.json", dict[str, Any])["facts"]["panel"]
+    world, identity = world_maker(args)(), run_identity(args)
+    panel = read_json(rollout / "config.json", dict[str, Any])["facts"].get("panel")
+    if panel is not None:  # else demonstrations, on games that nobody plays again (models/demonstrations.py)
+        tasks = sorted({trajectory.task_id for trajectory in read_trajectories(played)})
+        require_tasks(world, tasks)
+        identity = world_identity(args, world, panel, tasks)
     explains = args.reason == "actre" and not args.actre_server.url
     facts = {
         "rollout": sha256(played),
@@ -150,7 +153,7 @@ def main(args: Args) -> None:
         "explainer": base_facts(args.model) if explains else None,
     }
     directory = round_directory(args.run, round_index) / "actre"
-    with Stage(directory, args, facts, world_identity(args, world, panel, tasks)) as stage:
+    with Stage(directory, args, facts, identity) as stage:
         if not stage.finished:
             compose_all(args, round_index, world, played, adapter, stage)
 

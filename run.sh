@@ -50,14 +50,18 @@ done
 case "$what" in
   refine)
     common+=(--model "${MODEL:-models/tiny-neutral}")
+    if [ ${#more_rollout[@]} -gt 0 ] || [ ${#more_actre[@]} -gt 0 ]; then
+      echo "run.sh: got flags of rollout or actre, which refine does not run; expected --train.* or --evaluate.*" >&2
+      exit 2
+    fi
     unseen=(--round 0 --tell-commands --context 1536) # for worlds it was not trained on
+    play+=(${more_play[@]+"${more_play[@]}"} ${more_evaluate[@]+"${more_evaluate[@]}"})
     stage refine.py --run "$RUN" --seed "$SEED" --count "${COUNT:-2000}"
     stage train_pg.py "${common[@]}" --round 0 --inputs "$RUN/refine" --epochs 1 --rank 32 --alpha 64 \
       --learning-rate 8e-3 --row-length 1792 --world-weight 0 ${more_train[@]+"${more_train[@]}"}
-    unseen+=(${more_evaluate[@]+"${more_evaluate[@]}"})
-    stage evaluate.py "${common[@]}" "${unseen[@]}" --env synthetic
-    stage evaluate.py "${common[@]}" "${unseen[@]}" --perturb all --panels gen_valid-100 --limit 60
-    stage evaluate.py "${common[@]}" "${unseen[@]}" --env pddl --max-turns 30
+    stage evaluate.py "${common[@]}" "${unseen[@]}" --env synthetic ${play[@]+"${play[@]}"}
+    stage evaluate.py "${common[@]}" "${unseen[@]}" --perturb all --panels gen_valid-100 --limit 60 ${play[@]+"${play[@]}"}
+    stage evaluate.py "${common[@]}" "${unseen[@]}" --env pddl --max-turns 30 ${play[@]+"${play[@]}"}
     exit ;;
   tiny)
     common+=(${MODEL:+--model "$MODEL"}) # else the world's own base

@@ -78,6 +78,14 @@ def test_what_it_does_not_know_is_refused_before_anything_runs(run_sh, words, go
     assert (status, commands) == (2, []) and f"run.sh: got '{got}'" in said
 
 
+def test_refine_passes_flags_on_and_refuses_those_of_stages_that_it_does_not_run(run_sh):
+    _, commands, _ = run_sh("refine", "--evaluate.limit", "3", "--train.rank", "8")
+    assert commands[1].endswith("--rank 8")
+    assert all(command.endswith("--limit 3") for command in commands[2:])
+    status, commands, said = run_sh("refine", "--rollout.limit", "3")
+    assert (status, commands) == (2, []) and "rollout or actre, which refine does not run" in said
+
+
 def test_a_run_survives_an_update_of_run_sh(run_sh, tmp_path):
     copy = tmp_path / "run.sh"
     copy.write_bytes((ROOT / "run.sh").read_bytes())

@@ -17,6 +17,7 @@ from artifacts.json_io import read_json, write_json
 from artifacts.scores import table
 from artifacts.stage import StageError, read_run
 from artifacts.trajectory import read_trajectories
+from models import demonstrations
 from tests.support.helpers import write_tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -166,6 +167,16 @@ def test_a_run_begun_by_hand_and_by_run_sh_is_one(tmp_path, model):
     (run / "round_0" / "rollout" / "done.json").unlink()
     rollout.main(given)
     assert [t.key for t in read_trajectories(run / "round_0" / "rollout" / "trajectories.jsonl")] == rows
+
+
+def test_demonstrations_in_the_place_of_round_0_s_rollout_are_what_it_trains_on(tmp_path, model):
+    """Their games are in no panel and in no folder, so that nobody could play them again."""
+    run = tmp_path / "run"
+    demonstrations.main(demonstrations.Args(out=run / "round_0" / "rollout", count=3))
+    actre.main(actre.Args(run=run, model=model))
+    assert read_json(run / "round_0" / "actre" / "done.json")["composed"] == 0
+    examples, _ = train_pg.collect(train_pg.Args(run=run, model=model), 0)
+    assert examples and {example.trajectory.source for example in examples} == {"demo"}
 
 
 def test_a_file_with_a_task_twice_is_refused_by_every_reader(tmp_path, model):
