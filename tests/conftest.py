@@ -16,8 +16,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs_end_with_their_file():
-    """XLA:CPU maps memory for every program that it compiles, and Linux lets a process have 65,530 mappings: those of
-    the whole suite are more, at which point the compiler aborts the process."""
+    """XLA:CPU takes six or seven memory mappings for every program that it compiles, and Linux lets a process have
+    65,530: kept to the end, the programs of the whole suite come near that."""
     yield
     jax.clear_caches()
     gc.collect()
