@@ -19,7 +19,7 @@ from lora import engine as engine_module
 from lora import linear
 from lora.adapter import save_adapter
 from lora.config import Config
-from lora.decoding import DecoderWeights, Graph, SamplingParams, append, decode, empty_buffer, sample
+from lora.decoding import DecoderWeights, Graph, SamplingParams, append, decode, empty_buffer, nucleus, sample
 from lora.engine import Engine
 from lora.linear import LoRAConfig, LoRAParam
 from lora.load import load_model, save_model
@@ -337,6 +337,23 @@ def test_top_p_draws_from_the_likeliest_ids_alone():
     np.testing.assert_allclose(shares[0], [0, 0.625, 0, 0.375], atol=0.02)
     assert shares[0][[0, 2]].tolist() == [0, 0]
     np.testing.assert_allclose(shares[1], [0.1, 0.5, 0.1, 0.3], atol=0.02)
+
+
+def test_nucleus_is_the_smallest_set_that_reaches_p():
+    """Flat, peaked and tied weights; every p from one id to all but the last of 5,000."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(60, 5000)).astype(np.float32) * rng.choice([0.01, 1, 8], (60, 1)).astype(np.float32)
+    logits[::7] = np.round(logits[::7])
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    top_p = np.float32(np.resize([1e-6, 0.3, 0.6, 0.9, 0.99, 0.9999], 60))
+    kept = np.asarray(nucleus(jnp.asarray(weights), jnp.asarray(top_p)))
+    for row, p, kept_row in zip(weights, top_p, kept, strict=True):
+        inside = kept_row > 0
+        assert (kept_row[inside] == row[inside]).all()
+        least, wanted = row[inside].min(), p * row.sum(dtype=np.float64)
+        assert (row[~inside] < least).all()
+        assert row[inside].sum(dtype=np.float64) >= wanted * (1 - 1e-6)
+        assert row[row > least].sum(dtype=np.float64) < wanted * (1 + 1e-6)
 
 
 def test_seed_changes_the_draws_and_temperature_zero_ignores_it():
