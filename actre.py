@@ -115,7 +115,8 @@ def compose(args: Args, round_index: int, failed: list[str], writer: Writer, ada
     react = make_policy(args, args.server, folder / "replies.sqlite", adapter, args.prompt)
     explainer = None
     if args.reason == "actre":
-        explainer = make_policy(args, args.actre_server, folder / "replies_actre.sqlite", None, args.actre_prompt)
+        replies = folder / "replies_actre.sqlite"
+        explainer = make_policy(args, args.actre_server, replies, None, args.actre_prompt, beside=react)
     rule = Compose(probability=args.probability, sample=args.sample, reason=args.reason)
     loop = PlayLoop(jobs, make_settings(args, "actre", round_index, rule), world_maker(args), react, explainer)
     started = set(jobs)

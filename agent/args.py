@@ -41,6 +41,9 @@ class ModelArgs:
     3072 for WebShop, 1536 for worlds never trained on)."""
     max_new_tokens: Annotated[int, Range(1, 10**6)] = 64
     """Token limit of one reply."""
+    drafts: Annotated[int, Range(0, 64)] | None = None
+    """Tokens of a reply that are guessed, from what was played before, and verified in one step; replies stay the same.
+    0: none (default: 3, or 0 for a model small enough for a CPU's caches)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +140,16 @@ def world_maker(args: PlayArgs, perturb: str = "none") -> Callable[[], World]:
     )
 
 
-def make_policy(args: PlayArgs, server: Server, replies: Path, adapter: Path | None, prompt: Path | None) -> Policy:
+def make_policy(
+    args: PlayArgs,
+    server: Server,
+    replies: Path,
+    adapter: Path | None,
+    prompt: Path | None,
+    beside: Policy | None = None,
+) -> Policy:
     """The server's policy, with replies cached in the file `replies`, if `server` has a URL; else the local base, with
-    or without an adapter."""
+    or without an adapter, which shares the arrays of a local policy `beside` it."""
     example = prompt.read_text(encoding="utf-8").rstrip("\n") + "\n\n" if prompt else ""
     if server.url:
         return ServerPolicy(server, replies, prompt=example, top_p=args.top_p)
@@ -155,6 +165,8 @@ def make_policy(args: PlayArgs, server: Server, replies: Path, adapter: Path | N
         slots=args.slots,
         context=args.context,
         max_new_tokens=args.max_new_tokens,
+        drafts=args.drafts,
+        beside=beside if isinstance(beside, LocalPolicy) else None,
     )
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from agent.policy import Ask, Line
-from lora.decoding import RolloutWeights
+from lora.decoder import RolloutWeights, make_decoder, without_adapter
 from lora.engine import Engine
 from lora.load import load_adapter, load_model
 from lora.tokenizer import encode_piece, line_of, load_tokenizer, newline_ids, prompt_ids
@@ -18,7 +18,8 @@ class LocalPolicy:
     """A local JAX model. Sessions occupy the slots of one engine; each keeps its KV cache over all its turns.
 
     A `prompt` is cached once for all sessions (lora.tokenizer.prompt_ids). It changes no session's ids, hence not what
-    is trained on; but of the tokenizer's leading tokens (<s>), only the prompt's are played.
+    is trained on; but of the tokenizer's leading tokens (<s>), only the prompt's are played. Without an adapter, a
+    policy `beside` one of the same base shares its arrays, unless those have an adapter added (fp32).
     """
 
     remote = False
@@ -35,36 +36,36 @@ class LocalPolicy:
         max_new_tokens: int = 64,
         prompt: str = "",
         top_p: float = 1.0,
+        drafts: int | None = None,
+        beside: LocalPolicy | None = None,
     ):
         self.slots, self.context, self._top_p = slots, context, top_p
         self._tokenizer = load_tokenizer(model_dir)
-        on_cpu = jax.default_backend() == "cpu"
-        rollout_weights = rollout_weights or ("fp32" if on_cpu else "bf16")
-        narrow = weights == "nf4" and rollout_weights != "fp32" and not on_cpu
-        how = {"weights": weights, "dtype": jnp.bfloat16 if narrow else None}
-        model = load_model(model_dir, **how) if adapter is None else load_adapter(model_dir, adapter, **how)
+        decoder = without_adapter(beside.decoder) if beside is not None and adapter is None else None
+        self.decoder = decoder or load_decoder(model_dir, adapter, weights, rollout_weights)
+        config = self.decoder.config
         self._newlines = newline_ids(self._tokenizer, model_dir)
-        self._ends = frozenset(model.config.eos_token_ids)  # end a reply of an instructed model that has no newline
+        self._ends = frozenset(config.eos_token_ids)  # end a reply of an instructed model that has no newline
         self._stops, self._limit = self._newlines | self._ends, max_new_tokens
         prefix = prompt_ids(self._tokenizer, model_dir, prompt) if prompt else []
-        room = model.config.max_position_embeddings - len(prefix)
+        room = config.max_position_embeddings - len(prefix)
         if context > room:
             remedy = f"--context of at most {room}" if room > 0 else "a shorter --prompt"
             raise ValueError(
                 f"--context {context} and {len(prefix)} tokens of --prompt need more than the "
-                f"{model.config.max_position_embeddings} positions of {model_dir}; expected {remedy}"
+                f"{config.max_position_embeddings} positions of {model_dir}; expected {remedy}"
             )
         self._in_prefix = len(self._tokenizer.encode("").ids) if prompt else 0  # leading ids that the prefix has too
         self._engine = Engine(
-            model,
+            self.decoder,
             slots=slots,
             context=context,
             max_new_tokens=max_new_tokens,
             stop_ids=sorted(self._stops),
             prefix=prefix,
-            weights=rollout_weights,
+            drafts=drafts,
         )
-        self.counts = {"prompt_tokens": len(prefix), "completion_tokens": 0}
+        self.counts = {"prompt_tokens": len(prefix), "completion_tokens": 0, "steps": 0}
         self._ids: dict[int, list[int]] = {}
         self._sampled: dict[int, list[int]] = {}
 
@@ -94,7 +95,9 @@ class LocalPolicy:
         """See Policy. A reply without a newline (cut off by its limit, or ended) gets one in the session. One that the
         context cuts off is no line, and not part of the session."""
         lines: list[tuple[int, Line]] = []
-        for session, reply in self._engine.poll(wait).items():
+        replies = self._engine.poll(wait)
+        self.counts["steps"] = self._engine.steps
+        for session, reply in replies.items():
             if reply is None or (len(reply.ids) < self._limit and reply.ids[-1] not in self._stops):
                 lines.append((session, None))
                 continue
@@ -107,3 +110,13 @@ class LocalPolicy:
     def close(self, session: int) -> tuple[list[int], list[int]]:
         self._engine.close(session)
         return self._ids.pop(session), self._sampled.pop(session)
+
+
+def load_decoder(model_dir: str | Path, adapter: str | Path | None, weights: str, rollout: RolloutWeights | None):
+    """The base, with an adapter or without, in the form that it is sampled from (default: fp32 on a CPU, else bf16)."""
+    on_cpu = jax.default_backend() == "cpu"
+    rollout = rollout or ("fp32" if on_cpu else "bf16")
+    narrow = weights == "nf4" and rollout != "fp32" and not on_cpu
+    how = {"weights": weights, "dtype": jnp.bfloat16 if narrow else None}
+    model = load_model(model_dir, **how) if adapter is None else load_adapter(model_dir, adapter, **how)
+    return make_decoder(model, rollout)

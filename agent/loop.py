@@ -60,9 +60,9 @@ class Rates:
 
     def summary(self) -> dict[str, float | None]:
         """For done.json: trajectories_per_hour; tokens_per_second (sampled); waiting_for_worlds and waiting_for_model,
-        the shares of time in which every attempt was blocked on a world or the model; prefix_reuse, the share of ids
-        that a client without a cache would have sent and that were not recomputed (for a server: that it reports as
-        cached)."""
+        the shares of time in which every attempt was blocked on a world or the model; tokens_per_step, sampled by a row
+        of the local model (more than 1 with drafts); prefix_reuse, the share of ids that a client without a cache would
+        have sent and that were not recomputed (for a server: that it reports as cached)."""
         elapsed = max(1e-9, (self.stopped or time.monotonic()) - self.started)
         counts = [
             Counter({name: count - before.get(name, 0) for name, count in policy.counts.items()})
@@ -71,11 +71,14 @@ class Rates:
         cached = [each for each in counts if "cached_tokens" in each]
         sent = self.sent + sum(each["prompt_tokens"] for each in cached)
         kept = self.kept + sum(each["cached_tokens"] for each in cached)
+        local = [each for each in counts if each["steps"]]
+        steps = sum(each["steps"] for each in local)
         return {
             "trajectories_per_hour": round(3600 * self.done / elapsed, 1),
             "tokens_per_second": round(sum(each["completion_tokens"] for each in counts) / elapsed, 1),
             "waiting_for_worlds": round(self.waited["worlds"] / elapsed, 4),
             "waiting_for_model": round(self.waited["model"] / elapsed, 4),
+            "tokens_per_step": round(sum(each["completion_tokens"] for each in local) / steps, 3) if steps else None,
             "prefix_reuse": round(kept / sent, 4) if sent else None,
         }
 

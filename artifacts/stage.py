@@ -40,7 +40,7 @@ from envs.make import DEFAULTS
 
 # Settings that say how a stage computes, asks and waits, not what for: it may resume with different values.
 HOW = {"concurrency", "timeout", "retries", "deadline", "turn_deadline", "processes", "url", "key", "slots"}
-HOW |= {"rollout_weights", "mesh", "device_rows", "remat", "attention", "checkpoint_minutes", "preview"}
+HOW |= {"rollout_weights", "drafts", "mesh", "device_rows", "remat", "attention", "checkpoint_minutes", "preview"}
 # Settings whose meaning is in the facts: the content of files wherever they are, the tasks of a panel, the round.
 IN_FACTS = {"run", "round", "name", "model", "data", "panel", "panels", "limit", "prompt", "actre_prompt", "adapter"}
 IN_FACTS |= {"base", "inputs", "personas", "epochs", "verify", "out", "import_"}

@@ -45,7 +45,7 @@ TEMPLATE = (
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 FLAGS = (
-    "--play.max-turns 2 --play.max-new-tokens 8 --play.slots 2 --play.context 640 --play.rollout-weights nf4 "
+    "--play.max-turns 2 --play.max-new-tokens 4 --play.slots 4 --play.context 640 --play.rollout-weights nf4 "
     "--rollout.limit 2 --evaluate.limit 2 --actre.budget 1 --actre.force 1 --actre.probability 1 "
     "--train.threshold 0 --train.epochs 1 --train.batch-rows 2 --train.row-length 768"
 )

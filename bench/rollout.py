@@ -34,6 +34,7 @@ from artifacts.cli import run_main
 from artifacts.render import react_segments
 from bench.shapes import MISTRAL_100M
 from envs.alfworld.world import AlfWorld
+from lora.decoder import make_decoder
 from lora.engine import Engine
 from lora.load import load_model, save_model
 from lora.model import CausalLM
@@ -81,7 +82,7 @@ class Ours:
 
     def __init__(self, model: CausalLM, slots: int, prompt: Sequence[int], args: Args):
         self.engine = Engine(
-            model, slots=slots, context=args.context, max_new_tokens=args.new, stop_ids=(), prefix=prompt
+            make_decoder(model), slots=slots, context=args.context, max_new_tokens=args.new, stop_ids=(), prefix=prompt
         )
         self.computed = 0
 

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 from lora import nf4
 from lora.adapter import adapter_shapes
 from lora.config import Config, Llama3Rope
-from lora.decoding import DecoderWeights, Graph, RolloutWeights, SamplingParams, decoding_layers, empty_cache
+from lora.decoder import DecoderWeights, Graph, RolloutWeights, decoding_layers
+from lora.decoding import SamplingParams, empty_cache
 from lora.flops import matmul_weights
 from lora.linear import FUSED, NF4, LoRAConfig
 from lora.model import CausalLM
@@ -166,9 +167,11 @@ def decode_arguments(
     prefix: int,
     sizes: tuple[int, ...],
     tile: int,
+    text: int,
 ) -> tuple[Graph, tuple]:
     """What `lora.decoding.decode` takes, for a `described` model: its graph, and abstract arrays in the order of its
-    arguments. `sizes` and `tile`: the blocks of the cache (lora.engine.cache_sizes)."""
+    arguments. `sizes` and `tile`: the blocks of the cache (lora.engine.cache_sizes); `text`: ids that drafts are looked
+    up in."""
     config, dtype, graphs = model.config, model.embed.dtype, []
 
     def make_layers(state) -> list:
@@ -193,14 +196,13 @@ def decode_arguments(
     past = jax.eval_shape(lambda: empty_cache(config, slots, sizes, tile, dtype))
     ints, floats = array(slots, dtype=jnp.int32), array(slots, dtype=jnp.float32)
     params = SamplingParams(
-        first_id=ints,
         limit=ints,
         drawn=ints,
         temperature=floats,
         top_p=floats,
         seed=array(slots, dtype=jnp.uint32),
     )
-    return graphs[0], (decoder, past, ints, params)
+    return graphs[0], (decoder, past, ints, params, array(slots, text, dtype=jnp.int32), ints)
 
 
 def random_like(tree, seed: int = 0):

@@ -35,9 +35,10 @@ from artifacts.cli import run_main
 from bench.shapes import MISTRAL_7B, SHAPES, adapter_bytes, base_bytes, cache_bytes, decode_arguments, described
 from lora import nf4
 from lora.config import Config
-from lora.decoding import RolloutWeights, decode
+from lora.decoder import RolloutWeights
+from lora.decoding import Speculation, decode
 from lora.engine import ACCELERATOR_TILE as TILE
-from lora.engine import cache_sizes
+from lora.engine import DRAFTS, SEEN, cache_sizes
 from lora.linear import LoRAConfig, LoRAParam
 from lora.sharding import ROWS, make_mesh
 from lora.train_step import Batch, make_update, optimizer_shardings
@@ -150,11 +151,13 @@ def compile_decode(case: Decode) -> dict:
         prefix=case.prefix,
         sizes=cache_sizes(case.context, TILE),
         tile=TILE,
+        text=SEEN + case.context,
     )
     on_chip = NamedSharding(mesh, P())
     arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip), arrays)
     start = time.time()
-    compiled = decode.lower(graph, case.config, *arrays, chunk=case.chunk).compile()
+    how = {"chunk": case.chunk, "speculation": Speculation(1 + DRAFTS, case.slots * (1 + DRAFTS)), "early": True}
+    compiled = decode.lower(graph, case.config, *arrays, **how).compile()
     return describe(compiled, case) | {"seconds": round(time.time() - start), "cache": case.cache_bytes()}
 
 

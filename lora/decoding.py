@@ -13,37 +13,21 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from lora.linear import FUSED, tiled_matmul
-from lora.model import Layer, rms_norm, rope_angles
-
-# Base weights during sampling: float32 with the adapter merged; bfloat16 with it separate (merging in bfloat16 would
-# round most of it away); or NF4 as in the model, decoded at every step.
-RolloutWeights = Literal["fp32", "bf16", "nf4"]
-DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
-
-
-class DecoderWeights(NamedTuple):
-    """The model's weights for decoding: one set of arrays per layer, so that no step slices stacked weights."""
-
-    embed: jax.Array
-    norm: jax.Array
-    head: jax.Array  # in the layout of `tiled_matmul`
-    stops_V: jax.Array  # bool: whether an id ends a reply
-    layers: list
-    prefix: list  # per layer, keys [K, C, S] and values [K, S, C] of the shared prefix; S may be 0
+from lora.decoder import DecoderWeights
+from lora.linear import tiled_matmul
+from lora.model import rms_norm, rope_angles
+from lora.speculation import Places, accepted, assign_places, look_up_drafts
 
 
 class SamplingParams(NamedTuple):
     """Per-row state and sampling parameters of a chunk, [R] each."""
 
-    first_id: np.ndarray
     limit: np.ndarray  # ids that the row may sample in this chunk; 0 for a padding row
     drawn: np.ndarray  # ids that it sampled in earlier chunks
     temperature: np.ndarray
@@ -51,33 +35,17 @@ class SamplingParams(NamedTuple):
     seed: np.ndarray
 
 
-class Graph:
-    """A layer's nnx graph as a static jit argument, hashed only once: hashing it takes 0.3 ms per call."""
-
-    def __init__(self, graph: nnx.GraphDef):
-        self._graph, self._hash = graph, hash(graph)
-
-    def __hash__(self):
-        return self._hash
-
-    def __eq__(self, other):
-        return isinstance(other, Graph) and self._graph == other._graph
-
-    def merge(self, weights: nnx.State):
-        return nnx.merge(self._graph, weights)
-
-
-def attend(q_RTHC, prefix, past, lengths_R, k_RKCP, v_RKPC, at, window):
+def attend(q_RTHC, prefix, past, lengths_R, k_RKCP, v_RKPC, at_R, window):
     """Attention of T new tokens over the prefix, the cache (up to the row's length) and the buffer (causally).
 
-    `past` is a list of blocks; the tokens start at position `at` of the buffer, and a row's positions follow the
+    `past` is a list of blocks; a row's tokens start at position `at_R` of the buffer, and its positions follow the
     prefix. One softmax spans all parts: each is weighted relative to the largest score of all, and the sums are added.
     Returns [R, T, H * C].
     """
     R, T, H, C = q_RTHC.shape
     K, P = k_RKCP.shape[1], k_RKCP.shape[3]
     q_RKXC = (q_RTHC * C**-0.5).reshape(R, T, K, H // K, C).transpose(0, 2, 3, 1, 4).reshape(R, K, -1, C)
-    query_T = at + jnp.arange(T)
+    query_RT = at_R[:, None] + jnp.arange(T)
 
     def hide(scores_RKXS, seen_RTS, distance_RTS):
         if window is not None:
@@ -85,20 +53,20 @@ def attend(q_RTHC, prefix, past, lengths_R, k_RKCP, v_RKPC, at, window):
         scores = scores_RKXS.reshape(R, K, H // K, T, -1)
         return jnp.where(seen_RTS[:, None, None], scores, jnp.finfo(jnp.float32).min).reshape(scores_RKXS.shape)
 
-    distance_1TP = (query_T[:, None] - jnp.arange(P))[None]
+    distance_RTP = query_RT[:, :, None] - jnp.arange(P)
     scores = jnp.einsum("rkxc,rkcp->rkxp", q_RKXC, k_RKCP, preferred_element_type=jnp.float32)
-    parts, values, offset = [hide(scores, distance_1TP >= 0, distance_1TP)], [v_RKPC], 0
+    parts, values, offset = [hide(scores, distance_RTP >= 0, distance_RTP)], [v_RKPC], 0
     for k_RKNCW, v_RKNWC in past:
         scores = cache_scores(q_RKXC, k_RKNCW)
         position_S = offset + jnp.arange(scores.shape[-1])
         before_R1S = (position_S < lengths_R[:, None])[:, None]
-        parts.append(hide(scores, before_R1S, lengths_R[:, None, None] + query_T[:, None] - position_S))
+        parts.append(hide(scores, before_R1S, lengths_R[:, None, None] + query_RT[:, :, None] - position_S))
         values.append(v_RKNWC.reshape(R, K, -1, C))
         offset += scores.shape[-1]
     k_KCS, v_KSC = prefix
     if size := k_KCS.shape[-1]:
         scores = jnp.einsum("rkxc,kcs->rkxs", q_RKXC, k_KCS, preferred_element_type=jnp.float32)
-        distance_RTS = lengths_R[:, None, None] + query_T[:, None] + size - jnp.arange(size)
+        distance_RTS = lengths_R[:, None, None] + query_RT[:, :, None] + size - jnp.arange(size)
         parts.append(hide(scores, jnp.ones((1, 1, size), bool), distance_RTS))
     top = functools.reduce(jnp.maximum, (part.max(axis=-1, keepdims=True) for part in parts))
     weights = [jnp.exp(part - top) for part in parts]
@@ -120,22 +88,45 @@ def cache_scores(q_RKXC, k_RKNCW):
     return scores_RKNXW.swapaxes(2, 3).reshape(R, K, X, -1)
 
 
-def run_layer(layer, config, x_RTD, rope, prefix, past, lengths_R, buffer, at):
-    """Runs a layer on T tokens per row. Returns its output and the buffer with their keys and values from `at` on."""
-    q, k, v = layer.queries_keys_values(x_RTD, rope)
-    k_RKCP = jax.lax.dynamic_update_slice_in_dim(buffer[0], k.transpose(0, 2, 3, 1), at, axis=3)
-    v_RKPC = jax.lax.dynamic_update_slice_in_dim(buffer[1], v.transpose(0, 2, 1, 3), at, axis=2)
-    attended = attend(q, prefix, past, lengths_R, k_RKCP, v_RKPC, at, config.sliding_window)
-    return layer.attention_output_and_mlp(x_RTD, attended), (k_RKCP, v_RKPC)
+def run_layer(layer, config, x_FD, rope, places: Places, prefix, past, lengths_R, buffer, at_R):
+    """Runs a layer on the tokens of `places` [F, D].
+
+    Returns its output and the buffer with their keys and values, from position `at_R` of each row on. Linear layers see
+    only the tokens; attention sees rows.
+    """
+    q, k, v = (x[0] for x in layer.queries_keys_values(x_FD[None], rope))
+    at_F = at_R[places.row_F] + places.index_F
+    k_RKCP = buffer[0].at[places.row_F, :, :, at_F].set(k, mode="drop")
+    v_RKPC = buffer[1].at[places.row_F, :, at_F].set(v, mode="drop")
+    attended_RTA = attend(places.by_row(q), prefix, past, lengths_R, k_RKCP, v_RKPC, at_R, config.sliding_window)
+    return layer.attention_output_and_mlp(x_FD[None], places.flat(attended_RTA)[None])[0], (k_RKCP, v_RKPC)
 
 
 @functools.partial(jax.jit, donate_argnames="block")
 def append(block, buffer, offset, rows_B, lengths_B, counts_B):
     """Appends the first `counts_B` positions of a layer's buffer to some rows of a block, where they fall inside it.
 
-    `block` is the keys and values from position `offset` on, updated in place. Each row reads, updates and writes back
-    the tiles that the buffer can touch; its other positions keep their contents.
+    `block` is the keys and values from position `offset` on, updated in place; other positions keep their contents.
     """
+    where = offset, rows_B, lengths_B, counts_B
+    return jax.lax.platform_dependent(block, buffer, *where, cuda=append_at_once, default=append_by_row)
+
+
+def append_at_once(block, buffer, offset, rows_B, lengths_B, counts_B):
+    """`append` as a scatter: two kernels on a GPU, where a loop over rows launches hundreds."""
+    tile = block[0].shape[4]
+    index_P = jnp.arange(buffer[0].shape[3])
+    at_BP = lengths_B[:, None] + index_P - offset
+    tile_BP = jnp.where((index_P < counts_B[:, None]) & (at_BP >= 0), at_BP // tile, block[0].shape[2])  # else dropped
+    row_B1, k_BPKC, v_BPKC = rows_B[:, None], buffer[0].transpose(0, 3, 1, 2), buffer[1].transpose(0, 2, 1, 3)
+    return (
+        block[0].at[row_B1, :, tile_BP, :, at_BP % tile].set(k_BPKC, mode="drop"),
+        block[1].at[row_B1, :, tile_BP, at_BP % tile].set(v_BPKC, mode="drop"),
+    )
+
+
+def append_by_row(block, buffer, offset, rows_B, lengths_B, counts_B):
+    """`append` as a loop: each row reads, updates and writes back the tiles that the buffer can touch."""
     tile = block[0].shape[4]
     tiles = min(-(-buffer[0].shape[3] // tile) + 1, block[0].shape[2])
     margin = tiles * tile  # on both sides of the buffer, so that no slice is clamped
@@ -172,34 +163,6 @@ def look_up(embed, ids_F):
     return embed[ids_F]
 
 
-@jax.jit
-def take_layer(stacked, index):
-    """The arrays of one layer."""
-    return jax.tree.map(lambda x: x[index], stacked)
-
-
-def decoding_layers(layers: Layer, weights: RolloutWeights) -> tuple[Graph, list]:
-    """Converts the layers for decoding, one at a time, to their common graph and the arrays of each layer.
-
-    The model is unchanged. Raises ValueError for NF4 rollout weights of a dense model.
-    """
-    if weights == "nf4" and not layers.qkv.quantized:
-        raise ValueError("the rollout weights are nf4, but the model is dense: load it in NF4, or choose fp32 or bf16.")
-    graph, stacked = nnx.split(layers)
-    arrays = []
-    for index in range(layers.config.num_hidden_layers):
-        layer = nnx.merge(graph, take_layer(stacked, index))
-        if weights != "nf4":
-            dtype = DTYPES[weights]
-            for name in FUSED:
-                setattr(layer, name, getattr(layer, name).dense(dtype, merge=weights == "fp32"))
-            for name in layers.config.norms:
-                setattr(layer, name, nnx.Param(getattr(layer, name)[...].astype(dtype)))
-        layer_graph, layer_arrays = nnx.split(layer)
-        arrays.append(layer_arrays)
-    return Graph(layer_graph), arrays
-
-
 @functools.partial(jax.jit, static_argnames=("config", "rows", "sizes", "tile", "dtype"))
 def empty_cache(config, rows: int, sizes: tuple[int, ...], tile: int, dtype):
     """A zeroed KV cache for a group: per layer, one block per entry of `sizes` (in tiles)."""
@@ -225,20 +188,15 @@ class PrefillBatch(NamedTuple):
 def prefill_layer(graph, config, weights, x_FD, batch: PrefillBatch, prefix, past, *, width: int):
     """Runs a layer on a prefill batch [F, D] of at most `width` ids per row, which follow the prefix and `past`.
 
-    Returns its output and the rows' buffer. Linear layers see only the ids; attention sees rows padded to `width`. One
-    layer per call, so that all layers share one compiled program.
+    Returns its output and the rows' buffer. One layer per call, so that all layers share one compiled program.
     """
-    rows_B, lengths_B, _, *where = batch
-    layer, B = graph.merge(weights), len(rows_B)
+    rows_B, lengths_B = batch.rows_B, batch.lengths_B
+    places = Places(batch.row_F, batch.index_F, rows=len(rows_B), width=width)
     positions_F = prefix[0].shape[-1] + lengths_B[batch.row_F] + batch.index_F
-    q, k, v = layer.queries_keys_values(x_FD[None], rope_angles(positions_F[None], config))
-    q_BTHC, k_BTKC, v_BTKC = (
-        jnp.zeros((B, width, *x.shape[2:]), x.dtype).at[*where].set(x[0], mode="drop") for x in (q, k, v)
-    )
-    buffer = k_BTKC.transpose(0, 2, 3, 1), v_BTKC.transpose(0, 2, 1, 3)
-    past = jax.tree.map(lambda x: x[rows_B], past)
-    attended_BTA = attend(q_BTHC, prefix, past, lengths_B, *buffer, 0, config.sliding_window)
-    return layer.attention_output_and_mlp(x_FD[None], attended_BTA[*where][None])[0], buffer
+    rope, past = rope_angles(positions_F[None], config), jax.tree.map(lambda x: x[rows_B], past)
+    buffer, start_B = empty_buffer(config, len(rows_B), width, x_FD.dtype), jnp.zeros_like(lengths_B)
+    layer = graph.merge(weights)
+    return run_layer(layer, config, x_FD, rope, places, prefix, past, lengths_B, buffer, start_B)
 
 
 def codes_after(weights, x):
@@ -252,48 +210,107 @@ def codes_after(weights, x):
     return jax.tree.map(lambda leaf: leaf ^ zero if leaf.dtype == jnp.uint4 else leaf, weights), x
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config", "chunk"))
-def decode(graph, config, decoder: DecoderWeights, past, lengths_R, params: SamplingParams, *, chunk: int):
-    """Samples up to `params.limit` ids per row, at most `chunk` (P).
+class Speculation(NamedTuple):
+    """How many ids a step computes: of a row, its last id and up to `width` - 1 drafts, and `places` of all rows."""
 
-    Returns ids [R, P], log-probabilities [R, P], counts [R] and the buffer.
+    width: int
+    places: int
+
+
+class Sampled(NamedTuple):
+    """What a chunk sampled, and what it took."""
+
+    ids_RP: jax.Array
+    logprobs_RP: jax.Array
+    counts_R: jax.Array  # how many of the ids count
+    steps_R: jax.Array  # steps that the row took part in
+
+
+def run_layers(graph, config, decoder: DecoderWeights, ids_RT, places: Places, past, lengths_R, buffer, at_R):
+    """Runs all layers on ids from position `at_R` of the buffer on. Returns hidden states [F, D] and the buffer."""
+    positions_F = decoder.prefix[0][0].shape[-1] + (lengths_R + at_R)[places.row_F] + places.index_F
+    rope, x_FD, filled = rope_angles(positions_F[None], config), decoder.embed[places.flat(ids_RT)], []
+    for weights, prefix, blocks, fresh in zip(decoder.layers, decoder.prefix, past, buffer, strict=True):
+        weights, x_FD = jax.lax.platform_dependent(
+            weights, x_FD, cpu=codes_after, default=lambda *both: jax.lax.optimization_barrier(both)
+        )
+        layer = graph.merge(weights)
+        x_FD, fresh = run_layer(layer, config, x_FD, rope, places, prefix, blocks, lengths_R, fresh, at_R)
+        filled.append(fresh)
+    return x_FD, filled
+
+
+def draw(config, decoder: DecoderWeights, x_FD, params: SamplingParams, places: Places, counts_R):
+    """The id drawn after each place and its log-probability, both [R, T]."""
+    hidden_FD = rms_norm(x_FD, decoder.norm, config.rms_norm_eps)
+    logits_FV = tiled_matmul(hidden_FD, decoder.head, jnp.float32)
+    temperature_F, top_p_F, seed_F, drawn_F = (
+        x_R[places.row_F] for x_R in (params.temperature, params.top_p, params.seed, params.drawn + counts_R)
+    )
+    ids_F = sample(logits_FV, temperature_F, top_p_F, seed_F, drawn_F + places.index_F)
+    logprobs_F = jnp.take_along_axis(logits_FV, ids_F[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits_FV, axis=1)
+    return places.by_row(ids_F), places.by_row(logprobs_F)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "config", "chunk", "speculation", "early"))
+def decode(
+    graph,
+    config,
+    decoder: DecoderWeights,
+    past,
+    lengths_R,
+    params: SamplingParams,
+    text_RX,
+    end_R,
+    *,
+    chunk: int,
+    speculation: Speculation,
+    early: bool,
+) -> tuple[Sampled, list]:
+    """Samples up to `params.limit` ids per row, at most `chunk`. Returns `Sampled` and the buffer.
+
     `past` holds, per layer, the blocks that the rows reach into; it is only read. Draw t of a request uses
-    fold_in(PRNGKey(seed), t). The last sampled id of a row is in neither the cache nor the buffer.
+    fold_in(PRNGKey(seed), t). The last sampled id of a row is in neither the cache nor the buffer. Drafts are looked up
+    in `text_RX` [R, X], which ends with the row's last id at `end_R`, and with room for what is sampled. With `early`,
+    the chunk ends as soon as half of its rows are done.
     """
-    R = len(lengths_R)
+    R, (T, F) = len(lengths_R), speculation
+    room = chunk + T  # positions after those that count hold what was computed in vain
 
     def step(state):
-        t, last_R, counts_R, active_R, ids_RP, logprobs_RP, buffer = state
-        rope = rope_angles((decoder.prefix[0][0].shape[-1] + lengths_R + t)[:, None], config)
-        x_RTD, filled = decoder.embed[last_R[:, None]], []
-        for weights, prefix, blocks, fresh in zip(decoder.layers, decoder.prefix, past, buffer, strict=True):
-            weights, x_RTD = jax.lax.platform_dependent(
-                weights, x_RTD, cpu=codes_after, default=lambda *both: jax.lax.optimization_barrier(both)
-            )
-            x_RTD, fresh = run_layer(graph.merge(weights), config, x_RTD, rope, prefix, blocks, lengths_R, fresh, t)
-            filled.append(fresh)
-        hidden_RD = rms_norm(x_RTD[:, 0], decoder.norm, config.rms_norm_eps)
-        logits_RV = tiled_matmul(hidden_RD, decoder.head, jnp.float32)
-        ids_R = sample(logits_RV, params.temperature, params.top_p, params.seed, params.drawn + t)
-        chosen_R = jnp.take_along_axis(logits_RV, ids_R[:, None], axis=1)[:, 0]
-        logprobs_R = chosen_R - jax.nn.logsumexp(logits_RV, axis=1)
-        ids_RP = jax.lax.dynamic_update_slice_in_dim(ids_RP, ids_R[:, None], t, axis=1)
-        logprobs_RP = jax.lax.dynamic_update_slice_in_dim(logprobs_RP, logprobs_R[:, None], t, axis=1)
-        counts_R = counts_R + active_R
-        active_R = active_R & ~decoder.stops_V[ids_R] & (t + 1 < params.limit)
-        return t + 1, ids_R, counts_R, active_R, ids_RP, logprobs_RP, filled
+        text_RX, active_R, sampled, buffer = state
+        counts_R = sampled.counts_R
+        last_R1 = jnp.take_along_axis(text_RX, (end_R + counts_R)[:, None], axis=1)
+        drafts_RD, usable_R = look_up_drafts(text_RX, end_R + counts_R, decoder.stops_V, T - 1)
+        ids_RT = jnp.concatenate([last_R1, drafts_RD], axis=1)
+        wanted_R = jnp.where(active_R, jnp.minimum(1 + usable_R, params.limit - counts_R), 0)
+        places, computed_RT = assign_places(wanted_R, T, F)
+        x_FD, buffer = run_layers(graph, config, decoder, ids_RT, places, past, lengths_R, buffer, counts_R)
+        drawn_RT, logprobs_RT = draw(config, decoder, x_FD, params, places, counts_R)
+        new_R = jnp.where(active_R, accepted(ids_RT, drawn_RT, computed_RT), 0)
+        text_RX = write_rows(text_RX, drawn_RT, end_R + 1 + counts_R)
+        sampled = Sampled(
+            ids_RP=write_rows(sampled.ids_RP, drawn_RT, counts_R),
+            logprobs_RP=write_rows(sampled.logprobs_RP, logprobs_RT, counts_R),
+            counts_R=counts_R + new_R,
+            steps_R=sampled.steps_R + active_R,
+        )
+        last_R = jnp.take_along_axis(drawn_RT, jnp.maximum(new_R - 1, 0)[:, None], axis=1)[:, 0]
+        active_R &= ~decoder.stops_V[last_R] & (sampled.counts_R < params.limit)
+        return text_RX, active_R, sampled, buffer
 
-    state = (
-        jnp.int32(0),
-        params.first_id,
-        jnp.zeros(R, jnp.int32),
-        params.limit > 0,
-        jnp.zeros((R, chunk), jnp.int32),
-        jnp.zeros((R, chunk), jnp.float32),
-        [empty_buffer(config, R, chunk, decoder.embed.dtype) for _ in decoder.layers],
-    )
-    _, _, counts_R, _, ids_RP, logprobs_RP, buffer = jax.lax.while_loop(lambda state: state[3].any(), step, state)
-    return ids_RP, logprobs_RP, counts_R, buffer
+    nothing_R, asked_R = jnp.zeros(R, jnp.int32), params.limit > 0
+    sampled = Sampled(jnp.zeros((R, room), jnp.int32), jnp.zeros((R, room), jnp.float32), nothing_R, nothing_R)
+    buffer = [empty_buffer(config, R, room, decoder.embed.dtype) for _ in decoder.layers]
+    spared = asked_R.sum() // 2 if early else 0
+    state = (text_RX, asked_R, sampled, buffer)
+    *_, sampled, buffer = jax.lax.while_loop(lambda state: state[1].sum() > spared, step, state)
+    return sampled, buffer
+
+
+def write_rows(array_RX, part_RT, at_R):
+    """The array with a part of each row replaced from position `at_R` on."""
+    return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(array_RX, part_RT, at_R, 0)
 
 
 def sample(logits_RV, temperature_R, top_p_R, seed_R, t_R):

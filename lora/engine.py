@@ -13,7 +13,7 @@ own length, cache blocks beyond its length add exact zeros, and attention and de
 slots. (An evicted session is prefilled where it was once decoded, which may change the last bits.)
 Left out: stop strings that are not a set of ids.
 
-    engine = Engine(model, slots=64, context=1024, max_new_tokens=64, stop_ids=[13])
+    engine = Engine(make_decoder(model), slots=64, context=1024, max_new_tokens=64, stop_ids=[13])
     session = engine.open()
     engine.extend(session, prompt_ids)
     [reply] = engine.sample([(session, 0.7, 1234)])
@@ -39,22 +39,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora.decoder import Decoder
 from lora.decoding import (
-    DTYPES,
-    DecoderWeights,
     PrefillBatch,
-    RolloutWeights,
+    Sampled,
     SamplingParams,
+    Speculation,
     append,
     decode,
-    decoding_layers,
     empty_cache,
     look_up,
     prefill_layer,
 )
-from lora.flops import require_memory
-from lora.linear import tile_for_cpu
-from lora.model import CausalLM
+from lora.flops import matmul_weights, require_memory
+from lora.speculation import NOTHING
 
 # Positions in the first block of the cache; later blocks end at 1.5, 2, 3, 4, 6, ... times that, so that attention
 # reads at most 50 % more than its longest row needs, with few compiled shapes.
@@ -63,6 +61,13 @@ FIRST_BLOCK = 256
 TILE, ACCELERATOR_TILE = 64, 128
 # Maximum ids per row in a prefill batch: a width is used while more ids are left than the next narrower one.
 WIDTHS = (128, 32, 8)
+# Weights that a CPU's caches hold. A step of a larger model takes as long as reading them, almost whatever it computes:
+# its groups are wider, it verifies drafts, and a chunk ends when half of its rows are done.
+CACHED = 2**23
+# Drafts of a row in a step, where they are verified at all.
+DRAFTS = 3
+# Ids of sessions that were closed, the latest, in which drafts are looked up.
+SEEN = 4096
 # Ids of all rows in a prefill batch: the smallest size that holds them, or the largest that they fill. From 64 rows on,
 # a row of a matmul has the same bits whatever the number of rows; with tiled weights (linear.py), up to 128.
 SIZES, TILED_SIZES = (64, 96, 128, 192, 256, 1024), (16, 32, 64, 96, 128)
@@ -107,39 +112,45 @@ def prefill_size(ids: int, sizes: Sequence[int]) -> int:
 
 
 class Engine:
-    """Sessions over one model. `weights` is the form of its base; the dense forms are copies, made here.
+    """Sessions over one model, as laid out by `make_decoder`.
 
     A group has `rows` slots: all its rows decode even for a single request, and groups run concurrently. After `chunk`
-    ids a group's unfinished rows let new requests join. On a CPU the defaults are 8 rows (half the slots if fewer than
-    16) and no chunking; on accelerators all slots and 32 ids. Every session begins with the ids of `prefix`, which
-    count neither as its own nor towards `context`. Raises ValueError for a cache larger than the device's memory, and,
-    from `poll`, for a model whose log-probabilities are not finite.
+    ids, or with `early` when half of its rows are done, a group's unfinished rows let new requests join. On a CPU the
+    defaults are 8 rows, 16 for a large model (half the slots if those are fewer), and no chunking; on accelerators all
+    slots and 32 ids. Up to `drafts` ids of a row are guessed at each step, and kept if they are the ones drawn
+    (speculation.py): a CPU has places for as many drafts as rows, an accelerator for all.
+
+    Every session begins with the ids of `prefix`, which count neither as its own nor towards `context`. Raises
+    ValueError for a cache larger than the device's memory, and, from `poll`, for a model whose log-probabilities are
+    not finite.
     """
 
     def __init__(
         self,
-        model: CausalLM,
+        decoder: Decoder,
         *,
         slots: int = 64,
         context: int = 1024,
         max_new_tokens: int = 64,
         stop_ids: Sequence[int],
         prefix: Sequence[int] = (),
-        weights: RolloutWeights = "fp32",
         rows: int | None = None,
         chunk: int | None = None,
+        drafts: int | None = None,
+        early: bool | None = None,
     ):
-        config, on_cpu = model.config, jax.default_backend() == "cpu"
-        longest = config.max_position_embeddings - len(prefix)
-        rows = (min(8, -(-slots // 2)) if on_cpu else slots) if rows is None else rows
+        config, on_cpu = decoder.config, jax.default_backend() == "cpu"
+        longest, large = config.max_position_embeddings - len(prefix), not on_cpu or matmul_weights(config) > CACHED
+        rows = (min(16 if large else 8, -(-slots // 2)) if on_cpu else slots) if rows is None else rows
         chunk = min((max_new_tokens if on_cpu else 32) if chunk is None else chunk, max_new_tokens)
-        if not 1 <= context <= longest or min(slots, max_new_tokens, rows, chunk) < 1:
+        drafts = (DRAFTS if large else 0) if drafts is None else drafts
+        if not 1 <= context <= longest or min(slots, max_new_tokens, rows, chunk, drafts + 1) < 1:
             raise ValueError(
                 f"Engine got slots={slots}, context={context}, max_new_tokens={max_new_tokens}, rows={rows}, "
-                f"chunk={chunk}; expected each to be at least 1, and a context of at most the model's "
-                f"max_position_embeddings less the prefix's {len(prefix)} ids, {longest}."
+                f"chunk={chunk}, drafts={drafts}; expected each to be at least 1 (drafts: 0), and a context of at most "
+                f"the model's max_position_embeddings less the prefix's {len(prefix)} ids, {longest}."
             )
-        dtype, self._tile = DTYPES.get(weights, model.embed.dtype), TILE if on_cpu else ACCELERATOR_TILE
+        dtype, self._tile = decoder.weights.embed.dtype, TILE if on_cpu else ACCELERATOR_TILE
         self._rows, sizes = min(rows, slots), cache_sizes(context, self._tile)
         groups, cache = -(-slots // self._rows), (config, self._rows, sizes, self._tile, dtype)
         arrays = jax.tree.leaves(jax.eval_shape(lambda: empty_cache(*cache)))
@@ -147,17 +158,18 @@ class Engine:
         require_memory(needed, f"a cache of {slots} slots of {context} tokens", "--slots or --context")
         self.slots, self.context, self.max_new_tokens = slots, context, max_new_tokens
         self.prefilled = 0  # ids computed by prefill; sampled ids are not counted
-        self._chunk, self._stops = chunk, frozenset(stop_ids)
-        self._config = config
-        self._graph, layers = decoding_layers(model.layers, weights)
+        self.steps = self.sampled = 0  # steps of all rows, and ids that they sampled
+        self._chunk, self._stops, self._early = chunk, frozenset(stop_ids), large if early is None else early
+        places = self._rows * (1 + min(drafts, 1) if on_cpu else 1 + drafts)
+        self._speculation = Speculation(width=1 + drafts, places=places)
+        self._seen = np.array([*prefix, *[NOTHING] * SEEN], np.int32)  # ids that drafts are looked up in
+        self._config, self._graph = config, decoder.graph
         stops_V = np.isin(np.arange(config.vocab_size), list(self._stops))
-        embed, norm, head = (x.astype(dtype) for x in (model.embed[...], model.norm[...], model.unembed()))
-        self._decoder = DecoderWeights(
-            embed=embed, norm=norm, head=tile_for_cpu(head), stops_V=stops_V, layers=layers, prefix=[]
-        )
+        self._decoder = decoder.weights._replace(stops_V=stops_V)
         self._decoder = self._decoder._replace(prefix=self._prefill_prefix(prefix))
 
-        tiled = all(array.ndim != 2 for array in jax.tree.leaves(layers[0]))  # W^T, codes and adapters have two axes
+        # W^T, codes and adapters have two axes.
+        tiled = all(array.ndim != 2 for array in jax.tree.leaves(self._decoder.layers[0]))
         self._sizes = TILED_SIZES if tiled else SIZES
         self._ends = np.cumsum(sizes).tolist()  # end of each cache block, in tiles
         self._cache = [empty_cache(*cache) for _ in range(groups)]
@@ -207,7 +219,10 @@ class Engine:
         """Closes the session. Raises ValueError while a request is pending."""
         if session in self._busy:
             raise ValueError(f"session {session} cannot be closed while its request is pending: call `poll` first.")
-        del self._ids[session], self._lengths[session]
+        own = len(self._seen) - SEEN
+        earlier = [*self._seen[own:].tolist(), NOTHING, *self._ids.pop(session)][-SEEN:]
+        self._seen = np.concatenate([self._seen[:own], np.array(earlier, np.int32)])  # a new array: others read it
+        del self._lengths[session]
         self._slot.pop(session, None)
 
     def length(self, session: int) -> int:
@@ -271,9 +286,11 @@ class Engine:
         done, _ = wait_for(self._running, timeout=None if wait else 0, return_when=FIRST_COMPLETED)
         replies = {}
         for future in done:
-            group, (finished, unfinished, computed) = self._running.pop(future), future.result()
+            group, (finished, unfinished, counts) = self._running.pop(future), future.result()
             replies |= finished
-            self.prefilled += computed
+            self.prefilled += counts[0]
+            self.sampled += counts[1]
+            self.steps += counts[2]
             self._ready.setdefault(group, {}).update((request.session, request) for request in unfinished)
         self._busy -= replies.keys()
         self._assign_slots()
@@ -288,34 +305,37 @@ class Engine:
             replies |= self.poll()
         return [replies[request[0]] for request in requests]
 
-    def _sample_group(self, group: int, members: list[Request]) -> tuple[dict[int, Reply | None], list[Request], int]:
+    def _sample_group(
+        self, group: int, members: list[Request]
+    ) -> tuple[dict[int, Reply | None], list[Request], tuple[int, int, int]]:
         """Runs a chunk for the requests of a group, whose cache and busy sessions no other thread touches.
 
-        Returns the finished replies, the unfinished requests and the number of prefilled ids.
+        Returns the finished replies, the unfinished requests and how many ids were prefilled, how many were sampled and
+        in how many steps of a row.
         """
         replies: dict[int, Reply | None] = {
             request.session: None for request in members if self.room(request.session) <= 0
         }
         members, unfinished = [request for request in members if request.session not in replies], []
         if not members:
-            return replies, unfinished, 0
+            return replies, unfinished, (0, 0, 0)
         computed = self._prefill(group, [request.session for request in members])
-        ids_RP, logprobs_RP, counts_R = (np.asarray(x) for x in self._decode(group, members))
+        sampled = Sampled(*(np.asarray(x) for x in self._decode(group, members)))
         for request in members:
             index, session = self._slot[request.session] % self._rows, request.session
-            count = int(counts_R[index])
-            if not np.isfinite(logprobs_RP[index, :count]).all():
+            count = int(sampled.counts_R[index])
+            if not np.isfinite(sampled.logprobs_RP[index, :count]).all():
                 raise ValueError("the model's log-probabilities are not finite: its base or its adapter is damaged.")
-            fresh = ids_RP[index, :count].tolist()
+            fresh = sampled.ids_RP[index, :count].tolist()
             request.ids += fresh
-            request.logprobs += logprobs_RP[index, :count].tolist()
+            request.logprobs += sampled.logprobs_RP[index, :count].tolist()
             self._ids[session] += fresh
             self._lengths[session] += count  # the last queued id and all sampled ids but the last
             if request.ids[-1] in self._stops or len(request.ids) == self.max_new_tokens or self.room(session) == 0:
                 replies[session] = Reply(request.ids, request.logprobs)
             else:
                 unfinished.append(request)
-        return replies, unfinished, computed
+        return replies, unfinished, (computed, int(sampled.counts_R.sum()), int(sampled.steps_R.sum()))
 
     def _prefill(self, group: int, sessions: list[int]) -> int:
         """Prefills all ids but the last, split by each session's own length only. Returns how many were computed."""
@@ -371,10 +391,9 @@ class Engine:
         for session, count in counts.items():
             self._lengths[session] += count
 
-    def _decode(self, group: int, members: list[Request]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Decodes a chunk for a group's requests; returns ids [R, P], log-probabilities [R, P] and counts [R]."""
+    def _decode(self, group: int, members: list[Request]) -> Sampled:
+        """Decodes a chunk for a group's requests."""
         params = SamplingParams(
-            first_id=np.zeros(self._rows, np.int32),
             limit=np.zeros(self._rows, np.int32),
             drawn=np.zeros(self._rows, np.int32),
             temperature=np.zeros(self._rows, np.float32),
@@ -385,19 +404,32 @@ class Engine:
         for request in members:
             row, drawn = self._slot[request.session] % self._rows, len(request.ids)
             lengths_R[row] = self._lengths[request.session]
-            params.first_id[row], params.drawn[row] = self._ids[request.session][-1], drawn
+            params.drawn[row] = drawn
             params.limit[row] = min(self._chunk, self.max_new_tokens - drawn, self.room(request.session))
             params.temperature[row], params.top_p[row] = request.temperature, request.top_p
             params.seed[row] = request.seed
         reach = self._reach([request.session for request in members])
         past = [blocks[:reach] for blocks in self._cache[group]]
-        ids_RP, logprobs_RP, counts_R, buffer = decode(
-            self._graph, self._config, self._decoder, past, lengths_R, params, chunk=self._chunk
-        )
+        text = self._texts([request.session for request in members])
+        how = {"chunk": self._chunk, "speculation": self._speculation, "early": self._early}
+        sampled, buffer = decode(self._graph, self._config, self._decoder, past, lengths_R, params, *text, **how)
         rows_R = np.arange(self._rows, dtype=np.int32)
         for layer, fresh in enumerate(buffer):
-            self._append(group, layer, fresh, rows_R, lengths_R, counts_R, params.limit)
-        return ids_RP, logprobs_RP, counts_R
+            self._append(group, layer, fresh, rows_R, lengths_R, sampled.counts_R, params.limit)
+        return sampled
+
+    def _texts(self, sessions: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """What drafts for a group's sessions are looked up in, [R, X], and where each row's last id is in it."""
+        width, end_R = self._speculation.width, np.zeros(self._rows, np.int32)
+        seen = self._seen if width > 1 else self._seen[:0]
+        own = self.context if width > 1 else 1 + self._chunk
+        text_RX = np.full((self._rows, len(seen) + own + width), NOTHING, np.int32)
+        text_RX[:, : len(seen)] = seen
+        for session in sessions:
+            row, ids = self._slot[session] % self._rows, self._ids[session][-own if width > 1 else -1 :]
+            end_R[row] = len(seen) + len(ids) - 1
+            text_RX[row, len(seen) : len(seen) + len(ids)] = ids
+        return text_RX, end_R
 
     def _reach(self, sessions: Iterable[int]) -> int:
         """The number of cache blocks that the longest of the sessions reaches into."""

@@ -21,6 +21,7 @@ from lora.adapter import REFUSED_OPTIONS, read_adapter, save_adapter
 from lora.checkpoint import STATE, Checkpoint, base_facts, layer_tensor
 from lora.config import Config
 from lora.convert import Args, main
+from lora.decoder import make_decoder
 from lora.engine import Engine
 from lora.linear import TARGETS, LoRAConfig
 from lora.load import load_model, save_model
@@ -262,7 +263,7 @@ def test_a_model_whose_numbers_overflow_stops_instead_of_playing(base):
     """Every value of such a base is finite; what is computed from them is not."""
     path = base / "model.safetensors"
     change_tensors(path, **{NORM: np.full(64, 3e38, np.float32)})
-    engine = Engine(load_model(base), slots=1, context=16, max_new_tokens=4, stop_ids=[5])
+    engine = Engine(make_decoder(load_model(base)), slots=1, context=16, max_new_tokens=4, stop_ids=[5])
     session = engine.open()
     engine.extend(session, [1, 2, 3])
     with pytest.raises(ValueError, match="log-probabilities are not finite"):
@@ -591,7 +592,7 @@ def test_the_facts_of_a_base_are_its_weights_its_tokenizer_and_what_it_computes(
 
 
 def test_a_cache_larger_than_the_memory_is_refused_with_its_bytes(base_dir, monkeypatch):
-    model, sizes = load_model(base_dir), {"context": 1024, "max_new_tokens": 8, "stop_ids": [5]}
+    model, sizes = make_decoder(load_model(base_dir)), {"context": 1024, "max_new_tokens": 8, "stop_ids": [5]}
     with pytest.raises(ValueError, match=r"1000000000 slots of 1024 tokens takes [\d,]{15,} bytes.*lower --slots"):
         Engine(model, slots=10**9, **sizes)
     # keys and values of 3 layers, 2 heads of 32, 1024 positions and 4 slots in float32

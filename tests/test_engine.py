@@ -19,13 +19,25 @@ from lora import engine as engine_module
 from lora import linear
 from lora.adapter import save_adapter
 from lora.config import Config
-from lora.decoding import DecoderWeights, Graph, SamplingParams, append, decode, empty_buffer, nucleus, sample
+from lora.decoder import DecoderWeights, Graph, make_decoder, without_adapter
+from lora.decoding import (
+    SamplingParams,
+    Speculation,
+    append,
+    append_at_once,
+    append_by_row,
+    decode,
+    empty_buffer,
+    nucleus,
+    sample,
+)
 from lora.engine import Engine
 from lora.linear import LoRAConfig, LoRAParam
 from lora.load import load_model, save_model
 from lora.logprobs import token_logprobs
 from lora.model import CausalLM
 from lora.sharding import make_mesh
+from lora.speculation import assign_places, look_up_drafts
 from lora.tokenizer import encode_piece, load_tokenizer
 from tests.support.helpers import trajectory, with_random_adapter
 
@@ -40,6 +52,7 @@ TINY = Config(
     max_position_embeddings=2048,
 )
 CONTEXT, STOP = 48, 5
+ONE_BY_ONE = {"speculation": Speculation(width=1, places=2), "early": False}
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +74,8 @@ def model(window: int | None = None, wide: bool = False) -> CausalLM:
 
 def engine(**changes) -> Engine:
     sizes = {"slots": 4, "rows": 2, "context": CONTEXT, "max_new_tokens": 6, "stop_ids": [STOP]}
-    return Engine(**({"model": model()} | sizes | changes))
+    source, weights = changes.pop("model", None) or model(), changes.pop("weights", "fp32")
+    return Engine(make_decoder(source, weights), **(sizes | changes))
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -154,8 +168,8 @@ def test_sampling_from_nf4_on_a_cpu_decodes_one_layer_at_a_time():
     for layers in (2, 4):
         config = dataclasses.replace(MISTRAL_7B, num_hidden_layers=layers, vocab_size=1000)
         model = described(config, LoRAConfig(), mesh, dtype=jnp.float32)
-        graph, arrays = decode_arguments(model, weights="nf4", slots=2, prefix=0, sizes=(4, 4), tile=64)
-        compiled = decode.lower(graph, config, *arrays, chunk=8).compile()
+        graph, arrays = decode_arguments(model, weights="nf4", slots=2, prefix=0, sizes=(4, 4), tile=64, text=9)
+        compiled = decode.lower(graph, config, *arrays, **ONE_BY_ONE, chunk=8).compile()
         temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
     two, four = temporaries
     decoded = base_bytes(config, 32) - base_bytes(config, 0)  # of all four layers
@@ -206,8 +220,10 @@ def test_a_shared_prefix_is_what_each_session_would_begin_with(window):
 
 
 @pytest.mark.parametrize("with_adapter", [False, True])
-def test_greedy_ids_are_those_of_transformers_generate(tmp_path, with_adapter):
-    """The tiny base on 54 beginnings of a game, in 5 slots, in two orders, once in chunks of two ids."""
+def test_greedy_ids_are_those_of_transformers_generate(tmp_path, monkeypatch, with_adapter):
+    """The tiny base on 54 beginnings of a game, in 5 slots, in two orders, once in chunks of two ids with drafts."""
+    monkeypatch.setattr(engine_module, "TILE", 64)  # few shapes to compile
+    monkeypatch.setattr(engine_module, "FIRST_BLOCK", 64)
     import torch
     from transformers import MistralForCausalLM
 
@@ -236,8 +252,8 @@ def test_greedy_ids_are_those_of_transformers_generate(tmp_path, with_adapter):
         )
         expected.append(out[0, len(ids) :].tolist())
     assert len({tuple(ids) for ids in expected}) > 25  # else the prompts do not matter
-    for slots, order, chunk in ((5, list(range(54)), None), (4, list(range(53, -1, -1)), 2)):
-        one = engine(model=ours, slots=slots, chunk=chunk, context=128, max_new_tokens=12, stop_ids=[newline])
+    for slots, order, how in ((5, list(range(54)), {}), (4, list(range(53, -1, -1)), {"chunk": 2, "drafts": 1})):
+        one = engine(model=ours, slots=slots, context=128, max_new_tokens=12, stop_ids=[newline], **how)
         for start in range(0, 54, slots):
             sessions = {one.open(): index for index in order[start : start + slots]}
             for session, index in sessions.items():
@@ -256,8 +272,8 @@ def test_greedy_ids_are_those_of_transformers_generate(tmp_path, with_adapter):
     ("rows", "widths", "lengths", "tiled"),
     [
         (2, (8, 3), (3, 21, 8, 13), False),
-        (4, (128, 8), (97, 128, 21, 90), False),
-        (1, (128, 8), (97, 128, 21, 3), True),
+        pytest.param(4, (128, 8), (97, 128, 21, 90), False, marks=pytest.mark.slow),
+        pytest.param(1, (128, 8), (97, 128, 21, 3), True, marks=pytest.mark.slow),
         (4, (128, 8), (97, 128, 21, 3), True),
     ],
 )
@@ -502,6 +518,89 @@ def test_misuse_is_named():
         engine(context=4096)
 
 
+# ---- drafts ----------------------------------------------------------------------------------------------------------
+
+
+def play(drafts: int, early: bool, prefix=()) -> tuple[list[list[int]], Engine]:
+    """Ids of six sessions in four slots, greedy and sampled, over five turns, three times over."""
+    one = engine(slots=4, rows=4, context=120, max_new_tokens=12, drafts=drafts, early=early, prefix=prefix)
+    random, found = np.random.default_rng(0), []
+    for game in range(3):
+        sessions = [one.open() for _ in range(6)]
+        for _ in range(5):
+            for session in sessions:
+                one.extend(session, random.integers(0, 8, 7).tolist())
+            requests = [(session, (0.0, 1.0)[session % 2], 100 * game + session) for session in sessions]
+            found += [reply.ids for reply in one.sample(requests)]
+        for session in sessions:
+            one.close(session)
+    return found, one
+
+
+def test_drafts_change_no_id(monkeypatch):
+    monkeypatch.setattr(engine_module, "TILE", 64)  # few shapes to compile
+    monkeypatch.setattr(engine_module, "FIRST_BLOCK", 128)
+    expected, plain = play(drafts=0, early=False)
+    assert plain.sampled == plain.steps == sum(map(len, expected))
+    for drafts, early in ((3, False), (3, True), (1, False), (0, True)):
+        found, one = play(drafts, early)
+        assert found == expected
+        assert one.sampled == plain.sampled
+        assert (one.steps < plain.steps) == (drafts > 0)
+    prefix = prompt(9)
+    assert play(3, True, prefix)[0] == play(0, False, prefix)[0] != expected
+
+
+def test_drafts_are_what_followed_the_longest_match():
+    """Of [1 2 3], later [9 2 3], then 1 2 3: the first match is longer. A stop id and what follows is no draft."""
+    text = [[1, 2, 3, 7, 8, 9, 2, 3, 4, 4, 1, 2, 3, 0], [1, 2, 6, STOP, 1, 2, 7, 7, 2, 0, 0, 0, 0, 0], [4] * 14]
+    ends, stops = jnp.array([12, 8, 0]), jnp.arange(61) == STOP
+    drafts, usable = look_up_drafts(jnp.array(text), ends, stops, 3)
+    assert usable.tolist() == [3, 3, 0]
+    assert drafts[:2].tolist() == [[7, 8, 9], [7, 7, 2]]
+    drafts, usable = look_up_drafts(jnp.array(text)[1:2], jnp.array([5]), stops, 3)
+    assert (drafts[0, 0], usable.tolist()) == (6, [1])
+
+
+def test_places_go_to_last_ids_first():
+    places, computed = assign_places(jnp.array([3, 0, 1, 2]), width=3, places=5)
+    assert places.row_F.tolist() == [0, 2, 3, 0, 3] and places.index_F.tolist() == [0, 0, 0, 1, 1]
+    assert computed.tolist() == [[1, 1, 0], [0, 0, 0], [1, 0, 0], [1, 1, 0]]
+    assert places.by_row(jnp.arange(1, 6)).tolist() == [[1, 4, 0], [0, 0, 0], [2, 0, 0], [3, 5, 0]]
+    places, computed = assign_places(jnp.array([1, 0, 1, 0]), width=3, places=4)
+    assert places.row_F.tolist() == [0, 2, 4, 4]
+    places, computed = assign_places(jnp.array([2, 0]), width=2, places=4)
+    assert places.row_F.tolist() == [0, 0, 1, 1] and computed.tolist() == [[1, 1], [0, 0]]
+    assert places.by_row(jnp.arange(4)).tolist() == [[0, 1], [2, 3]]
+
+
+def test_appending_at_once_equals_appending_by_row():
+    random = np.random.default_rng(0)
+    for case in range(50):
+        P = int(random.integers(1, 9))
+        block = random.normal(size=(4, 2, 3, 16, 8)), random.normal(size=(4, 2, 3, 8, 16))
+        buffer = random.normal(size=(3, 2, 16, P)), random.normal(size=(3, 2, P, 16))
+        rows, lengths = random.permutation(4)[:3], random.integers(0, 40, 3)
+        where = 8 * (case % 3), rows, lengths, random.integers(0, P + 1, 3)
+        one, other = (write(block, buffer, *where) for write in (append_at_once, append_by_row))
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_the_base_alone_shares_the_arrays_of_an_adapted_one(tmp_path):
+    source, ids = adapted(tmp_path, "nf4"), prompt(9)
+    decoder = make_decoder(source, "nf4")
+    bare = without_adapter(decoder)
+    assert without_adapter(make_decoder(source, "fp32")) is None  # added to the base
+    held = {id(array) for array in jax.tree.leaves(decoder.weights.layers)}
+    assert {id(array) for array in jax.tree.leaves(bare.weights.layers)} < held
+    one = Engine(bare, slots=2, context=CONTEXT, max_new_tokens=6, stop_ids=[STOP])
+    session = one.open()
+    one.extend(session, ids)
+    [reply] = one.sample([(session, 1.0, 3)])
+    expected = full_logprobs(load_model(tmp_path, weights="nf4"), ids + reply.ids)[9:]
+    assert np.abs(expected - reply.logprobs).max() < 1e-4
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -519,8 +618,10 @@ def test_nothing_of_the_size_of_the_cache_is_copied(monkeypatch):
     size = sum(x.nbytes for x in block)
     ints = np.zeros(rows, np.int32)
     floats = ints.astype(np.float32)
-    asked = SamplingParams(ints, ints, ints, floats, floats, ints.astype(np.uint32))
-    decoding = decode.lower(Graph(graph), TINY, view, [[block]] * 2, ints, asked, chunk=T).compile()
+    asked = SamplingParams(ints, ints, floats, floats, ints.astype(np.uint32))
+    text = np.zeros((rows, T + 2), np.int32), ints
+    how = {"chunk": T, "speculation": Speculation(width=1, places=rows), "early": False}
+    decoding = decode.lower(Graph(graph), TINY, view, [[block]] * 2, ints, asked, *text, **how).compile()
     scores = rows * H * 1024 * 4
     assert decoding.memory_analysis().temp_size_in_bytes < 4 * scores < size
     writing = append.lower(block, empty_buffer(TINY, rows, T, jnp.float32), 0, ints, ints, ints).compile()

@@ -19,6 +19,7 @@ from lora.adapter import save_adapter
 from lora.checkpoint import HF_NAMES
 from lora.config import Config
 from lora.convert import Args, main
+from lora.decoder import make_decoder
 from lora.engine import Engine
 from lora.linear import FUSED, TARGETS, LoRAConfig, LoRAParam
 from lora.load import load_adapter, load_model, save_model
@@ -159,7 +160,7 @@ def test_sampling_is_that_of_generate_and_its_cache_that_of_the_forward_pass(fol
         text = reference.generate(
             torch.tensor(opening), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
         )
-    engine = Engine(model, slots=2, context=LENGTH, max_new_tokens=count, stop_ids=[])
+    engine = Engine(make_decoder(model), slots=2, context=LENGTH, max_new_tokens=count, stop_ids=[])
     session, turn = engine.open(), texts(5, seed=4)[:5]
     engine.extend(session, opening[0].tolist())
     [first] = engine.sample([(session, 0.0, 0)])

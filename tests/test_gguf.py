@@ -22,6 +22,7 @@ from lora.adapter import save_adapter
 from lora.checkpoint import Checkpoint, base_sha
 from lora.config import Config
 from lora.convert import Args, main
+from lora.decoder import make_decoder
 from lora.engine import Engine
 from lora.gguf import GGUFFile
 from lora.gguf_tokenizer import Vocabulary, tokenizer_files
@@ -612,7 +613,7 @@ def test_smollm2_chats_as_in_transformers(smollm2):
     tokenizer, theirs = load_tokenizer(smollm2), transformers.AutoTokenizer.from_pretrained(smollm2)
     reference = transformers.AutoModelForCausalLM.from_pretrained(smollm2)
     model, ends = load_model(smollm2, weights="fp32"), Config.read(smollm2).eos_token_ids
-    engine = Engine(model, slots=3, context=128, max_new_tokens=24, stop_ids=ends)
+    engine = Engine(make_decoder(model), slots=3, context=128, max_new_tokens=24, stop_ids=ends)
     for question in ("What is the capital of France?", "Name 3 fruits.", "Write one line of Python that prints 7."):
         messages = [{"role": "user", "content": question}]
         opening = chat_ids(tokenizer, smollm2, messages)

@@ -14,6 +14,7 @@ from artifacts.cli import parse
 from artifacts.stage import StageError
 from artifacts.tokens import read_codec, tokens_of
 from artifacts.trajectory import read_trajectories
+from lora.decoder import make_decoder
 from lora.engine import Engine
 from lora.load import load_model
 from lora.tokenizer import encode_piece, load_tokenizer
@@ -53,7 +54,9 @@ def game(policy, temperature: float = 0.0) -> tuple[list[str], list[int], list[i
 def by_hand(model_dir, before: list[int], ids: list[int], sampled: list[int]) -> bool:
     """Whether an engine without a prefix that is given `before` and what was not sampled samples the rest."""
     stops = encode_piece(load_tokenizer(model_dir), "\n", False)
-    engine = Engine(load_model(model_dir, weights="nf4"), slots=1, context=512, max_new_tokens=16, stop_ids=stops)
+    engine = Engine(
+        make_decoder(load_model(model_dir, weights="nf4")), slots=1, context=512, max_new_tokens=16, stop_ids=stops
+    )
     session = engine.open()
     engine.extend(session, before)
     while ids:

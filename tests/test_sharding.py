@@ -72,14 +72,16 @@ def test_meshes_give_the_losses_of_one_device(folder, one_device):
         assert np.abs(losses - one_device).max() < 1e-5
 
 
-@pytest.mark.parametrize("weights, mesh", [("nf4-dq", "2,2,2"), pytest.param("fp32", "1,4,2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("weights, mesh", [("nf4-dq", "2,2,2"), ("fp32", "1,4,2")])
 def test_other_forms_of_the_base_too(folder, weights, mesh):
     [sharded] = result(start(folder, weights, 8, mesh))
     [alone] = result(start(folder, weights, 1, "1,1,1"))
     assert np.abs(sharded - alone).max() < 1e-5
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_other_families_are_sharded_too(family, tmp_path):
     scaling = Llama3Rope(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
     write_model(tmp_path, model_type=family, rope_scaling=scaling if family == "llama" else None)
