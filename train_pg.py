@@ -68,6 +68,7 @@ from lora.adapter import adapter_name, save_adapter
 from lora.attention import Implementation, require_supported
 from lora.checkpoint import base_facts
 from lora.config import Config
+from lora.flops import cpu_training_bytes
 from lora.linear import TARGETS, LoRAConfig
 from lora.load import load_adapter, load_model
 from lora.logprobs import token_logprobs
@@ -410,7 +411,7 @@ def main(args: Args) -> None:
 
 
 def launch(args: Args) -> None:
-    start_devices(args.batch_rows)
+    start_devices(args.batch_rows, cpu_training_bytes(Config.read(base_of(args.run, args.model)), args.weights))
     main(args)
 
 

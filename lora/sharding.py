@@ -24,6 +24,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lora.flops import host_memory
+
 AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))  # sharding of batch rows
 CPU_DEVICES = 64  # at most; more would only wait for each other
@@ -81,9 +83,11 @@ def join_processes() -> int:
     return 1
 
 
-def start_devices(rows: int) -> None:
-    """Joins the other processes, if any, and splits a CPU into one device for each of so many rows."""
-    jax.config.update("jax_num_cpu_devices", min(CPU_DEVICES, max(1, rows // join_processes())))
+def start_devices(rows: int, needed: int) -> None:
+    """Joins the other processes, if any, and splits a CPU into one device for each of so many rows, as far as its
+    memory goes: each takes `needed` bytes for its own copy of the base."""
+    fitting = host_memory() // needed
+    jax.config.update("jax_num_cpu_devices", max(1, min(CPU_DEVICES, rows // join_processes(), fitting)))
 
 
 def is_first_process() -> bool:
