@@ -582,7 +582,8 @@ def test_appending_at_once_equals_appending_by_row():
         buffer = random.normal(size=(3, 2, 16, P)), random.normal(size=(3, 2, P, 16))
         rows, lengths = random.permutation(4)[:3], random.integers(0, 40, 3)
         where = 8 * (case % 3), rows, lengths, random.integers(0, P + 1, 3)
-        one, other = (write(block, buffer, *where) for write in (append_at_once, append_by_row))
+        arrays = jax.tree.map(jnp.asarray, (block, buffer, *where))
+        one, other = (write(*arrays) for write in (append_at_once, append_by_row))
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
