@@ -249,6 +249,9 @@ class Config:
         ends = fields.pop("eos_token_ids")
         if self.model_type in ("qwen2", "qwen3"):
             fields |= {"use_sliding_window": self.sliding_window is not None, "max_window_layers": 0}
+        if self.model_type == "ministral" and self.sliding_window is None:  # transformers wants a window, used or not
+            layer_types = [FULL] * self.num_hidden_layers
+            fields |= {"sliding_window": self.max_position_embeddings, "layer_types": layer_types}
         return fields | {
             "architectures": [ARCHITECTURES[self.model_type]],
             "eos_token_id": list(ends) if len(ends) > 1 else next(iter(ends), None),
