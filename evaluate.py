@@ -27,7 +27,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from agent.args import PlayArgs, agent_facts, make_policy, make_settings, resolve, run_identity, world_maker
+from agent.args import (
+    PlayArgs,
+    agent_facts,
+    fit_memory,
+    make_policy,
+    make_settings,
+    resolve,
+    run_identity,
+    world_maker,
+)
 from agent.attempt import Job
 from agent.loop import PlayLoop
 from artifacts.cli import Range
@@ -111,6 +120,7 @@ def evaluate(args: Args, subject: str, adapter: Path | None, round_index: int) -
     with Stage(directory, args, facts, run_identity(args)) as stage:
         if stage.finished:
             return False
+        args = fit_memory(args, adapter, (args.server, args.prompt))
         policy = make_policy(args, args.server, directory / "replies.sqlite", adapter, args.prompt)
         path = directory / "trajectories.jsonl"
         settings = make_settings(args, "evaluate", round_index)

@@ -16,7 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from agent.args import PlayArgs, agent_facts, make_policy, make_settings, resolve, world_identity, world_maker
+from agent.args import (
+    PlayArgs,
+    agent_facts,
+    fit_memory,
+    make_policy,
+    make_settings,
+    resolve,
+    world_identity,
+    world_maker,
+)
 from agent.attempt import Job
 from agent.loop import PlayLoop
 from artifacts.cli import Range
@@ -67,6 +76,7 @@ def main(args: Args) -> None:
 
 def play(args: Args, round_index: int, world: World, tasks: list[str], adapter: Path | None, stage: Stage) -> None:
     """Plays what is missing, and finishes the stage."""
+    args = fit_memory(args, adapter, (args.server, args.prompt))
     path = stage.directory / "trajectories.jsonl"
     settings = make_settings(args, "rollout", round_index)
     react = make_policy(args, args.server, stage.directory / "replies.sqlite", adapter, args.prompt)

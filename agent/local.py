@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from agent.policy import Ask, Line
+from lora.checkpoint import adapter_weights
+from lora.config import Config
 from lora.decoder import RolloutWeights, make_decoder, without_adapter
 from lora.engine import Engine
+from lora.footprint import Playing
 from lora.load import load_adapter, load_model
+from lora.memory import choose_playing, describe_playing, this_device
 from lora.tokenizer import encode_piece, line_of, load_tokenizer, newline_ids, prompt_ids
 
 
@@ -116,7 +121,23 @@ def load_decoder(model_dir: str | Path, adapter: str | Path | None, weights: str
     """The base, with an adapter or without, in the form that it is sampled from (default: fp32 on a CPU, else bf16)."""
     on_cpu = jax.default_backend() == "cpu"
     rollout = rollout or ("fp32" if on_cpu else "bf16")
+    if (weights, rollout) == ("fp32", "bf16"):
+        weights = "bf16"  # the same numbers, without a copy in float32 on the device
     narrow = weights == "nf4" and rollout != "fp32" and not on_cpu
     how = {"weights": weights, "dtype": jnp.bfloat16 if narrow else None}
     model = load_model(model_dir, **how) if adapter is None else load_adapter(model_dir, adapter, **how)
     return make_decoder(model, rollout)
+
+
+def choose_memory(model_dir: Path, adapter: Path | None, prompts: Sequence[str], **settings) -> Playing:
+    """The `settings` (lora.memory.Playing) with rollout weights and slots for a policy with each of the prompts, the
+    first with the adapter. Prints the plan; raises as `choose_playing` does."""
+    tokenizer = load_tokenizer(model_dir)
+    how = Playing(
+        prefixes=tuple(len(prompt_ids(tokenizer, model_dir, prompt)) if prompt else 0 for prompt in prompts),
+        adapter=adapter_weights(adapter).stat().st_size if adapter else 0,
+        **settings,
+    )
+    how, plan = choose_playing(Config.read(model_dir), how, this_device())
+    print(describe_playing(how, plan))
+    return how

@@ -51,7 +51,7 @@ from lora.decoding import (
     look_up,
     prefill_layer,
 )
-from lora.flops import matmul_weights, require_memory
+from lora.flops import matmul_weights
 from lora.speculation import NOTHING
 
 # Positions in the first block of the cache; later blocks end at 1.5, 2, 3, 4, 6, ... times that, so that attention
@@ -120,9 +120,8 @@ class Engine:
     slots and 32 ids. Up to `drafts` ids of a row are guessed at each step, and kept if they are the ones drawn
     (speculation.py): a CPU has places for as many drafts as rows, an accelerator for all.
 
-    Every session begins with the ids of `prefix`, which count neither as its own nor towards `context`. Raises
-    ValueError for a cache larger than the device's memory, and, from `poll`, for a model whose log-probabilities are
-    not finite.
+    Every session begins with the ids of `prefix`, which count neither as its own nor towards `context`. `poll` raises
+    ValueError for a model whose log-probabilities are not finite. What it takes in memory: footprint.py.
     """
 
     def __init__(
@@ -153,9 +152,6 @@ class Engine:
         dtype, self._tile = decoder.weights.embed.dtype, TILE if on_cpu else ACCELERATOR_TILE
         self._rows, sizes = min(rows, slots), cache_sizes(context, self._tile)
         groups, cache = -(-slots // self._rows), (config, self._rows, sizes, self._tile, dtype)
-        arrays = jax.tree.leaves(jax.eval_shape(lambda: empty_cache(*cache)))
-        needed = groups * sum(array.size * array.dtype.itemsize for array in arrays)
-        require_memory(needed, f"a cache of {slots} slots of {context} tokens", "--slots or --context")
         self.slots, self.context, self.max_new_tokens = slots, context, max_new_tokens
         self.prefilled = 0  # ids computed by prefill; sampled ids are not counted
         self.steps = self.sampled = 0  # steps of all rows, and ids that they sampled
