@@ -1,9 +1,9 @@
 """Plans of memory (lora/footprint.py): what models take, and plans against what processes take on a CPU.
 
 First prints, by model, weights in NF4 and in 16 bits, an adapter in training, and the KV cache: arithmetic on shapes.
-Then measures playing and training at three shapes. Each case runs in a process of its own, on random weights of that shape: a base is loaded, and sessions fill their
-context, or two optimizer steps are taken. Measured is the peak resident size, less that of a process that has imported
-the same and compiled a sum. Programs are compiled anew, and not taken from a cache.
+Then measures playing and training at three shapes. Each case runs in a process of its own, on random weights: a base is
+loaded, and sessions fill their context, or two optimizer steps are taken. Measured is the peak resident size, less that
+of a process that has imported the same and compiled a sum. Programs are compiled anew, not taken from a cache.
 
     JAX_PLATFORMS=cpu python -m bench.memory
     JAX_PLATFORMS=cpu python -m bench.memory --only tiny/playing

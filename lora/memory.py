@@ -26,6 +26,7 @@ from lora.config import Config
 from lora.decoder import RolloutWeights
 from lora.footprint import Device, Plan, Playing, Training, adapter_bytes, plan_playing, plan_training
 from lora.linear import TARGETS, LoRAConfig
+from lora.sharding import CPU_DEVICES
 
 GIB = 2**30
 # Of a GPU's memory, what JAX takes: run.sh sets XLA_PYTHON_CLIENT_MEM_FRACTION to this. JAX's own default is .75.
@@ -103,8 +104,8 @@ def can_be(how: Playing, form: RolloutWeights) -> bool:
 
 def most_slots(config: Config, how: Playing, device: Device) -> tuple[Playing, Plan] | None:
     """The settings with the slots given, or with the most that fit; None if they do not."""
-    all_counts = range(SLOTS, 0, -1) if device.platform == "cpu" else [*range(SLOTS, 0, -8), 4, 2, 1]
-    counts = [how.slots] if how.slots else [how.devices * count for count in all_counts]
+    each = range(SLOTS, 0, -1) if device.platform == "cpu" else [*range(SLOTS, 0, -8), 4, 2, 1]
+    counts = [how.slots] if how.slots else [how.devices * count for count in each]
     limit = device.limit if how.slots else (1 - SPARE) * device.limit
     for slots in counts:
         option = dataclasses.replace(how, slots=slots)
@@ -135,7 +136,7 @@ def refused_playing(config: Config, how: Playing, forms: list[RolloutWeights], d
 def describe_playing(how: Playing, plan: Plan) -> str:
     """The plan in a line."""
     copies = f"{len(how.prefixes)} x " if len(how.prefixes) > 1 else ""
-    parts = [f"base {gib(plan.base)} ({how.rollout})"] + [f"adapter {gib(plan.adapter)}"] * bool(plan.adapter)
+    parts = [f"base {gib(plan.base)} ({how.rollout})"] + [f"adapter {gib(plan.adapter)}"] * (plan.adapter > GIB // 20)
     parts += [f"cache {copies}{how.slots} slots x {how.context:,} = {gib(plan.cache)}", f"working {gib(plan.working)}"]
     return f"memory: {', '.join(parts)}; {totals(plan)}"
 
@@ -173,36 +174,35 @@ def choose_training(config: Config, how: Training, device: Device) -> tuple[Trai
 
 def cpu_devices(config: Config, how: Training) -> int:
     """The number of devices, at least one and at most a row each, that this machine's memory has room for."""
-    for count in range(how.batch_rows, 0, -1):
-        option = dataclasses.replace(
-            how, mesh=(count, 1, 1), device_rows=how.device_rows or 1, remat=how.remat or "none"
-        )
-        if plan_training(config, option, this_cpu()).peak <= (1 - SPARE) * this_cpu().limit:
-            return count
-    return 1
+    how, cpu = dataclasses.replace(how, device_rows=how.device_rows or 1, remat=how.remat or "none"), this_cpu()
+    counts = range(min(how.batch_rows, CPU_DEVICES), 1, -1)
+    return next((n for n in counts if plan_training(config, on_devices(how, n), cpu).peak <= cpu.limit), 1)
+
+
+def on_devices(how: Training, count: int) -> Training:
+    """The settings on a mesh that has only a data axis."""
+    return dataclasses.replace(how, mesh=(count, 1, 1))
 
 
 def refused_training(config: Config, how: Training, device: Device) -> str:
     """Says what the settings would take and which would fit."""
-    remedies = [
-        (f"--device-rows {rows} --remat full", {"device_rows": rows, "remat": "full"})
-        for rows in range(how.device_rows, 0, -1)
-    ]
-    lengths = [how.row_length // 2**n for n in range(1, 8) if how.row_length // 2**n >= 128]
-    remedies += [
-        (
-            f"--device-rows 1 --remat full --row-length {length}",
-            {"device_rows": 1, "remat": "full", "row_length": length},
-        )
-        for length in lengths
-    ]
-    found = "--mesh with more devices along fsdp, fewer --batch-rows, a lower --rank or a smaller base"
-    for flags, settings in remedies:
-        if plan_training(config, dataclasses.replace(how, **settings), device).peak <= device.limit:
-            found = flags
-            break
-    line = describe_training(how, plan_training(config, how, device))
-    return f"{line}. That does not fit; expected {found}."
+    data, fsdp, tensor = how.mesh
+    remedies = {f"--device-rows {n} --remat full": {"device_rows": n} for n in range(how.device_rows, 0, -1)}
+    if data > 1:
+        sharded = (1, data * fsdp, tensor)
+        remedies[f"--device-rows 1 --remat full --mesh {' '.join(map(str, sharded))}"] = {
+            "device_rows": 1,
+            "mesh": sharded,
+        }
+    for length in (how.row_length // 2**n for n in range(1, 8)):
+        remedies[f"--device-rows 1 --remat full --row-length {length}"] = {"device_rows": 1, "row_length": length}
+    fitting = (
+        flags
+        for flags, settings in remedies.items()
+        if plan_training(config, dataclasses.replace(how, remat="full", **settings), device).peak <= device.limit
+    )
+    remedy = next(fitting, "fewer --batch-rows, a lower --rank, a smaller base or more devices (--mesh)")
+    return f"{describe_training(how, plan_training(config, how, device))}. That does not fit; expected {remedy}."
 
 
 def describe_training(how: Training, plan: Plan) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 @pytest.fixture
@@ -18,10 +19,12 @@ def run_sh(tmp_path):
     (tmp_path / "python").chmod(0o755)
     (tmp_path / "model").mkdir()
     set_here = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ROUNDS": "1", "MODEL": str(tmp_path / "model")}
-    env = {name: value for name, value in os.environ.items() if name not in ("RUN", "BUDGET", "COUNT", "SEED")}
+    env = {
+        name: value for name, value in os.environ.items() if name not in ("RUN", "BUDGET", "COUNT", "SEED", FRACTION)
+    }
 
-    def run(*words: str, script: Path = ROOT / "run.sh") -> tuple[int, list[str], str]:
-        done = subprocess.run([script, *words], cwd=ROOT, env=env | set_here, capture_output=True, text=True)
+    def run(*words: str, script: Path = ROOT / "run.sh", **more: str) -> tuple[int, list[str], str]:
+        done = subprocess.run([script, *words], cwd=ROOT, env=env | set_here | more, capture_output=True, text=True)
         return done.returncode, done.stdout.splitlines(), done.stderr
 
     return run
@@ -93,3 +96,17 @@ def test_a_run_survives_an_update_of_run_sh(run_sh, tmp_path):
     (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@"\necho "(" > {copy}\n')
     status, commands, _ = run_sh(script=copy)
     assert (status, stages(commands)) == (0, LOOP)
+
+
+def test_a_gpu_s_memory_is_taken_almost_whole_unless_the_environment_says_otherwise(run_sh, tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$' + FRACTION + '"\n')
+    assert set(run_sh()[1]) == {".92"}
+    assert set(run_sh(**{FRACTION: ".5"})[1]) == {".5"}
+
+
+@pytest.mark.parametrize("mode", ["tiny", "paper"])
+def test_what_follows_from_the_memory_is_left_to_the_stages(run_sh, mode):
+    _, commands, _ = run_sh(mode)
+    assert not [
+        flag for flag in ("--slots", "--rollout-weights", "--remat", "--device-rows") if flag in " ".join(commands)
+    ]
