@@ -243,15 +243,19 @@ def plan_training(config: Config, how: Training, device: Device) -> Plan:
 
 
 def step_working(config: Config, how: Training, device: Device, width: int) -> int:
-    """Temporaries of a microbatch: what the layers keep for the backward pass, one layer's own, logits, a weight."""
-    tokens, tensor = how.device_rows * how.row_length, how.mesh[2]
+    """Temporaries of a microbatch: what the layers keep for the backward pass, one layer's own, logits, weights.
+
+    XLA:CPU computes in float32, and holds a decoded layer and a half of the next.
+    """
+    on_cpu, tokens, tensor = device.platform == "cpu", how.device_rows * how.row_length, how.mesh[2]
+    width = 4 if on_cpu else width
     D, F, V, N = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
     queries = config.num_attention_heads * config.head_dim
     layer = width * tokens * (4 * D + (4 * queries + 6 * F) // tensor)  # inputs and outputs of its parts
     matmuls = width * tokens * (2 * D + (2 * queries + 2 * F) // tensor)
     kept = {"none": layer, "full": width * tokens * D, "dots": width * tokens * D + matmuls}[how.remat]
     chunk = min(tokens, max(LOGITS_PER_CHUNK // V, TOKENS_PER_CHUNK))
-    decoded = width * 2 * F * D // tensor
+    decoded = width * (2 * F * D + on_cpu * linear_weights(config) // N) // tensor
     implementation = how.attention or best_implementation(device.platform, jnp.dtype(how.dtype))
     if implementation == "xla":  # the scores of whole rows
         scores = how.device_rows * config.num_attention_heads // tensor * how.row_length**2
