@@ -116,13 +116,11 @@ class Args:
     batch_rows: Annotated[int, Range(1, 10_000)] = 2
     """Packed rows per optimizer step (not stated in the paper)."""
     device_rows: Annotated[int, Range(1, 10_000)] | None = None
-    """Rows per device in a microbatch; a step accumulates gradients over its microbatches (default: 1 on a CPU, as many
-    as fit on an accelerator)."""
+    """Rows per device in a microbatch, the others' gradients being added (default: 1; on accelerators, what fits)."""
     mesh: tuple[Annotated[int, Range(-1, 10**6)], Devices, Devices] = (-1, 1, 1)
     """Devices along data, fsdp and tensor (lora/sharding.py); -1 for data: as many as divide --batch-rows."""
     remat: Literal["none", "full", "dots"] | None = None
-    """Rematerialisation: layers keep all activations (none), only their input (full), or input and matmuls (dots)
-    (default: none, or full if that does not fit the device's memory)."""
+    """What layers keep: all activations (none), their input (full), or input and matmuls (dots; default: what fits)."""
     attention: Implementation | None = None
     """Attention implementation (default: the best for the device; lora/attention.py)."""
     row_length: Annotated[int, Range(2, 2**20)] = 1280
@@ -139,8 +137,7 @@ class Args:
     """R_f, the weight of the policy's own failure at a task that was also solved (paper: -1; 0 is plain SFT, without
     failures). At -1 the loss of a tiny base, which fails often and at length, diverges."""
     floor: Annotated[float, Range(-1e6, 0)] = -20.0
-    """Stop if the mean log-probability of a step's tokens with negative weight falls below this: with R_f < 0 the loss
-    is unbounded."""
+    """Stop if a step's negative tokens have a mean log-probability below this: with R_f < 0 the loss has no bound."""
     fractional: bool = False
     """Weight rollout and actre trajectories by the world's reward instead of binarising it."""
     threshold: Annotated[float, Range(0, 1e6)] = 1.0
