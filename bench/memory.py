@@ -2,7 +2,7 @@
 
 First prints, by model, weights in NF4 and in 16 bits, an adapter in training, and the KV cache: arithmetic on shapes.
 Then measures playing and training at three shapes. Each case runs in a process of its own, on random weights: a base is
-loaded, and sessions fill their context, or two optimizer steps are taken. Measured is the peak resident size, less that
+loaded, and sessions fill their context, or two optimizer steps are taken and saved. Measured is the peak resident size, less that
 of a process that has imported the same and compiled a sum. Programs are compiled anew, not taken from a cache.
 
     JAX_PLATFORMS=cpu python -m bench.memory
@@ -28,11 +28,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from agent.local import load_decoder
 from artifacts.cli import run_main
 from bench.shapes import MISTRAL_100M, SHAPES, SMOLLM2_135M, parameters
+from lora import trainer
 from lora.checkpoint import tensor_shapes, write_checkpoint
 from lora.config import Config
 from lora.engine import Engine
@@ -47,11 +47,11 @@ from lora.footprint import (
     plan_playing,
     plan_training,
 )
-from lora.linear import TARGETS, LoRAConfig, LoRAParam
+from lora.linear import TARGETS, LoRAConfig
 from lora.load import load_model
 from lora.memory import this_cpu
 from lora.sharding import make_mesh
-from lora.train_step import Batch, initial_state, make_update, shard_rows
+from lora.train_step import Batch
 from train_pg import objective
 
 ROOT, GIB = Path(__file__).parents[1], 2**30
@@ -98,20 +98,23 @@ def play(config: Config, how: Playing, folder: Path) -> None:
 
 
 def train(config: Config, how: Training, folder: Path) -> None:
-    """Two optimizer steps on rows of random ids."""
-    mesh = make_mesh(how.mesh)
+    """An epoch of two optimizer steps on rows of random ids, and its checkpoint."""
+    mesh, steps = make_mesh(how.mesh), 2
     model = load_model(folder, weights=how.weights, dtype=jnp.dtype(how.dtype), lora=how.lora, mesh=mesh)
-    graph, adapter, frozen = nnx.split(model, LoRAParam, ...)
-    del model
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
-    update = make_update(functools.partial(objective, remat=how.remat), graph, optimizer, mesh, adapter, frozen)
-    state, shape = initial_state(optimizer, adapter, mesh), (how.batch_rows, how.row_length)
+    shape = (steps * how.batch_rows, how.row_length)
     ids = np.random.default_rng(1).integers(3, config.vocab_size, shape).astype(np.int32)
-    rows = Batch(ids=ids, segments=np.ones(shape, np.int32), weights=np.ones(shape, np.float32))
-    for _ in range(2):
-        batch = shard_rows(rows, mesh, how.device_rows)
-        adapter, state, metrics = update(adapter, state, frozen, 1e-4, batch, np.float32(1), None)
-        jax.block_until_ready(metrics)
+    plan = trainer.Plan(
+        rows=Batch(ids=ids, segments=np.ones(shape, np.int32), weights=np.ones(shape, np.float32)),
+        epochs=1,
+        order=lambda epoch: np.arange(len(ids)).reshape(steps, -1),
+        rate=lambda step: jnp.float32(1e-4),
+        key=lambda step: None,
+        device_rows=how.device_rows,
+    )
+    weighted, checkpoints = functools.partial(objective, remat=how.remat), folder / "checkpoints"
+    for _ in trainer.Trainer(model, weighted, optimizer, mesh, plan, checkpoints=checkpoints, minutes=10):
+        pass
 
 
 def run_child(args: Args) -> None:

@@ -263,4 +263,4 @@ def step_working(config: Config, how: Training, device: Device, width: int) -> i
         kept += width * scores if how.remat == "none" else 0
     own = 0 if how.remat == "none" else layer
     batch = 3 * 4 * how.row_length * how.batch_rows // (how.mesh[0] * how.mesh[1])
-    return N * kept + own + 3 * 4 * chunk * V + decoded + batch
+    return N * kept + own + 2 * 4 * chunk * V + decoded + batch  # logits and their probabilities

@@ -81,7 +81,7 @@ def choose_playing(config: Config, how: Playing, device: Device) -> tuple[Playin
     smaller weights; then fewer slots still, on accelerators in eights. Raises ValueError, with what would fit, if the
     settings do not.
     """
-    forms = [how.rollout] if how.rollout else [form for form in FORMS[device.platform == "cpu"] if can_be(how, form)]
+    forms = [how.rollout] if how.rollout else rollout_forms(how, device)
     options: list[tuple[Playing, Plan]] = []
     for form in forms:
         found = most_slots(config, dataclasses.replace(how, rollout=form), device)
@@ -93,13 +93,10 @@ def choose_playing(config: Config, how: Playing, device: Device) -> tuple[Playin
     raise ValueError(refused_playing(config, how, forms, device))
 
 
-# Rollout weights in the order of choice: on accelerators, on a CPU.
-FORMS: dict[bool, tuple[RolloutWeights, ...]] = {False: ("bf16", "nf4"), True: ("fp32", "nf4")}
-
-
-def can_be(how: Playing, form: RolloutWeights) -> bool:
-    """Whether the base can be sampled from in this form: NF4 only as it was loaded."""
-    return form != "nf4" or how.weights == "nf4"
+def rollout_forms(how: Playing, device: Device) -> list[RolloutWeights]:
+    """Rollout weights in the order of choice; NF4 only if the base is loaded in it."""
+    first: RolloutWeights = "fp32" if device.platform == "cpu" else "bf16"
+    return [first, "nf4"] if how.weights == "nf4" else [first]
 
 
 def most_slots(config: Config, how: Playing, device: Device) -> tuple[Playing, Plan] | None:
@@ -119,9 +116,8 @@ def refused_playing(config: Config, how: Playing, forms: list[RolloutWeights], d
     least = dataclasses.replace(how, rollout=forms[-1], slots=how.slots or 1)
     plan = plan_playing(config, least, device)
     remedies = []
-    for form in dict.fromkeys([*forms, *FORMS[device.platform == "cpu"]]):
-        free = dataclasses.replace(how, rollout=form, slots=None)
-        if can_be(how, form) and (found := most_slots(config, free, device)):
+    for form in dict.fromkeys([*forms, *rollout_forms(how, device)]):
+        if found := most_slots(config, dataclasses.replace(how, rollout=form, slots=None), device):
             flag = "" if form == how.rollout else f" --rollout-weights {form}"
             remedies.append(f"--slots {found[0].slots}{flag}")
     context = how.context
