@@ -2,8 +2,8 @@
 
 First prints, by model, weights in NF4 and in 16 bits, an adapter in training, and the KV cache: arithmetic on shapes.
 Then measures playing and training at three shapes. Each case runs in a process of its own, on random weights: a base is
-loaded, and sessions fill their context, or two optimizer steps are taken and saved. Measured is the peak resident size, less that
-of a process that has imported the same and compiled a sum. Programs are compiled anew, not taken from a cache.
+loaded, and sessions fill their context, or two optimizer steps are taken and saved. Measured is the peak resident size,
+less that of a process that has imported the same and compiled a sum. Programs are compiled anew, without a cache.
 
     JAX_PLATFORMS=cpu python -m bench.memory
     JAX_PLATFORMS=cpu python -m bench.memory --only tiny/playing

@@ -11,9 +11,11 @@ from flax import nnx
 
 import agent.local
 import rollout
+import train_pg
 from agent.args import fit_memory
 from agent.local import LocalPolicy
 from agent.server import Server
+from artifacts.stage import Stage
 from bench.shapes import LLAMA_31_8B, LLAMA_32_1B, MISTRAL_7B, QWEN3_4B, QWEN25_7B, described
 from lora import memory
 from lora.decoder import make_decoder
@@ -201,6 +203,22 @@ def test_a_stage_prints_its_plan_and_plays_with_what_it_chose(tmp_path, monkeypa
     assert fit_memory(args, None, (remote, None)) is args and not capsys.readouterr().out
     with pytest.raises(ValueError, match=r"1000000 slots x 256 .* of 1.0 GiB\. That does not fit; expected --slots 64"):
         fit_memory(dataclasses.replace(args, slots=10**6), None, (args.server, None))
+
+
+@pytest.mark.parametrize(
+    "before, now",
+    [
+        (rollout.Args(slots=64), rollout.Args(rollout_weights="nf4")),
+        (rollout.Args(), rollout.Args(slots=8, rollout_weights="bf16")),
+        (train_pg.Args(remat="none", device_rows=1), train_pg.Args()),
+        (train_pg.Args(), train_pg.Args(remat="full", device_rows=2)),
+    ],
+)
+def test_what_follows_from_the_memory_never_refuses_a_resume(tmp_path, before, now):
+    with Stage(tmp_path, before, {}):
+        (tmp_path / "trajectories.jsonl").write_text("row\n")
+    with Stage(tmp_path, now, {}) as stage:
+        assert not stage.finished
 
 
 def test_a_base_that_is_played_in_16_bits_is_loaded_in_16_bits(tmp_path, monkeypatch):
