@@ -34,9 +34,9 @@ MIB = 2**20
 # Copies of an adapter that training holds at its peak: itself, Adam's moments and their successors, gradient, update
 # and average, and those that a checkpoint is written from. Measured on a CPU: 14 to 20.
 TRAINING_COPIES = 12
-# What a CPU's process holds after compiling its programs: for all, and for each layer that is laid out one by one in
-# playing and in training. Measured (bench/memory.py), without programs compiled earlier.
-PROGRAMS, PLAYING_PROGRAM, TRAINING_PROGRAM = 250 * MIB, 13 * MIB, 25 * MIB
+# What a CPU's process holds of its compiled programs (in training with checkpoints): in all, and for each layer that is
+# laid out one by one. Measured (bench/memory.py), without programs compiled earlier.
+PLAYING_PROGRAMS, TRAINING_PROGRAMS = (250 * MIB, 13 * MIB), (290 * MIB, 25 * MIB)
 
 
 class Device(NamedTuple):
@@ -138,7 +138,7 @@ def plan_playing(config: Config, how: Playing, device: Device) -> Plan:
     # XLA:CPU runs the groups of a policy concurrently, one in a thread.
     working = min(groups, device.cores) * group_working(config, how, device, rows, -(-how.context // tile) * tile)
     if on_cpu:
-        working += PROGRAMS + PLAYING_PROGRAM * config.num_hidden_layers
+        working += PLAYING_PROGRAMS[0] + PLAYING_PROGRAMS[1] * config.num_hidden_layers
     loading = loading_bytes(config, how, device) + bases * base + how.adapter
     if bases > 1:  # the second is loaded beside the first policy's cache
         loading += cache // len(how.prefixes)
@@ -234,12 +234,13 @@ def plan_training(config: Config, how: Training, device: Device) -> Plan:
     if on_cpu:
         plan = Plan(*(math.prod(how.mesh) * part for part in plan[:-1]), limit=device.limit)
         unrolled = config.num_hidden_layers if config.num_hidden_layers <= UNROLLED_LAYERS else 1
-        plan = plan._replace(working=plan.working + PROGRAMS + TRAINING_PROGRAM * unrolled)
+        plan = plan._replace(working=plan.working + TRAINING_PROGRAMS[0] + TRAINING_PROGRAMS[1] * unrolled)
     return plan
 
 
 def step_working(config: Config, how: Training, device: Device, width: int) -> int:
-    """Temporaries of a microbatch: what the layers keep for the backward pass, one layer's own, logits, weights.
+    """Temporaries of a microbatch: what the layers keep for the backward pass, and beside it first a chunk's logits and
+    probabilities, then what one layer recomputes and its weights.
 
     XLA:CPU computes in float32, and holds a decoded layer and a half of the next.
     """
@@ -259,4 +260,4 @@ def step_working(config: Config, how: Training, device: Device, width: int) -> i
         kept += width * scores if how.remat == "none" else 0
     own = 0 if how.remat == "none" else layer
     batch = 3 * 4 * how.row_length * how.batch_rows // (how.mesh[0] * how.mesh[1])
-    return N * kept + own + 2 * 4 * chunk * V + decoded + batch  # logits and their probabilities
+    return N * kept + max(2 * 4 * chunk * V, own + decoded) + batch
