@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
 
+import dataclasses
+import functools
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,7 @@ from agent.server import Server
 from artifacts.cli import Range
 from artifacts.json_io import read_json
 from artifacts.scores import closing_notes
+from artifacts.shards import adopt, finish_shards, open_shard, share
 from artifacts.stage import (
     Stage,
     adapter_of_round,
@@ -52,6 +55,7 @@ from artifacts.trajectory import FAULTS, Trajectory, Writer, read_trajectories, 
 from envs.base import World
 from envs.panel import require_tasks
 from lora.checkpoint import base_facts
+from lora.sharding import play_together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,17 +157,19 @@ def main(args: Args) -> None:
         **agent_facts(args, adapter, prompt=args.prompt, actre_prompt=args.actre_prompt),
         "explainer": base_facts(args.model) if explains else None,
     }
-    directory = round_directory(args.run, round_index) / "actre"
-    with Stage(directory, args, facts, identity) as stage:
+    whole = round_directory(args.run, round_index) / "actre"
+    with open_shard(whole, args, facts, identity) as stage:
         if not stage.finished:
             compose_all(args, round_index, world, played, adapter, stage)
+    finish_shards(whole, args.shard, lambda: main(dataclasses.replace(args, round=round_index, shard=None)))
 
 
 def compose_all(args: Args, round_index: int, world: World, played: Path, adapter: Path | None, stage: Stage) -> None:
     """Composes what is missing for the failed tasks of the rollout `played`, and finishes the stage."""
     path = stage.directory / "trajectories.jsonl"
-    failed = failed_tasks(played) if round_index else []
+    failed = share(failed_tasks(played), args.shard) if round_index else []
     with Writer(path) as writer:
+        shards = {} if args.shard else adopt(stage, writer)
         counts = compose(args, round_index, failed, writer, adapter)
     composed = sort_file(path)
     won = [t for t in composed if t.success]
@@ -180,15 +186,17 @@ def compose_all(args: Args, round_index: int, world: World, played: Path, adapte
             "asked": counts["asked"],
             "sampled_turns": sum(turn.action_by == "sampled" for t in composed for turn in t.turns),
             "rates": counts["rates"],
+            **shards,
         }
     )
     why = " (round 0 keeps the agent's own successes only)" if round_index == 0 else ""
+    shard = f" shard {args.shard}" if args.shard else ""
     print(
-        f"actre round {round_index}: {len(won)}/{len(composed)} compositions won, "
+        f"actre round {round_index}{shard}: {len(won)}/{len(composed)} compositions won, "
         f"{len(solved)}/{len(failed)} failed tasks solved{why} -> {path}"
         f"{closing_notes(composed, stage.directory, world.facts.get('grammar'))}"
     )
 
 
 if __name__ == "__main__":
-    run_stage(main, Args, __doc__)
+    run_stage(functools.partial(play_together, main), Args, __doc__)

@@ -72,7 +72,7 @@ from lora.flops import cpu_training_bytes
 from lora.linear import TARGETS, LoRAConfig
 from lora.load import load_adapter, load_model
 from lora.logprobs import token_logprobs
-from lora.sharding import is_first_process, require_shape, start_devices
+from lora.sharding import ending_together, is_first_process, require_shape, start_devices
 from lora.train_step import Batch, require_step_memory, training_mesh
 from lora.trainer import Plan, Trainer
 
@@ -412,7 +412,8 @@ def main(args: Args) -> None:
 
 def launch(args: Args) -> None:
     start_devices(args.batch_rows, cpu_training_bytes(Config.read(base_of(args.run, args.model)), args.weights))
-    main(args)
+    with ending_together():
+        main(args)
 
 
 if __name__ == "__main__":

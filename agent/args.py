@@ -14,6 +14,7 @@ from agent.policy import Policy
 from agent.server import Server, ServerPolicy
 from artifacts.cli import Range
 from artifacts.render import FORM
+from artifacts.shards import parse_shard
 from artifacts.stage import adapter_sha, base_of, sha256
 from envs.base import World
 from envs.make import DEFAULTS, make_world, require_base_for, require_world
@@ -82,11 +83,16 @@ class PlayArgs(ModelArgs):
     """Subprocesses for third-party worlds (default: two per core)."""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Seeds every draw, together with stage, round, task, trial and turn."""
+    shard: str | None = None
+    """Play this share of the tasks, such as 2/4 for the second of four; other machines that see the folder play the
+    others. The one that finishes last joins them into the stage."""
     server: Server = Server()
     """An OpenAI-compatible server as the agent, in place of the local model."""
 
     def check(self) -> None:
         require_world(self.env)
+        if self.shard:
+            parse_shard(self.shard)
 
 
 def require_file(flag: str, path: Path | None) -> None:

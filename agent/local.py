@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from agent.policy import Ask, Line
-from lora.decoder import RolloutWeights, make_decoder, without_adapter
+from lora.decoder import Decoder, RolloutWeights, copy_to, make_decoder, without_adapter
 from lora.engine import Engine
 from lora.load import load_adapter, load_model
 from lora.tokenizer import encode_piece, line_of, load_tokenizer, newline_ids, prompt_ids
@@ -41,9 +41,9 @@ class LocalPolicy:
     ):
         self.slots, self.context, self._top_p = slots, context, top_p
         self._tokenizer = load_tokenizer(model_dir)
-        decoder = without_adapter(beside.decoder) if beside is not None and adapter is None else None
-        self.decoder = decoder or load_decoder(model_dir, adapter, weights, rollout_weights)
-        config = self.decoder.config
+        shared = [without_adapter(each) for each in beside.decoders] if beside and adapter is None else [None]
+        self.decoders = shared if all(shared) else load_decoders(model_dir, adapter, weights, rollout_weights)
+        config = self.decoders[0].config
         self._newlines = newline_ids(self._tokenizer, model_dir)
         self._ends = frozenset(config.eos_token_ids)  # end a reply of an instructed model that has no newline
         self._stops, self._limit = self._newlines | self._ends, max_new_tokens
@@ -57,7 +57,8 @@ class LocalPolicy:
             )
         self._in_prefix = len(self._tokenizer.encode("").ids) if prompt else 0  # leading ids that the prefix has too
         self._engine = Engine(
-            self.decoder,
+            self.decoders[0],
+            copies=self.decoders[1:],
             slots=slots,
             context=context,
             max_new_tokens=max_new_tokens,
@@ -112,11 +113,15 @@ class LocalPolicy:
         return self._ids.pop(session), self._sampled.pop(session)
 
 
-def load_decoder(model_dir: str | Path, adapter: str | Path | None, weights: str, rollout: RolloutWeights | None):
-    """The base, with an adapter or without, in the form that it is sampled from (default: fp32 on a CPU, else bf16)."""
+def load_decoders(
+    model_dir: str | Path, adapter: str | Path | None, weights: str, rollout: RolloutWeights | None
+) -> list[Decoder]:
+    """The base, with an adapter or without, in the form that it is sampled from (default: fp32 on a CPU, else bf16), on
+    every local device."""
     on_cpu = jax.default_backend() == "cpu"
     rollout = rollout or ("fp32" if on_cpu else "bf16")
     narrow = weights == "nf4" and rollout != "fp32" and not on_cpu
     how = {"weights": weights, "dtype": jnp.bfloat16 if narrow else None}
     model = load_model(model_dir, **how) if adapter is None else load_adapter(model_dir, adapter, **how)
-    return make_decoder(model, rollout)
+    decoder = make_decoder(model, rollout)
+    return [decoder, *(copy_to(decoder, device) for device in jax.local_devices()[1:])]

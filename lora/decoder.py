@@ -88,6 +88,10 @@ class Decoder(NamedTuple):
     weights: DecoderWeights  # without ids that stop, and without a prefix
     merged: bool  # whether an adapter was added to the base
 
+    @property
+    def device(self) -> jax.Device:
+        return self.weights.embed.device
+
 
 def make_decoder(model: CausalLM, weights: RolloutWeights = "fp32") -> Decoder:
     """The model with its base in the form `weights`; dense forms are copies. Raises as `decoding_layers` does."""
@@ -112,3 +116,8 @@ def without_adapter(decoder: Decoder) -> Decoder | None:
         graph, bare = nnx.split(layer)
         layers.append(bare)
     return decoder._replace(graph=Graph(graph), weights=decoder.weights._replace(layers=layers))
+
+
+def copy_to(decoder: Decoder, device: jax.Device) -> Decoder:
+    """The same decoder on another device."""
+    return decoder._replace(weights=jax.device_put(decoder.weights, device))
