@@ -314,6 +314,18 @@ def test_two_processes_play_as_one_does(unbroken, tmp_path):
     assert (round_directory(tmp_path, 0) / "rollout/trajectories.jsonl").read_bytes() == first.read_bytes()
 
 
+@pytest.mark.slow
+def test_eight_devices_play_as_one_does(tmp_path):
+    played = []
+    for devices in ("1", "8"):
+        run = tmp_path / devices
+        flags = ["--run", str(run), "--limit", "16", "--temperature", "0.7", "--slots", "64", "--max-turns", "10"]
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": devices}
+        subprocess.run([sys.executable, "rollout.py", *flags], cwd=ROOT, env=environment, check=True)
+        played.append((round_directory(run, 0) / "rollout/trajectories.jsonl").read_bytes())
+    assert played[0] == played[1]
+
+
 def test_six_wordings_are_played_scored_and_resumed(unbroken, tmp_path, capsys):
     """Of an adapter that another run trained; what was played in a wording says so in its texts."""
     adapter = round_directory(unbroken, 0) / "train_pg/adapter"
