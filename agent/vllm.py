@@ -84,8 +84,8 @@ class Weights(msgspec.Struct):
     logprobs: list[float]
 
 
-def adapter_name(adapter: Path) -> str:
-    """A name for the adapter on a server: of its content, so that no cache takes one adapter for another."""
+def served_name(adapter: Path) -> str:
+    """An adapter's name on a server: of its content, so that no cache takes one adapter for another."""
     files = ("adapter_config.json", "adapter_model.safetensors")
     content = " ".join(sha256(adapter / name) for name in files)
     return f"adapter-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
@@ -115,7 +115,7 @@ class TokensPolicy(ServerPolicy):
         super().__init__(server, cache, top_p=top_p)
         self._spelling = Spelling(model_dir, context=context, max_new_tokens=max_new_tokens, prompt=prompt)
         self._model_dir, self._adapter, self._weights = model_dir, adapter, weights
-        self._name = adapter_name(adapter) if adapter else server.model
+        self._name = served_name(adapter) if adapter else server.model
         if fixed := self._extra.keys() & {"model", "prompt", "max_tokens"}:
             raise ValueError(f"--server.extra has {min(fixed)!r}, which --server.api tokens decides; leave it out")
         self._replies = Replies(cache, playable=lambda reply: bool(reply.ids))

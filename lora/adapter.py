@@ -16,6 +16,7 @@ Shapes: N layers, O out-features, I in-features, R LoRA rank.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import re
@@ -403,3 +404,9 @@ def save_adapter(adapter_dir: str | Path, model: CausalLM, base_dir: str | Path)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     with atomic_write(adapter_dir / "adapter_config.json") as temporary:
         temporary.write_text(text)
+
+
+def adapter_name(run: str, round_index: int, adapter_dir: str | Path) -> str:
+    """A name for servers, `<run>-r<round>-<sha8>`: unique to the weights, so that no server's cache mixes them up."""
+    weights = (Path(adapter_dir) / "adapter_model.safetensors").read_bytes()
+    return f"{run}-r{round_index}-{hashlib.sha256(weights).hexdigest()[:8]}"

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from lora import checkpoint, convert, nf4
-from lora.adapter import save_adapter
+from lora.adapter import adapter_name, save_adapter
 from lora.checkpoint import base_sha, layer_tensor
 from lora.config import Config
 from lora.convert import Args, locked, main
@@ -334,6 +334,15 @@ def test_merged_is_what_peft_merges(base_dir, tmp_path):
     merged = load_model(tmp_path / "on_nf4", weights="fp32")
     assert np.abs(logits_of(merged, ids) - logits_of(trained_on, ids)).max() < 1e-3
     assert np.abs(logits_of(merged, ids) - expected).max() > 1e-2  # NF4's values are what it was merged with
+
+
+def test_other_weights_have_another_name(base_dir, tmp_path):
+    for scale in (1, 2):
+        model = with_random_adapter(load_model(base_dir, lora=LoRAConfig(rank=scale)))
+        save_adapter(tmp_path / str(scale), model, base_dir)
+    names = [adapter_name("a3t", 2, tmp_path / folder) for folder in "112"]
+    assert names[0] == names[1] != names[2]
+    assert names[0].startswith("a3t-r2-") and len(names[0]) == len("a3t-r2-") + 8
 
 
 # ---- the commands ----------------------------------------------------------------------------------------------------
