@@ -212,6 +212,7 @@ class ServerPolicy:
         server.check()
         self.slots = server.concurrency
         self._server, self._prompt, self._top_p, self._whole = server, prompt, top_p, whole
+        self._name = server.model
         self._extra, self._key = server.parameters(), server.secret()
         bearer = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._client = httpx2.Client(
@@ -284,7 +285,7 @@ class ServerPolicy:
     def _request(self, text: Any, temperature: float, seed: int) -> dict[str, Any]:
         """The body of a request, given what its session holds."""
         body = {
-            "model": self._server.model,
+            "model": self._name,
             "temperature": temperature,
             "seed": seed % 2**31,
             "max_tokens": self._server.max_tokens,
@@ -388,7 +389,7 @@ class ServerPolicy:
         if fault.status in (401, 403, 404):
             key = f"the key in ${server.key}{'' if self._key else ' (which is not set)'}"
             return ValueError(
-                f"{server.url} refuses model {server.model!r} with {key}: {fault}. Check the address, the model's name "
+                f"{server.url} refuses model {self._name!r} with {key}: {fault}. Check the address, the model's name "
                 "and the key; what was played is kept."
             )
         with contextlib.suppress(NoReply):  # an answer all the same

@@ -115,7 +115,8 @@ class TokensPolicy(ServerPolicy):
         super().__init__(server, cache, top_p=top_p)
         self._spelling = Spelling(model_dir, context=context, max_new_tokens=max_new_tokens, prompt=prompt)
         self._model_dir, self._adapter, self._weights = model_dir, adapter, weights
-        self._name = served_name(adapter) if adapter else server.model
+        if adapter:
+            self._name = served_name(adapter)
         if fixed := self._extra.keys() & {"model", "prompt", "max_tokens"}:
             raise ValueError(f"--server.extra has {min(fixed)!r}, which --server.api tokens decides; leave it out")
         self._replies = Replies(cache, playable=lambda reply: bool(reply.ids))
@@ -179,7 +180,7 @@ class TokensPolicy(ServerPolicy):
         except Fault as fault:
             if fault.full:
                 raise self._unusable(
-                    f"finds {len(request['prompt'])} ids too long: {fault}. {self._longer()}"
+                    f"has no room for {len(request['prompt'])} ids: {fault}. {self._longer()}"
                 ) from fault
             if fault.status == 404 and self._adapter:
                 with self._loading:
@@ -198,7 +199,7 @@ class TokensPolicy(ServerPolicy):
             raise self._unusable("gives no token_ids; expected a vLLM that knows return_token_ids")
         if strange:
             raise self._unusable(
-                f"gives the id {strange[0]}, but those of {self._model_dir} end at {spelling.vocabulary - 1}"
+                f"gives id {strange[0]}; expected less than {spelling.vocabulary}, the vocabulary of {self._model_dir}"
             )
         if reply.prompt_tokens not in (None, len(request["prompt"])):
             raise self._unusable(f"read {reply.prompt_tokens} ids of the {len(request['prompt'])} that it was sent")
