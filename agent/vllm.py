@@ -31,8 +31,9 @@ T = TypeVar("T")
 
 # What must have the same ids here and there: digits, line ends, brackets, letters of other scripts.
 SPELLED = "Observation: On the shelf 1, 23 and 4567 mugs.\nAction: think[Où? 東京 🙂]\n\nOK.\n[SEP] é_x-9 <b>'s\n"
-# What the weights are recognised by: the log-probabilities of these ids, with `TOLERANCE` as the largest mean absolute
-# difference in nats. It tells models apart; precisions, quantisation and kernels of one model should pass.
+# What the weights are recognised by: the log-probability of the likeliest id after each fourth id of this text. Unlike
+# the id itself it hardly changes with rounding. `TOLERANCE`: the largest mean absolute difference, in nats.
+# (prompt_logprobs would do, but vLLM 0.32 on a CPU dies of them while it samples with an adapter.)
 PROBE = (
     "Observation: You are in the middle of a room. Looking quickly around you, you see a cabinet 2, a desk 1 and a "
     "shelf 3.\nYour task is to: put a clean mug in the cabinet.\nAction: think[First I need to find a mug. It may be "
@@ -66,20 +67,21 @@ class Spelled(msgspec.Struct):
     tokens: list[int]
 
 
-class Logprob(msgspec.Struct):
-    logprob: float
-
-
-class ProbedChoice(msgspec.Struct):
-    prompt_logprobs: list[dict[str, Logprob] | None]
+class Logprobs(msgspec.Struct):
+    token_logprobs: list[float]
 
 
 class Probed(msgspec.Struct):
-    choices: list[ProbedChoice]
+    logprobs: Logprobs
+    index: int
+
+
+class Probes(msgspec.Struct):
+    choices: list[Probed]
 
 
 class Weights(msgspec.Struct):
-    """server.json of a run: the log-probabilities of the ids of PROBE, after the first, by the server that played."""
+    """server.json of a run: the log-probabilities at PROBE (`TokensPolicy._measure`) when a server first played."""
 
     logprobs: list[float]
 
@@ -242,6 +244,10 @@ class TokensPolicy(ServerPolicy):
             raise self._unusable(f"has another tokenizer than {self._model_dir}; expected it to serve that base")
         found = self._measure()
         known = self._logprobs = self._logprobs or found
+        if len(known) != len(found):
+            raise ValueError(
+                f"{self._weights} has {len(known)} figures, expected {len(found)}: restore it, or remove it"
+            )
         differing = sum(abs(a - b) for a, b in zip(found, known, strict=True)) / len(found)
         if differing > TOLERANCE:
             raise self._unusable(
@@ -267,14 +273,15 @@ class TokensPolicy(ServerPolicy):
         return f"Start vLLM with --max-model-len of at least {self._needed()} (prompt and --context)"
 
     def _measure(self) -> list[float]:
-        """The base's log-probability of each id of PROBE after the first."""
+        """The log-probability of the base's likeliest id after each fourth id of PROBE."""
         ids = self._encoded(PROBE)
-        request = {"model": self._server.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0}
-        choices = self._answer("POST", "/completions", request | {"prompt_logprobs": 0}, Probed).choices
-        found = choices[0].prompt_logprobs[1:] if choices else []
-        if len(found) != len(ids) - 1 or not all(at and str(i) in at for i, at in zip(ids[1:], found, strict=True)):
-            raise self._unusable("gives no prompt_logprobs of the ids that it was sent; expected vLLM")
-        return [at[str(i)].logprob for i, at in zip(ids[1:], found, strict=True)]
+        prefixes = [ids[:stop] for stop in range(4, len(ids), 4)]
+        request = {"model": self._server.model, "prompt": prefixes, "max_tokens": 1, "temperature": 0.0, "logprobs": 0}
+        choices = sorted(self._answer("POST", "/completions", request, Probes).choices, key=lambda choice: choice.index)
+        found = [value for choice in choices for value in choice.logprobs.token_logprobs]
+        if len(found) != len(prefixes):
+            raise self._unusable(f"gives {len(found)} log-probabilities for {len(prefixes)} prompts; expected vLLM")
+        return found
 
     def _load(self) -> None:
         """Loads the adapter. A server that has it says so."""

@@ -99,8 +99,8 @@ def adapter_in(folder: Path, base: Path) -> Path:
 
 
 def test_the_records_are_those_of_the_local_model(serve, tmp_path):
-    """The server decodes the same base greedily, from the ids that it is sent. The tokenizer puts <s> before a text, and
-    there is an example before each session, which ends as context_full."""
+    """The server decodes the same base greedily, from the ids that it is sent. The tokenizer puts <s> before a text,
+    there is an example before the session, and the context is filled."""
     base = write_tiny_model(tmp_path / "base")
     tokenizer = byte_tokenizer(250)
     tokenizer.add_special_tokens(["<s>"])
@@ -111,12 +111,12 @@ def test_the_records_are_those_of_the_local_model(serve, tmp_path):
     def draw(prompt, body):
         ids = []
         while len(ids) < body["max_tokens"] and ids[-1:] not in [[stop] for stop in body["stop_token_ids"]]:
-            padded = np.zeros((1, 256), np.int32)
+            padded = np.zeros((1, 384), np.int32)
             padded[0, : len(prompt) + len(ids)] = prompt + ids
             ids.append(int(logits_of(model, padded)[0, len(prompt) + len(ids) - 1].argmax()))
         return ids
 
-    server, how = serve(base, draw=draw), {"context": 200, "max_new_tokens": LIMIT, "prompt": "An example.\n\n"}
+    server, how = serve(base, draw=draw), {"context": 300, "max_new_tokens": LIMIT, "prompt": "An example.\n\n"}
     local, remote = LocalPolicy(base, slots=1, **how), policy_of(server, base, tmp_path, concurrency=1, **how)
     [ours], [theirs] = (list(PlayLoop([Job(TASK, 0)], settings(max_turns=20), Room, p)) for p in (local, remote))
     assert ours == theirs and len(theirs.turns) > 1 and theirs.end == "context_full"
@@ -230,7 +230,7 @@ def changed(**fields):
     """A change of the first choice of a reply; functions are of the choice."""
 
     def change(path, body, answer):
-        if path == "/v1/completions" and "prompt_logprobs" not in body:
+        if path == "/v1/completions" and "logprobs" not in body:
             [choice] = answer["choices"]
             choice |= {name: value(choice) if callable(value) else value for name, value in fields.items()}
         return answer
@@ -280,12 +280,14 @@ def test_an_error_that_says_the_context_is_full_is_the_server_s_fault(hand, serv
         reply(policy, policy.open(OPENING))
 
 
-def other_figures(path, body, answer):
-    if "prompt_logprobs" in (body or {}):
-        for at in answer["choices"][0]["prompt_logprobs"][1:]:
-            for value in at.values():
-                value["logprob"] -= 2 * TOLERANCE
-    return answer
+def figures_off_by(nats: float):
+    def change(path, body, answer):
+        if "logprobs" in (body or {}):
+            for choice in answer["choices"]:
+                choice["logprobs"]["token_logprobs"][0] -= nats
+        return answer
+
+    return change
 
 
 def at(path: str, answer):
@@ -302,13 +304,15 @@ STRANGERS = {
     "no length": (at("/v1/models", {"data": [{"id": "base"}]}), "takes None ids.*--max-model-len of at least 512"),
     "another tokenizer": (at("/tokenize", {"tokens": [1, 2]}), "has another tokenizer than"),
     "no tokenizer": (at("/tokenize", (404, "Not Found")), "does not take the request: HTTP 404"),
-    "no figures": (at("/v1/completions", {"choices": [{"prompt_logprobs": [None]}]}), "gives no prompt_logprobs"),
-    "no choice": (at("/v1/completions", {"choices": []}), "gives no prompt_logprobs"),
+    "no figures": (at("/v1/completions", {"choices": []}), r"gives 0 log-probabilities for \d+ prompts"),
     "figures of another kind": (
         at("/v1/completions", {"choices": [{"text": ""}]}),
         r"answers /completions with .*missing required field.*expected vLLM",
     ),
-    "another base": (other_figures, r"has another base as 'base' than the server that played before.*0\.50 nats"),
+    "another base": (
+        figures_off_by(2 * TOLERANCE),
+        r"another base as 'base' than the server that played before.*0\.50 nats",
+    ),
 }
 
 
@@ -331,15 +335,8 @@ def test_a_model_length_that_just_suffices_and_small_differences_of_the_base_pas
     reply(policy, policy.open(OPENING))
     needed = 512 + len(policy_of(serve(hand), hand, tmp_path, prompt="An example.\n\n")._spelling.prefix)
 
-    def rounded(path, body, answer):
-        if "prompt_logprobs" in (body or {}):
-            for at in answer["choices"][0]["prompt_logprobs"][1:]:
-                for value in at.values():
-                    value["logprob"] -= TOLERANCE / 2
-        return answer
-
     server = serve(hand, max_model_len=needed)
-    server.change = rounded
+    server.change = figures_off_by(TOLERANCE / 2)
     policy_of(server, hand, tmp_path, prompt="An example.\n\n")
     server.max_model_len -= 1
     with pytest.raises(ValueError, match=f"takes {needed - 1} ids, .*--max-model-len of at least {needed}"):
@@ -350,7 +347,7 @@ def test_another_base_after_a_restart_is_noticed_when_the_adapter_is_loaded_agai
     server = serve(hand)
     policy = policy_of(server, hand, tmp_path, adapter=adapters[0])
     server.adapters.clear()
-    server.change = other_figures
+    server.change = figures_off_by(2 * TOLERANCE)
     with pytest.raises(ValueError, match="has another base as 'base'"):
         reply(policy, policy.open(OPENING))
     assert not (tmp_path / "replies.sqlite").exists()

@@ -38,7 +38,7 @@ class VLLM(ThreadingHTTPServer):
 
     def asked(self, path: str = "/v1/completions") -> list[Any]:
         """The bodies of requests of a path; of completions, those that were not asked for the base's figures."""
-        return [body for at, body in self.bodies if at == path and "prompt_logprobs" not in body]
+        return [body for at, body in self.bodies if at == path and "logprobs" not in body]
 
     def draw_at_random(self, prompt: list[int], body: dict[str, Any]) -> list[int]:
         """Up to a stop or to the limit; the same for the same prompt and seed."""
@@ -69,13 +69,16 @@ class VLLM(ThreadingHTTPServer):
             return 404, "Not Found"
         if body["model"] not in ("base", *self.adapters):
             return 404, f"The model `{body['model']}` does not exist."
+        if "logprobs" in body:
+            figures = [{"token_logprobs": [-(sum(ids) % 7) / 2]} for ids in body["prompt"]]
+            return {"choices": [{"index": i, "logprobs": at} for i, at in enumerate(figures)][::-1]}
         if len(body["prompt"]) >= self.max_model_len:
             return 400, "max_tokens must be at least 1, got 0."
         return self.complete(body)
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         prompt, room = body["prompt"], self.max_model_len - len(body["prompt"])
-        ids = (self.draw(prompt, body) if "seed" in body else [0])[: min(body["max_tokens"], room)]
+        ids = self.draw(prompt, body)[: min(body["max_tokens"], room)]
         ended = ids[-1] in body.get("stop_token_ids", ())
         choice = {
             "index": 0,
@@ -83,8 +86,6 @@ class VLLM(ThreadingHTTPServer):
             "token_ids": ids,
             "finish_reason": "stop" if ended else "length",
         }
-        if "prompt_logprobs" in body:
-            choice["prompt_logprobs"] = [None, *({str(i): {"logprob": -(i % 7) / 2}} for i in prompt[1:])]
         return {"choices": [choice], "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(ids)}}
 
 
