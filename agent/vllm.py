@@ -32,7 +32,8 @@ T = TypeVar("T")
 # What must have the same ids here and there: digits, line ends, brackets, letters of other scripts.
 SPELLED = "Observation: On the shelf 1, 23 and 4567 mugs.\nAction: think[Où? 東京 🙂]\n\nOK.\n[SEP] é_x-9 <b>'s\n"
 # What the weights are recognised by: the log-probability of the likeliest id after each fourth id of this text. Unlike
-# the id itself it hardly changes with rounding. `TOLERANCE`: the largest mean absolute difference, in nats.
+# the id itself it hardly changes with rounding. `TOLERANCE`: the largest mean absolute difference, in nats; of
+# SmolLM2-135M it is 0.02 between float32 and bfloat16, and 0.28 after rounding to NF4 or three steps of training.
 # (prompt_logprobs would do, but vLLM 0.32 on a CPU dies of them while it samples with an adapter.)
 PROBE = (
     "Observation: You are in the middle of a room. Looking quickly around you, you see a cabinet 2, a desk 1 and a "
@@ -40,7 +41,7 @@ PROBE = (
     "on the desk.]\nObservation: OK.\nAction: act[go to desk 1]\nObservation: On the desk 1, you see a book 2 and a "
     "mug 1.\n"
 )
-TOLERANCE = 0.25
+TOLERANCE = 0.1
 # What vLLM would otherwise take from the model's generation_config.json; and ids end a reply only if they are asked to.
 PLAIN = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 PLAIN |= {"ignore_eos": True, "include_stop_str_in_output": True, "skip_special_tokens": False}
