@@ -25,7 +25,7 @@ A = TypeVar("A", bound="PlayArgs")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs:
-    """The base, as the local model or (--server.api tokens) on a server."""
+    """The local model; with --server.api tokens, the base that the server plays."""
 
     model: Path | None = None
     """Base model: a Hugging Face folder (default: the run's base; in a new run the world's, models/tiny-alfworld,

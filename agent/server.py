@@ -54,8 +54,8 @@ class Server:
     model: str = ""
     """Name of the model on the server. Cached replies are keyed by this name: give each new adapter a new one."""
     api: Literal["chat", "completions", "tokens"] = "chat"
-    """Chat messages, plain text completions (for base models), or token ids: vLLM then serves the base of --model and
-    loads each round's adapter, and records hold the ids as played, as those of the local model do."""
+    """Chat messages, plain text completions (for base models), or token ids: then vLLM serves the run's base and loads
+    each round's adapter, and records hold the ids as played, as those of the local model do."""
     key: str = "OPENAI_API_KEY"
     """Name of the environment variable with the API key, never the key; your own server may need none."""
     extra: str = "{}"
