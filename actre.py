@@ -65,7 +65,8 @@ class Args(PlayArgs):
     round: Annotated[int, Range(0, 10_000)] | None = None
     """Round to compose for (default: the first untrained round)."""
     actre_server: Server = Server()
-    """An OpenAI-compatible server as ActRe, in place of the local base; its model may differ from the agent's."""
+    """An OpenAI-compatible server as ActRe, in place of the local base; its model may differ from the agent's (default:
+    the base on the agent's server, if that takes token ids)."""
     actre_prompt: Path | None = None
     """File with a few-shot example that precedes every session of ActRe (prompts/; paper: always)."""
     probability: Annotated[float, Range(0, 1)] = 0.1
@@ -81,6 +82,12 @@ class Args(PlayArgs):
     WebShop)."""
     temperature: Annotated[float, Range(0, 10)] = 1.0
     """Sampling temperature of the agent's own turns; 0 is greedy (not stated in the paper)."""
+
+
+def explaining_server(args: Args) -> Server:
+    """The server that ActRe is; without a URL, ActRe is the local base."""
+    shared = args.actre_server.url is None and args.server.api == "tokens"
+    return args.server if shared else args.actre_server
 
 
 def next_trials(args: Args, done: dict[int, bool]) -> list[int]:
@@ -120,7 +127,7 @@ def compose(args: Args, round_index: int, failed: list[str], writer: Writer, ada
     explainer = None
     if args.reason == "actre":
         replies = folder / "replies_actre.sqlite"
-        explainer = make_policy(args, args.actre_server, replies, None, args.actre_prompt, beside=react)
+        explainer = make_policy(args, explaining_server(args), replies, None, args.actre_prompt, beside=react)
     rule = Compose(probability=args.probability, sample=args.sample, reason=args.reason)
     loop = PlayLoop(jobs, make_settings(args, "actre", round_index, rule), world_maker(args), react, explainer)
     started = set(jobs)
@@ -150,7 +157,7 @@ def main(args: Args) -> None:
         tasks = sorted({trajectory.task_id for trajectory in read_trajectories(played)})
         require_tasks(world, tasks)
         identity = world_identity(args, world, panel, tasks)
-    explains = args.reason == "actre" and not args.actre_server.url
+    explains = args.reason == "actre" and not args.actre_server.takes_text
     facts = {
         "rollout": sha256(played),
         "world": world.facts,

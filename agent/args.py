@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from agent.attempt import AttemptSettings, Compose
 from agent.policy import Policy
 from agent.server import Server, ServerPolicy
+from agent.vllm import TokensPolicy
 from artifacts.cli import Range
 from artifacts.render import FORM
 from artifacts.shards import parse_shard
@@ -25,7 +26,7 @@ A = TypeVar("A", bound="PlayArgs")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs:
-    """The local model."""
+    """The local model; with --server.api tokens, the base that the server plays."""
 
     model: Path | None = None
     """Base model: a Hugging Face folder (default: the run's base; in a new run the world's, models/tiny-alfworld,
@@ -111,7 +112,7 @@ def resolve(args: A) -> A:
     base is no longer where it was, ValueError for a base made for another world or an unreadable prompt."""
     require_file("--prompt", args.prompt)
     model = base_of(args.run, args.model, args.env)
-    if not args.server.url:
+    if not args.server.takes_text:
         require_base_for(args.env, model)
     return dataclasses.replace(args, model=model, context=args.context or DEFAULTS[args.env].context)
 
@@ -154,11 +155,24 @@ def make_policy(
     prompt: Path | None,
     beside: Policy | None = None,
 ) -> Policy:
-    """The server's policy, with replies cached in the file `replies`, if `server` has a URL; else the local base, with
-    or without an adapter, which shares the arrays of a local policy `beside` it."""
+    """The server's policy, with replies cached in the file `replies`, if `server` has a URL; else the local base, which
+    shares the arrays of a local policy `beside` it. A base, local or on a server of token ids, plays with an adapter or
+    without."""
     example = prompt.read_text(encoding="utf-8").rstrip("\n") + "\n\n" if prompt else ""
-    if server.url:
+    if server.takes_text:
         return ServerPolicy(server, replies, prompt=example, top_p=args.top_p)
+    if server.url:
+        return TokensPolicy(
+            server,
+            replies,
+            model_dir=args.model,
+            adapter=adapter,
+            weights=args.run / "server.json",
+            context=args.context,
+            max_new_tokens=args.max_new_tokens,
+            prompt=example,
+            top_p=args.top_p,
+        )
     from agent.local import LocalPolicy  # on demand: a server needs no engine
 
     return LocalPolicy(
@@ -180,14 +194,15 @@ def make_policy(
 
 
 def agent_facts(args: PlayArgs, adapter: Path | None, **prompts: Path | None) -> dict[str, Any]:
-    """Facts (Stage) on who plays: the base, unless a server plays, the adapter and the prompts, all by sha256."""
-    base = {} if args.server.url else base_facts(args.model)
+    """Facts (Stage) on who plays: the base, unless a server of text plays, the adapter and the prompts, by sha256."""
+    base = {} if args.server.takes_text else base_facts(args.model)
     return {**base, "adapter": adapter_sha(adapter), **{name: path and sha256(path) for name, path in prompts.items()}}
 
 
 def run_identity(args: PlayArgs) -> dict[str, Any]:
-    """What a stage that plays knows of its run (Stage): the base, unless a server plays, and the form of prompts."""
-    base = {} if args.server.url else {"model": str(args.model), **base_facts(args.model)}
+    """What a stage that plays knows of its run (Stage): the base, unless a server of text plays, and the form of
+    prompts."""
+    base = {} if args.server.takes_text else {"model": str(args.model), **base_facts(args.model)}
     return {**base, "prompts": FORM}
 
 

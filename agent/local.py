@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from agent.policy import Ask, Line
+from agent.transcript import Spelling, Transcript
 from lora.decoder import Decoder, RolloutWeights, copy_to, make_decoder, without_adapter
 from lora.engine import Engine
 from lora.load import load_adapter, load_model
-from lora.tokenizer import encode_piece, line_of, load_tokenizer, newline_ids, prompt_ids
 
 
 class LocalPolicy:
@@ -40,77 +40,55 @@ class LocalPolicy:
         beside: LocalPolicy | None = None,
     ):
         self.slots, self.context, self._top_p = slots, context, top_p
-        self._tokenizer = load_tokenizer(model_dir)
+        self._spelling = Spelling(model_dir, context=context, max_new_tokens=max_new_tokens, prompt=prompt)
         shared = [without_adapter(each) for each in beside.decoders] if beside and adapter is None else [None]
         self.decoders = shared if all(shared) else load_decoders(model_dir, adapter, weights, rollout_weights)
-        config = self.decoders[0].config
-        self._newlines = newline_ids(self._tokenizer, model_dir)
-        self._ends = frozenset(config.eos_token_ids)  # end a reply of an instructed model that has no newline
-        self._stops, self._limit = self._newlines | self._ends, max_new_tokens
-        prefix = prompt_ids(self._tokenizer, model_dir, prompt) if prompt else []
-        room = config.max_position_embeddings - len(prefix)
-        if context > room:
-            remedy = f"--context of at most {room}" if room > 0 else "a shorter --prompt"
-            raise ValueError(
-                f"--context {context} and {len(prefix)} tokens of --prompt need more than the "
-                f"{config.max_position_embeddings} positions of {model_dir}; expected {remedy}"
-            )
-        self._in_prefix = len(self._tokenizer.encode("").ids) if prompt else 0  # leading ids that the prefix has too
         self._engine = Engine(
             self.decoders[0],
             copies=self.decoders[1:],
             slots=slots,
             context=context,
             max_new_tokens=max_new_tokens,
-            stop_ids=sorted(self._stops),
-            prefix=prefix,
+            stop_ids=sorted(self._spelling.stops),
+            prefix=self._spelling.prefix,
             drafts=drafts,
         )
-        self.counts = {"prompt_tokens": len(prefix), "completion_tokens": 0, "steps": 0}
-        self._ids: dict[int, list[int]] = {}
-        self._sampled: dict[int, list[int]] = {}
-
-    def encode(self, text: str, first: bool) -> list[int]:
-        return encode_piece(self._tokenizer, text, first)
+        self.counts = {"prompt_tokens": len(self._spelling.prefix), "completion_tokens": 0, "steps": 0}
+        self._transcripts: dict[int, Transcript] = {}
 
     def open(self, text: str) -> int:
         session = self._engine.open()
-        self._ids[session], self._sampled[session] = [], []
-        self._append(session, self.encode(text, first=True), 0)
+        self._transcripts[session] = Transcript(self._spelling)
+        self.extend(session, text)
         return session
 
     def extend(self, session: int, text: str) -> None:
-        self._append(session, self.encode(text, first=False), 0)
+        self._queue(session, self._transcripts[session].extend(text))
 
-    def _append(self, session: int, ids: list[int], sampled: int) -> None:
-        if not sampled:  # sampled ids are cached already
-            self._engine.extend(session, ids if self._ids[session] else ids[self._in_prefix :])
-        self._ids[session] += ids
-        self._sampled[session] += [sampled] * len(ids)
-        self.counts["completion_tokens" if sampled else "prompt_tokens"] += len(ids)
+    def _queue(self, session: int, ids: list[int]) -> None:
+        self._engine.extend(session, ids)
+        self.counts["prompt_tokens"] += len(ids)
 
     def submit(self, ask: Ask) -> None:
         self._engine.submit(*ask, self._top_p)
 
     def poll(self, wait: bool = True) -> list[tuple[int, Line]]:
-        """See Policy. A reply without a newline (cut off by its limit, or ended) gets one in the session. One that the
-        context cuts off is no line, and not part of the session."""
         lines: list[tuple[int, Line]] = []
         replies = self._engine.poll(wait)
         self.counts["steps"] = self._engine.steps
         for session, reply in replies.items():
-            if reply is None or (len(reply.ids) < self._limit and reply.ids[-1] not in self._stops):
-                lines.append((session, None))
-                continue
-            self._append(session, reply.ids, 1)
-            if reply.ids[-1] not in self._newlines:
-                self.extend(session, "\n")
-            lines.append((session, line_of(self._tokenizer, reply.ids, self._ends)))
+            ids = reply.ids if reply else []
+            line, newline = self._transcripts[session].take(ids)
+            if line is not None:  # the engine has cached the reply's own ids
+                self._queue(session, newline)
+                self.counts["completion_tokens"] += len(ids)
+            lines.append((session, line))
         return lines
 
     def close(self, session: int) -> tuple[list[int], list[int]]:
         self._engine.close(session)
-        return self._ids.pop(session), self._sampled.pop(session)
+        transcript = self._transcripts.pop(session)
+        return transcript.ids, transcript.sampled
 
 
 def load_decoders(
