@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal
 from agent.args import (
     PlayArgs,
     agent_facts,
+    fit_memory,
     make_policy,
     make_settings,
     require_file,
@@ -123,6 +124,8 @@ def compose(args: Args, round_index: int, failed: list[str], writer: Writer, ada
     if not jobs:
         return {"asked": {}, "rates": {}}
     folder = writer.path.parent
+    explainers = [(explaining_server(args), args.actre_prompt)] if args.reason == "actre" else []
+    args = fit_memory(args, adapter, (args.server, args.prompt), *explainers)
     react = make_policy(args, args.server, folder / "replies.sqlite", adapter, args.prompt)
     explainer = None
     if args.reason == "actre":

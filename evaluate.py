@@ -28,7 +28,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from agent.args import PlayArgs, agent_facts, make_policy, make_settings, resolve, run_identity, world_maker
+from agent.args import (
+    PlayArgs,
+    agent_facts,
+    fit_memory,
+    make_policy,
+    make_settings,
+    resolve,
+    run_identity,
+    world_maker,
+)
 from agent.attempt import Job
 from agent.loop import PlayLoop
 from artifacts.cli import Range
@@ -135,6 +144,7 @@ def play(args: Args, tasks: dict[str, list[str]], adapter: Path | None, round_in
         unique = [*dict.fromkeys(task for ids in tasks.values() for task in ids)]
         jobs = [Job(task, trial) for task in share(unique, args.shard) for trial in range(args.best_of)]
         if jobs := [job for job in jobs if job not in writer.known]:
+            args = fit_memory(args, adapter, (args.server, args.prompt))
             policy = make_policy(args, args.server, stage.directory / "replies.sqlite", adapter, args.prompt)
             settings = make_settings(args, "evaluate", round_index)
             loop = PlayLoop(jobs, settings, world_maker(args, args.perturb), policy)

@@ -18,7 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from agent.args import PlayArgs, agent_facts, make_policy, make_settings, resolve, world_identity, world_maker
+from agent.args import (
+    PlayArgs,
+    agent_facts,
+    fit_memory,
+    make_policy,
+    make_settings,
+    resolve,
+    world_identity,
+    world_maker,
+)
 from agent.attempt import Job
 from agent.loop import PlayLoop
 from artifacts.cli import Range
@@ -77,6 +86,7 @@ def play(args: Args, round_index: int, world: World, tasks: list[str], adapter: 
         shards = {} if args.shard else adopt(stage, writer)
         jobs = [Job(task, trial) for task in share(tasks, args.shard) for trial in range(args.trials)]
         if jobs := [job for job in jobs if job not in writer.known]:
+            args = fit_memory(args, adapter, (args.server, args.prompt))
             react = make_policy(args, args.server, stage.directory / "replies.sqlite", adapter, args.prompt)
             loop = PlayLoop(jobs, make_settings(args, "rollout", round_index), world_maker(args), react)
             for trajectory in loop:

@@ -18,6 +18,8 @@ set -euo pipefail
 cd "$(dirname "$0")"
 # Put large buffers in huge pages where Linux has them: a CPU trains a tenth faster.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+# The share of a GPU's memory that JAX takes; its own default is .75.
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-.92}
 
 # A stage runs in the background, so that SIGTERM to this script reaches it at once.
 stage() {
@@ -93,7 +95,7 @@ case "$what" in
     compose+=(--probability 0.5 --budget "${BUDGET:-40}" --force "${BUDGET:-40}"
               --actre-prompt prompts/alfworld_actre.txt)
     train+=(--targets q v --rank 16 --alpha 32 --learning-rate 1e-4 --epochs 10 6 --failure-reward -1 --world-weight 1
-            --weights nf4 --dtype bfloat16 --remat full --row-length 2048 --batch-rows 16) ;;
+            --weights nf4 --dtype bfloat16 --row-length 2048 --batch-rows 16) ;;
   *) echo "run.sh: got '$what', expected nothing, 'tiny', 'webshop', 'refine', 'smollm2' or 'paper'" >&2; exit 2 ;;
 esac
 

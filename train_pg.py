@@ -68,12 +68,13 @@ from lora.adapter import adapter_name, save_adapter
 from lora.attention import Implementation, require_supported
 from lora.checkpoint import base_facts
 from lora.config import Config
-from lora.flops import cpu_training_bytes
+from lora.footprint import Training
 from lora.linear import TARGETS, LoRAConfig
 from lora.load import load_adapter, load_model
 from lora.logprobs import token_logprobs
+from lora.memory import choose_training, cpu_devices, describe_training, this_device
 from lora.sharding import ending_together, is_first_process, require_shape, start_devices
-from lora.train_step import Batch, require_step_memory, training_mesh
+from lora.train_step import Batch, training_mesh
 from lora.trainer import Plan, Trainer
 
 Devices = Annotated[int, Range(1, 10**6)]
@@ -114,12 +115,12 @@ class Args:
     """Epochs in rounds 0, 1, ...; the last number also applies to all later rounds (paper: 10 6)."""
     batch_rows: Annotated[int, Range(1, 10_000)] = 2
     """Packed rows per optimizer step (not stated in the paper)."""
-    device_rows: Annotated[int, Range(1, 10_000)] = 1
-    """Rows per device in a microbatch; a step accumulates gradients over its microbatches."""
+    device_rows: Annotated[int, Range(1, 10_000)] | None = None
+    """Rows per device in a microbatch, the others' gradients being added (default: 1; on accelerators, what fits)."""
     mesh: tuple[Annotated[int, Range(-1, 10**6)], Devices, Devices] = (-1, 1, 1)
     """Devices along data, fsdp and tensor (lora/sharding.py); -1 for data: as many as divide --batch-rows."""
-    remat: Literal["none", "full", "dots"] = "none"
-    """Rematerialisation: layers keep all activations (none), only their input (full), or input and matmuls (dots)."""
+    remat: Literal["none", "full", "dots"] | None = None
+    """What layers keep: all activations (none), their input (full), or input and matmuls (dots; default: what fits)."""
     attention: Implementation | None = None
     """Attention implementation (default: the best for the device; lora/attention.py)."""
     row_length: Annotated[int, Range(2, 2**20)] = 1280
@@ -136,8 +137,7 @@ class Args:
     """R_f, the weight of the policy's own failure at a task that was also solved (paper: -1; 0 is plain SFT, without
     failures). At -1 the loss of a tiny base, which fails often and at length, diverges."""
     floor: Annotated[float, Range(-1e6, 0)] = -20.0
-    """Stop if the mean log-probability of a step's tokens with negative weight falls below this: with R_f < 0 the loss
-    is unbounded."""
+    """Stop if a step's negative tokens have a mean log-probability below this: with R_f < 0 the loss has no bound."""
     fractional: bool = False
     """Weight rollout and actre trajectories by the world's reward instead of binarising it."""
     threshold: Annotated[float, Range(0, 1e6)] = 1.0
@@ -287,8 +287,7 @@ def batch_order(args: Args, round_index: int, epoch: int, rows: int) -> np.ndarr
 
 def learning_rate(args: Args, steps: int) -> optax.Schedule:
     """The learning rate of steps 1, 2, ..., `steps`; see --learning-rate."""
-    warmup = max(1, round(0.03 * steps))
-    peak = args.learning_rate
+    warmup, peak = max(1, round(0.03 * steps)), args.learning_rate
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(warmup + 1, steps), 0.1 * peak)
 
 
@@ -331,13 +330,19 @@ def train(args: Args, round_index: int, packed: Packed, model, mesh: Mesh, direc
     return trainer.result(args.average), {"epochs": epochs, "steps": steps, "rows": rows}
 
 
+def training(args: Args, mesh: tuple[int, ...] = (1, 1, 1)) -> Training:
+    """What a step's memory depends on."""
+    lora = LoRAConfig(rank=args.rank, alpha=args.alpha, targets=args.targets, dropout=args.dropout)
+    same = ("weights", "dtype", "row_length", "batch_rows", "device_rows", "remat", "attention")
+    return Training(lora=lora, mesh=mesh, **{name: getattr(args, name) for name in same})
+
+
 def load_base(args: Args, round_index: int, previous: Path | None, mesh: Mesh):
     """The base with the adapter to train: a fresh one, or that of the previous round."""
     how = {"weights": args.weights, "dtype": jnp.dtype(args.dtype), "mesh": mesh}
     if previous is not None:
         return load_adapter(args.model, previous, **how)
-    lora = LoRAConfig(rank=args.rank, alpha=args.alpha, targets=args.targets, dropout=args.dropout)
-    return load_model(args.model, lora=lora, seed=draw_seed(args.seed, "train_pg", round_index), **how)
+    return load_model(args.model, lora=training(args).lora, seed=draw_seed(args.seed, "train_pg", round_index), **how)
 
 
 def show(args: Args) -> None:
@@ -370,8 +375,8 @@ def main(args: Args) -> None:
         show(args)
         return
     require_supported(args.attention, jax.default_backend(), jnp.dtype(args.dtype))
-    mesh = training_mesh(args.mesh, args.batch_rows, args.device_rows)
-    require_step_memory(Config.read(args.model), args.batch_rows, args.device_rows, args.row_length)
+    mesh = training_mesh(args.mesh, args.batch_rows, args.device_rows or 1)
+    how, plan = choose_training(Config.read(args.model), training(args, tuple(mesh.shape.values())), this_device())
     round_index = current_round(args.run) if args.round is None else args.round
     examples, hashes = collect(args, round_index)
     packed = pack_examples(examples, args, read_codec(args.model))
@@ -382,27 +387,21 @@ def main(args: Args) -> None:
     adapter = directory / "adapter"
     identity = {"model": str(args.model), **base}
     with Stage(directory, args, facts, identity) if is_first_process() else contextlib.nullcontext() as stage:
-        finished = stage is not None and stage.finished
-        if multihost_utils.broadcast_one_to_all(np.array(finished)):
+        if multihost_utils.broadcast_one_to_all(np.array(stage is not None and stage.finished)):
             return
-        model = load_base(args, round_index, previous, mesh)
+        args = dataclasses.replace(args, remat=how.remat, device_rows=how.device_rows)
         if stage:
+            print(describe_training(how, plan))
             save_packed(directory, packed, examples)
+        model = load_base(args, round_index, previous, mesh)
         model, counts = train(args, round_index, packed, model, mesh, directory)
         save_adapter(adapter, model, args.model)
         if not stage:
             return
         name = adapter_name(args.run.name, round_index, adapter)
         failed = sum(is_failure(example, args) for example in examples)
-        summary = {
-            "round": round_index,
-            "adapter": name,
-            "sequences": len(examples),
-            "sequences_failed": failed,
-            "tokens": int((packed.segments_NL > 0).sum()),
-            **counts,
-        }
-        stage.finish(summary)
+        summary = {"round": round_index, "adapter": name, "sequences": len(examples), "sequences_failed": failed}
+        stage.finish({**summary, "tokens": int((packed.segments_NL > 0).sum()), **counts})
     why = "" if examples else " (nothing was won yet: the policy is still the base)"
     print(
         f"train_pg round {round_index}: {len(examples)} trajectories ({failed} failed), {counts['steps']} steps{why} "
@@ -411,7 +410,8 @@ def main(args: Args) -> None:
 
 
 def launch(args: Args) -> None:
-    start_devices(args.batch_rows, cpu_training_bytes(Config.read(base_of(args.run, args.model)), args.weights))
+    given = resolve(args)
+    start_devices(args.batch_rows, cpu_devices(Config.read(given.model), training(given)))
     with ending_together():
         main(args)
 

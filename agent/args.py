@@ -35,9 +35,10 @@ class ModelArgs:
     """Values of the base: rounded to NF4, as in training, or unchanged."""
     rollout_weights: Literal["fp32", "bf16", "nf4"] | None = None
     """Base weights during sampling: fp32 with the adapter merged, bf16 with it separate, or NF4 (default: fp32 on a
-    CPU, bf16 on an accelerator)."""
-    slots: Annotated[int, Range(1, 10**6)] = 64
-    """Attempts played concurrently (a server: --server.concurrency)."""
+    CPU, bf16 on an accelerator; NF4 if these leave no memory for 16 slots)."""
+    slots: Annotated[int, Range(1, 10**6)] | None = None
+    """Attempts played concurrently (default: 64, or as many as fit the device's memory; a server:
+    --server.concurrency)."""
     context: Annotated[int, Range(16, 10**7)] | None = None
     """Maximum tokens of an attempt; one that needs more ends as context_full (default: the world's, 1024 for ALFWorld,
     3072 for WebShop, 1536 for worlds never trained on)."""
@@ -147,6 +148,32 @@ def world_maker(args: PlayArgs, perturb: str = "none") -> Callable[[], World]:
     )
 
 
+def fit_memory(args: A, adapter: Path | None, *players: tuple[Server, Path | None]) -> A:
+    """The arguments with rollout weights and slots for all `players` that are local: their server, if any, and prompt;
+    the first plays with the adapter. Prints what they take of the device's memory. Raises ValueError, with what would
+    fit, for settings that do not."""
+    prompts = [read_prompt(prompt) for server, prompt in players if not server.url]
+    if not prompts:
+        return args
+    from agent.local import choose_memory  # on demand: a server needs no engine
+
+    how = choose_memory(
+        args.model,
+        None if players[0][0].url else adapter,
+        prompts,
+        weights=args.weights,
+        rollout=args.rollout_weights,
+        slots=args.slots,
+        context=args.context,
+        max_new_tokens=args.max_new_tokens,
+    )
+    return dataclasses.replace(args, rollout_weights=how.rollout, slots=how.slots)
+
+
+def read_prompt(prompt: Path | None) -> str:
+    return prompt.read_text(encoding="utf-8").rstrip("\n") + "\n\n" if prompt else ""
+
+
 def make_policy(
     args: PlayArgs,
     server: Server,
@@ -158,7 +185,7 @@ def make_policy(
     """The server's policy, with replies cached in the file `replies`, if `server` has a URL; else the local base, which
     shares the arrays of a local policy `beside` it. A base, local or on a server of token ids, plays with an adapter or
     without."""
-    example = prompt.read_text(encoding="utf-8").rstrip("\n") + "\n\n" if prompt else ""
+    example = read_prompt(prompt)
     if server.takes_text:
         return ServerPolicy(server, replies, prompt=example, top_p=args.top_p)
     if server.url:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -9,9 +10,14 @@ import jax.numpy as jnp
 
 from agent.policy import Ask, Line
 from agent.transcript import Spelling, Transcript
+from lora.checkpoint import adapter_weights
+from lora.config import Config
 from lora.decoder import Decoder, RolloutWeights, copy_to, make_decoder, without_adapter
 from lora.engine import Engine
+from lora.footprint import Playing
 from lora.load import load_adapter, load_model
+from lora.memory import choose_playing, describe_playing, this_device
+from lora.tokenizer import load_tokenizer, prompt_ids
 
 
 class LocalPolicy:
@@ -98,8 +104,25 @@ def load_decoders(
     every local device."""
     on_cpu = jax.default_backend() == "cpu"
     rollout = rollout or ("fp32" if on_cpu else "bf16")
+    if (weights, rollout) == ("fp32", "bf16"):
+        weights = "bf16"  # the same numbers, without a copy in float32 on the device
     narrow = weights == "nf4" and rollout != "fp32" and not on_cpu
     how = {"weights": weights, "dtype": jnp.bfloat16 if narrow else None}
     model = load_model(model_dir, **how) if adapter is None else load_adapter(model_dir, adapter, **how)
     decoder = make_decoder(model, rollout)
     return [decoder, *(copy_to(decoder, device) for device in jax.local_devices()[1:])]
+
+
+def choose_memory(model_dir: Path, adapter: Path | None, prompts: Sequence[str], **settings) -> Playing:
+    """The `settings` (lora.memory.Playing) with rollout weights and slots for a policy with each of the prompts, the
+    first with the adapter. Prints the plan; raises as `choose_playing` does."""
+    tokenizer, device = load_tokenizer(model_dir), this_device()
+    how = Playing(
+        prefixes=tuple(len(prompt_ids(tokenizer, model_dir, prompt)) if prompt else 0 for prompt in prompts),
+        adapter=adapter_weights(adapter).stat().st_size if adapter else 0,
+        devices=1 if device.platform == "cpu" else jax.local_device_count(),
+        **settings,
+    )
+    how, plan = choose_playing(Config.read(model_dir), how, device)
+    print(describe_playing(how, plan))
+    return how

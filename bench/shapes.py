@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ from lora.adapter import adapter_shapes
 from lora.config import Config, Llama3Rope
 from lora.decoder import DecoderWeights, Graph, RolloutWeights, decoding_layers
 from lora.decoding import SamplingParams, empty_cache
-from lora.flops import matmul_weights
 from lora.linear import FUSED, NF4, LoRAConfig
 from lora.model import CausalLM
 from lora.sharding import check_divisible, partition_spec
@@ -223,20 +221,3 @@ def parameters(config: Config) -> int:
     """Number of parameters of a model of that shape."""
     shapes = jax.eval_shape(lambda: nnx.state(CausalLM(config, rngs=nnx.Rngs(0))))
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes))
-
-
-def base_bytes(config: Config, bits: float) -> int:
-    """Bytes of a base whose linear layers take so many bits a weight: 16, 4.5 in NF4. Embeddings and head have 16."""
-    embeddings = config.vocab_size * config.hidden_size
-    linear = matmul_weights(config) - embeddings
-    return int(linear * bits / 8) + 2 * embeddings * (1 if config.tie_word_embeddings else 2)
-
-
-def adapter_bytes(config: Config, lora: LoRAConfig) -> int:
-    """Bytes of an adapter in float32."""
-    return 4 * sum(math.prod(shape) for shape in adapter_shapes(config, lora).values())
-
-
-def cache_bytes(config: Config, positions: int) -> int:
-    """Bytes of the keys and values of so many positions, in bfloat16."""
-    return 4 * positions * config.num_key_value_heads * config.head_dim * config.num_hidden_layers

@@ -32,13 +32,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from artifacts.cli import run_main
-from bench.shapes import MISTRAL_7B, SHAPES, adapter_bytes, base_bytes, cache_bytes, decode_arguments, described
+from bench.shapes import MISTRAL_7B, SHAPES, decode_arguments, described
 from lora import nf4
 from lora.config import Config
 from lora.decoder import RolloutWeights
 from lora.decoding import Speculation, decode
 from lora.engine import ACCELERATOR_TILE as TILE
 from lora.engine import DRAFTS, SEEN
+from lora.footprint import adapter_bytes, base_bytes, cache_bytes, nf4_bits
 from lora.group import cache_sizes
 from lora.linear import LoRAConfig, LoRAParam
 from lora.sharding import ROWS, make_mesh
@@ -197,9 +198,9 @@ def floor_bytes(case: Case | Decode) -> int:
     """The minimum that a device must hold between steps or chunks."""
     config, adapter = case.config, adapter_bytes(case.config, LORA)
     if isinstance(case, Decode):
-        return base_bytes(config, {"nf4": 4.5, "bf16": 16}[case.weights]) + adapter + case.cache_bytes()
+        return base_bytes(config, {"nf4": nf4_bits(), "bf16": 16}[case.weights]) + adapter + case.cache_bytes()
     dense = base_bytes(config, 0)
-    linear = base_bytes(config, 4 + (8 / 64 + 32 / (64 * 256) if case.double else 32 / 64)) - dense
+    linear = base_bytes(config, nf4_bits(case.double)) - dense
     return linear // (case.mesh[1] * case.mesh[2]) + dense + 3 * adapter
 
 

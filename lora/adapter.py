@@ -51,7 +51,6 @@ from lora.checkpoint import (
     tensor_shapes,
 )
 from lora.config import Config
-from lora.flops import require_memory
 from lora.linear import FUSED, TARGETS, LoRAConfig
 from lora.model import CausalLM
 from lora.sharding import partition_spec, put, to_host
@@ -81,9 +80,6 @@ REFUSED_OPTIONS = {
 UNMERGEABLE = {"layer_replication", "lora_bias", "alora_invocation_tokens", "arrow_config", "use_qalora"}
 # Initialisations of PEFT that leave the base as it is; others subtract something from its weights.
 PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-# Copies of an adapter that training holds at least at its peak: itself, Adam's moments and their successors, gradient,
-# update and average, and those that a checkpoint is written from. Measured on a CPU: 14 to 20.
-TRAINING_COPIES = 12
 
 T = TypeVar("T")
 Rank = Annotated[int, Meta(ge=1, le=2**20)]
@@ -150,20 +146,16 @@ def add_adapters(model: CausalLM, lora: LoRAConfig, adapter: Adapter, mesh: Mesh
             getattr(model.layers, name).add_adapter(part, a, b, lora)
 
 
-def require_training_memory(config: Config, lora: LoRAConfig, shards: int = 1) -> None:
-    """Raises ValueError if training an adapter needs more memory than a device has, or if its rank is beyond all sense.
-
-    `shards`: the devices that its arrays are at most spread over.
-    """
+def require_rank(config: Config, lora: LoRAConfig) -> None:
+    """Raises ValueError if the adapters' rank is beyond all sense."""
     shapes = adapter_shapes(config, lora)
-    what, parameters = f"training adapters of rank {lora.rank}", sum(math.prod(shape) for shape in shapes.values())
-    needed = 4 * TRAINING_COPIES * parameters // shards
     widest = max(shapes[target, side][axis] for target, _ in shapes for side, axis in (("a", 2), ("b", 1)))
     if lora.rank > widest:
+        size = 4 * sum(math.prod(shape) for shape in shapes.values())
         raise ValueError(
-            f"{what} takes {needed:,} bytes and is pointless: the widest layer has {widest} features. Lower --rank."
+            f"an adapter of rank {lora.rank} takes {size:,} bytes and is pointless: the widest layer has {widest} "
+            "features. Lower --rank."
         )
-    require_memory(needed, what, "--rank")
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

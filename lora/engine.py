@@ -31,8 +31,8 @@ import jax
 import numpy as np
 
 from lora.decoder import Decoder
-from lora.decoding import Speculation, empty_cache
-from lora.flops import matmul_weights, require_memory
+from lora.decoding import Speculation
+from lora.flops import matmul_weights
 from lora.group import Group, How, Member, Outcome, Reply, Request, Session, prefill_prefix
 from lora.speculation import NOTHING
 
@@ -57,9 +57,8 @@ class Engine:
     each step, and kept if they are the ones drawn (speculation.py): a CPU has places for as many drafts as rows, an
     accelerator for all. `copies` are the same decoder on further devices (decoder.copy_to).
 
-    Every session begins with the ids of `prefix`, which count neither as its own nor towards `context`. Raises
-    ValueError for a cache larger than a device's memory, and, from `poll`, for a model whose log-probabilities are not
-    finite.
+    Every session begins with the ids of `prefix`, which count neither as its own nor towards `context`. `poll` raises
+    ValueError for a model whose log-probabilities are not finite. What it takes in memory: footprint.py.
     """
 
     def __init__(
@@ -102,10 +101,7 @@ class Engine:
             speculation=Speculation(1 + drafts, rows * (1 + min(drafts, 1) if on_cpu else 1 + drafts)),
             early=large if early is None else early,
         )
-        groups, dtype = -(-slots // rows), decoder.weights.embed.dtype
-        arrays = jax.tree.leaves(jax.eval_shape(lambda: empty_cache(config, rows, how.sizes, how.tile, dtype)))
-        needed = -(-groups // len(decoders)) * sum(array.size * array.dtype.itemsize for array in arrays)
-        require_memory(needed, f"a cache of {slots} slots of {context} tokens", "--slots or --context")
+        groups = -(-slots // rows)
         self.slots, self.context, self.max_new_tokens = slots, context, max_new_tokens
         self.prefilled = 0  # ids computed by prefill; sampled ids are not counted
         self.steps = self.sampled = 0  # steps of all rows, and ids that they sampled

@@ -1,17 +1,15 @@
-"""What computing costs: FLOPs of a training step and peak FLOP/s of devices (for MFU), and memory.
+"""What a training step costs: its FLOPs, the peak FLOP/s of devices (for MFU), and the peak of memory so far.
 
     mfu = lora_step_flops(config, tokens) / seconds / peak_flops(devices)       # where peak_flops is known
-    require_memory(slots * bytes_per_slot, "a cache of 64 slots", "--slots")    # before it is allocated
 
 Peaks are the vendors' figures for dense bfloat16 with float32 accumulation, without sparsity. Devices that are not
 listed, including every CPU, have no peak, and no MFU is reported for them.
 
-Left out: FLOPs of attention scores, of the adapters and of recomputation.
+Left out: FLOPs of attention scores, of the adapters and of recomputation; plans of memory (footprint.py).
 """
 
 from __future__ import annotations
 
-import os
 import resource
 
 import jax
@@ -57,26 +55,3 @@ def peak_memory() -> int:
     """Peak bytes in use on the first local device since the start; on a CPU, the process's peak resident size."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-
-def device_memory() -> int:
-    """Bytes of the first local device's memory; on a CPU, of the machine's."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit", host_memory())
-
-
-def host_memory() -> int:
-    """Bytes of the machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def cpu_training_bytes(config: Config, weights: str) -> int:
-    """About what a training step takes on one CPU device: 13.6 GiB for 7 B weights in NF4, most of it codes unpacked to
-    a byte each; in 16 or 32 bits a base is computed with in float32."""
-    return matmul_weights(config) * (2 if weights.startswith("nf4") else 5)
-
-
-def require_memory(needed: int, what: str, flag: str) -> None:
-    """Raises ValueError, with the flag that is to be lowered, if `what` takes more bytes than a device has."""
-    if needed > (there_are := device_memory()):
-        raise ValueError(f"{what} takes {needed:,} bytes, but the device has {there_are:,}: lower {flag}.")

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from lora import nf4
-from lora.adapter import add_adapters, fresh_adapter, read_adapter, require_training_memory
+from lora.adapter import add_adapters, fresh_adapter, read_adapter, require_rank
 from lora.checkpoint import EMBEDDINGS, HEAD, Checkpoint, layer_tensor, write_checkpoint
 from lora.linear import FUSED, NF4, LoRAConfig
 from lora.model import CausalLM
@@ -50,7 +50,7 @@ def load_model(
     dtype of activations and unquantised weights; None means bfloat16 for "bf16", else float32. `lora` adds new adapters
     drawn from `seed`. On a `mesh` each device gets its shard. Raises ValueError for missing, unexpected or misshapen
     tensors and values that are not finite, for a layer whose width is not a multiple of NF4's block of 64 or that the
-    mesh cannot divide, and for adapters that take more memory in training than a device has.
+    mesh cannot divide, and for adapters of a rank beyond all sense.
     """
     if weights not in ("nf4", "nf4-dq", "bf16", "fp32"):
         raise ValueError(f"load_model got weights={weights!r}, expected 'nf4', 'nf4-dq', 'bf16' or 'fp32'.")
@@ -61,7 +61,7 @@ def load_model(
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint(base)
     config = checkpoint.config
     if lora is not None:
-        require_training_memory(config, lora, shards=1 if mesh is None else mesh.shape["tensor"])
+        require_rank(config, lora)
     model = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0)))
 
     def replicated(name: str) -> nnx.Param:

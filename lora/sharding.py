@@ -30,8 +30,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora.flops import host_memory
-
 AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))  # sharding of batch rows
 CPU_DEVICES = 64  # at most; more would only wait for each other
@@ -132,10 +130,9 @@ def play_together(main: Callable[[Any], Any], args: Any) -> None:
             client.wait_at_barrier("joined", FOREVER)
 
 
-def start_devices(rows: int, needed: int) -> None:
+def start_devices(rows: int, fitting: int) -> None:
     """Joins the other processes, if any, and splits a CPU into one device for each of so many rows, as far as its
-    memory goes: each takes `needed` bytes for its own copy of the base."""
-    fitting = host_memory() // needed
+    memory goes: `fitting` devices have room for a copy of the base each."""
     jax.config.update("jax_num_cpu_devices", max(1, min(CPU_DEVICES, rows // join_processes(), fitting)))
 
 

@@ -22,8 +22,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora.config import Config
-from lora.flops import require_memory
 from lora.sharding import AXES, ROWS, make_mesh, partition_specs, require_shape
 
 
@@ -64,15 +62,6 @@ def training_mesh(shape: tuple[int, int, int], batch_rows: int, device_rows: int
             f"{device_rows}: give a multiple of {microbatch_rows}."
         )
     return make_mesh((data, fsdp, tensor))
-
-
-def require_step_memory(config: Config, batch_rows: int, device_rows: int, row_length: int) -> None:
-    """Raises ValueError if a step cannot fit. Counts the least that it takes: its rows, and on a device the input of
-    every layer in 16 bits, which the backward pass needs whatever is rematerialised."""
-    rows = 12 * batch_rows * row_length
-    inputs = 2 * device_rows * row_length * config.num_hidden_layers * config.hidden_size
-    what = f"a step of {batch_rows} rows of {row_length} tokens, {device_rows} at a time on a device,"
-    require_memory(max(rows, inputs), what, "--batch-rows, --device-rows or --row-length")
 
 
 def make_update(

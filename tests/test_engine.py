@@ -14,7 +14,7 @@ from flax import nnx
 from peft import PeftModel
 
 from artifacts.render import react_segments, text_of
-from bench.shapes import MISTRAL_7B, base_bytes, decode_arguments, described
+from bench.shapes import MISTRAL_7B, decode_arguments, described
 from lora import engine as engine_module
 from lora import group as group_module
 from lora import linear
@@ -33,6 +33,7 @@ from lora.decoding import (
     sample,
 )
 from lora.engine import Engine
+from lora.footprint import base_bytes
 from lora.linear import LoRAConfig, LoRAParam
 from lora.load import load_model, save_model
 from lora.logprobs import token_logprobs

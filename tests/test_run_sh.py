@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-UNSET = ("RUN", "BUDGET", "COUNT", "SEED", "SERVER", "SERVER_MODEL")
+FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+UNSET = ("RUN", "BUDGET", "COUNT", "SEED", "SERVER", "SERVER_MODEL", FRACTION)
 
 
 @pytest.fixture
@@ -109,3 +110,17 @@ def test_a_run_survives_an_update_of_run_sh(run_sh, tmp_path):
     (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@"\necho "(" > {copy}\n')
     status, commands, _ = run_sh(script=copy)
     assert (status, stages(commands)) == (0, LOOP)
+
+
+def test_a_gpu_s_memory_is_taken_almost_whole_unless_the_environment_says_otherwise(run_sh, tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$' + FRACTION + '"\n')
+    assert set(run_sh()[1]) == {".92"}
+    assert set(run_sh(**{FRACTION: ".5"})[1]) == {".5"}
+
+
+@pytest.mark.parametrize("mode", ["tiny", "paper"])
+def test_what_follows_from_the_memory_is_left_to_the_stages(run_sh, mode):
+    _, commands, _ = run_sh(mode)
+    assert not [
+        flag for flag in ("--slots", "--rollout-weights", "--remat", "--device-rows") if flag in " ".join(commands)
+    ]

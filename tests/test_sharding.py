@@ -133,7 +133,6 @@ def test_a_cpu_is_split_into_as_many_devices_as_a_step_has_rows_but_not_into_tho
     """Nor into more than hold a copy of the base each."""
     devices = {}
     monkeypatch.setattr(jax.config, "update", devices.__setitem__)
-    monkeypatch.setattr("lora.sharding.host_memory", lambda: 2**30)
-    for rows, needed, count in ((1, 1, 1), (2, 1, 2), (10_000, 1, 64), (16, 2**28, 4), (16, 2**31, 1)):
-        start_devices(rows, needed)
+    for rows, fitting, count in ((1, 99, 1), (2, 99, 2), (10_000, 10_000, 64), (16, 4, 4), (16, 0, 1)):
+        start_devices(rows, fitting)
         assert devices == {"jax_num_cpu_devices": count}

@@ -25,6 +25,7 @@ from artifacts.render import react_segments, text_of
 from artifacts.stage import Stage, StageError
 from artifacts.tokens import tokens_of
 from artifacts.trajectory import Turn, to_line
+from lora.footprint import Device
 from lora.linear import LoRAConfig, LoRAParam
 from lora.load import load_model
 from lora.logprobs import token_logprobs
@@ -358,11 +359,9 @@ def test_attention_that_this_device_does_not_have_is_refused_before_anything_is_
 
 
 def test_a_step_that_cannot_fit_is_refused_with_its_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("lora.flops.device_memory", lambda: 2**30)
+    monkeypatch.setattr("train_pg.this_device", lambda: Device(platform="cpu", limit=2**30))
     model = write_tiny_model(tmp_path / "base")
-    with pytest.raises(
-        ValueError, match=r"a step of 10000 rows of 1048576 .* takes 125,829,120,000 bytes.*--batch-rows"
-    ):
+    with pytest.raises(ValueError, match=r"1 row of 1,048,576 at a time.* of 1\.0 GiB\. .*expected fewer --batch-rows"):
         main(Args(run=tmp_path / "run", model=model, batch_rows=10_000, row_length=2**20))
     assert not (tmp_path / "run").exists()
 
