@@ -109,11 +109,10 @@ class Engine:
         self._seen = np.array([*prefix, *[NOTHING] * SEEN], np.int32)  # ids that drafts are looked up in
 
         stops_V, arrays = np.isin(np.arange(config.vocab_size), list(stop_ids)), prefill_prefix(decoder, prefix)
-        # Committed to its device, so that all calls of a group find the same programs; nothing is copied.
-        weights = [
-            jax.device_put(each.weights._replace(stops_V=stops_V, prefix=arrays), each.device) for each in decoders
-        ]
-        self._groups = [Group(how, weights[group % len(weights)]) for group in range(groups)]
+        shared = {"stops_V": stops_V, "prefix": arrays}
+        # Committed to their devices, so that all calls of a group find the same programs; nothing is copied.
+        placed = [(jax.device_put(each.weights._replace(**shared), each.device), each.device) for each in decoders]
+        self._groups = [Group(how, *placed[group % len(placed)]) for group in range(groups)]
         # XLA:CPU runs the calls of one thread in order; separate threads let groups run concurrently.
         self._pool = ThreadPoolExecutor(min(groups, max(len(decoders), os.cpu_count() or 1)))
         self._sessions: dict[int, Session] = {}

@@ -1,6 +1,6 @@
 """A group of slots on one device: their KV cache, and the prefill and decoding of a chunk for all of its sessions.
 
-    group = Group(how, weights)
+    group = Group(how, weights, device)
     outcome = group.run([Member(row, session, request), ...], seen)
 
 A group prefills all queued ids but the last of its sessions, several sessions per batch, and decodes in one jitted
@@ -151,11 +151,11 @@ def prefill_prefix(decoder: Decoder, ids: Sequence[int]) -> list:
 class Group:
     """The slots of a group. One thread at a time may use it, and the sessions of its rows."""
 
-    def __init__(self, how: How, weights: DecoderWeights):
-        self._how, self.weights = how, weights
-        with jax.default_device(weights.embed.device):
+    def __init__(self, how: How, weights: DecoderWeights, device: jax.Device):
+        self._how, self.weights, self.device = how, weights, device
+        with jax.default_device(device):
             cache = empty_cache(how.config, how.rows, how.sizes, how.tile, weights.embed.dtype)
-        self._cache = jax.device_put(cache, weights.embed.device)  # committed, as the weights are
+        self._cache = jax.device_put(cache, device)  # committed, as the weights are
         self._ends = np.cumsum(how.sizes).tolist()  # end of each block, in tiles
         # W^T, codes and adapters have two axes.
         self.tiled = all(array.ndim != 2 for array in jax.tree.leaves(weights.layers[0]))
