@@ -65,7 +65,7 @@ from artifacts.stage import (
 from artifacts.tokens import Codec, read_codec, tokens_of
 from artifacts.trajectory import FAULTS, Trajectory
 from lora.adapter import adapter_name, save_adapter
-from lora.attention import Implementation, require_supported
+from lora.attention import Implementation, require_supported, segment_bounds
 from lora.checkpoint import base_facts
 from lora.config import Config
 from lora.flops import cpu_training_bytes
@@ -317,7 +317,8 @@ def train(args: Args, round_index: int, packed: Packed, model, mesh: Mesh, direc
     optimizer = optax.chain(
         optax.clip_by_global_norm(args.clip), optax.scale_by_adam(), optax.add_decayed_weights(args.weight_decay)
     )
-    weighted = functools.partial(objective, implementation=args.attention, remat=args.remat)
+    bounds = segment_bounds(packed.segments_NL)
+    weighted = functools.partial(objective, implementation=args.attention, bounds=bounds, remat=args.remat)
     checkpoints, minutes = directory / "checkpoints", args.checkpoint_minutes
     trainer = Trainer(model, weighted, optimizer, mesh, plan, checkpoints=checkpoints, minutes=minutes)
     remedy = (

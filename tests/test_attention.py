@@ -43,6 +43,31 @@ def test_attention_and_its_gradient_are_those_of_all_scores_at_once(window, impl
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("window", [None, 50])
+def test_separated_segments_attend_as_a_row_does(window):
+    """cuDNN's path with another kernel, and with gradients at padding that must reach nobody. That cuDNN's compiles is
+    bench/gpu_compile.py's and tests/test_gpu_compile.py's."""
+    lengths, (L, H, K, C) = ((20, 65, 39), (7, 100), (130,), ()), (130, 4, 2, 8)
+    segments = np.array([np.repeat(range(len(n) + 1), [L - sum(n), *n]) for n in lengths])
+    segments[1:] = np.array([np.repeat([*range(1, len(n) + 1), 0], [*n, L - sum(n)]) for n in lengths[1:]])
+    bounds = attention.segment_bounds(segments)
+    assert bounds == (3, 192)
+    rng = np.random.default_rng(0)
+    q, k, v, wanted = (rng.normal(size=(4, L, n, C)).astype(np.float32) for n in (H, K, K, H))
+    wanted *= (segments > 0)[:, :, None, None]
+
+    def value_and_grad(attend, *how):
+        def total(q, k, v):
+            out = attend(q, k, v, jnp.asarray(segments), window, *how)
+            return (out * wanted.reshape(out.shape)).sum(), out * (segments > 0)[:, :, None]
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    separated = value_and_grad(attention.attend_segments, bounds, "xla")
+    for one, other in zip(*map(jax.tree.leaves, (separated, value_and_grad(attention.attention, "xla"))), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_the_device_chooses():
     assert attention.best_implementation("cpu", jnp.float32) == "blocks"
     assert attention.best_implementation("tpu", jnp.bfloat16) == "splash"
