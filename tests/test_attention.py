@@ -68,6 +68,16 @@ def test_separated_segments_attend_as_a_row_does(window):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_segments_are_separated_only_where_that_pads_little(monkeypatch):
+    kinds = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, *_, **how: kinds.append("mask" in how) or q)
+    q_BLHC, segments_BL = jnp.zeros((1, 256, 4, 8), jnp.bfloat16), jnp.ones((1, 256), jnp.int32)
+    for bounds in (None, attention.SegmentBounds(5, 256), attention.SegmentBounds(4, 256)):
+        attention.attention(q_BLHC, q_BLHC, q_BLHC, segments_BL, None, "cudnn", bounds)
+    assert kinds == [True, True, False]
+    assert attention.segment_bounds(np.zeros((0, 256), np.int32)) == (1, 64)
+
+
 def test_the_device_chooses():
     assert attention.best_implementation("cpu", jnp.float32) == "blocks"
     assert attention.best_implementation("tpu", jnp.bfloat16) == "splash"
