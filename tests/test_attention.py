@@ -68,6 +68,29 @@ def test_separated_segments_attend_as_a_row_does(window):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.gpu
+def test_cudnn_attends_as_all_scores_at_once():
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU")
+    segments = jnp.asarray([np.repeat([1, 2, 0], [300, 190, 22]), np.repeat(1, 512), np.repeat(0, 512)])
+    rng = np.random.default_rng(0)
+    q, k, v, wanted = (jnp.asarray(rng.normal(size=(3, 512, n, 64)), jnp.bfloat16) for n in (8, 2, 2, 8))
+    wanted = (wanted * (segments > 0)[:, :, None, None]).reshape(3, 512, -1)
+
+    def value_and_grad(implementation, bounds):
+        def total(q, k, v):
+            out = attention.attention(q, k, v, segments, None, implementation, bounds)
+            return (out * wanted).sum(dtype=jnp.float32), out * (segments > 0)[:, :, None]
+
+        found = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+        return [np.asarray(x, np.float32) for x in jax.tree.leaves((found[0][1], found[1]))]
+
+    reference = value_and_grad("xla", None)
+    for bounds in (None, attention.SegmentBounds(segments=2, positions=512)):
+        for one, other in zip(value_and_grad("cudnn", bounds), reference, strict=True):
+            assert np.abs(one - other).max() < 0.02 * np.abs(other).max()
+
+
 def test_segments_are_separated_only_where_that_pads_little(monkeypatch):
     kinds = []
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, *_, **how: kinds.append("mask" in how) or q)

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from artifacts.cli import parse
 from artifacts.metrics import MetricsLog, check_step
-from artifacts.packing import Example
+from artifacts.packing import Example, pack
 from artifacts.preview import painted
 from artifacts.render import react_segments, text_of
 from artifacts.stage import Stage, StageError
@@ -44,6 +44,7 @@ from train_pg import (
     refined,
     select,
     select_round,
+    train,
 )
 
 WON = {"reward": 1.0, "success": True, "end": "success"}
@@ -211,6 +212,17 @@ def test_a_step_with_cudnn_and_where_cudnn_has_no_plan(model, monkeypatch, capsy
     with pytest.raises(jax.errors.JaxRuntimeError, match="No execution plans"):
         step(model, 2, implementation="cudnn", **how)
     attention.cudnn_compiles.cache_clear()
+
+
+def test_attention_is_told_how_many_segments_a_row_has_and_how_long_they_are(monkeypatch, tmp_path):
+    def stop(model, objective, *_, **__):
+        raise LookupError(*objective.keywords["bounds"])
+
+    monkeypatch.setattr("train_pg.Trainer", stop)
+    packed = pack([([7] * length, [1.0] * length) for length in (120, 65, 30, 20, 10)], 128)
+    with pytest.raises(LookupError) as told:
+        train(Args(), 0, packed, None, None, tmp_path)
+    assert told.value.args == (4, 128)  # rows of 120 tokens and of 65, 30, 20 and 10
 
 
 def test_a_step_that_is_not_finite_or_runs_away_is_named():
