@@ -2,7 +2,7 @@
 
 Compiles, for Mistral-7B's shape and from abstract arrays only, the step of train_pg.py and what the sampler runs: a
 chunk of decoding with drafts after a shared prefix, one layer of a prefill batch, and `append`. Prints the memory that
-the compiler assigns and the number of operations on the device: instructions of the scheduled program, outside fusions,
+the compiler assigns and the number of operations on a device: instructions of the scheduled program, outside fusions,
 that move or compute something, each of them a kernel, a call of a library or a copy. Bodies of loops count as often as
 they run, the loop of `decode` once (so this is about a step), and of branches the longest counts.
 
@@ -21,6 +21,7 @@ import artifacts.interrupts  # noqa: F401  first, so that it covers the other im
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import time
@@ -99,17 +100,20 @@ class Card:
             device_description_str: "{self.name}"
         """
 
-    def mesh(self) -> Mesh:
-        """A mesh of one such card, which can be compiled for but not run on."""
+    def mesh(self, shape: tuple[int, int, int]) -> Mesh:
+        """A mesh of such cards in one machine, which can be compiled for but not run on."""
         known = xla_bridge.canonicalize_platform  # it wants a live GPU
         xla_bridge.canonicalize_platform = lambda platform: platform if platform == "cuda" else known(platform)
         try:
             described = topologies.get_topology_desc(
-                platform="cuda", topology_name=self.name, target_config=self.target(), topology="1x1x1"
+                platform="cuda",
+                topology_name=self.name,
+                target_config=self.target(),
+                topology=f"1x1x{math.prod(shape)}",
             )
         finally:
             xla_bridge.canonicalize_platform = known
-        return make_mesh((1, 1, 1), described.devices)
+        return make_mesh(shape, described.devices)
 
 
 HOPPER = {
@@ -155,8 +159,8 @@ def abstract(mesh: Mesh, *shape: int, dtype=jnp.int32, spec: P | None = None) ->
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec or P()))
 
 
-def train(mesh: Mesh, *, bounds: SegmentBounds | None, remat: str = "full", rows: int = 1, tokens: int = 2048):
-    """The optimizer step of train_pg.py on rows of `tokens`, with cuDNN's attention."""
+def train(mesh: Mesh, *, bounds: SegmentBounds | None, remat: str = "full", tokens: int = 2048):
+    """The optimizer step of train_pg.py on a row of `tokens` of each data shard, with cuDNN's attention."""
     graph, adapter, frozen = nnx.split(described(MISTRAL_7B, LORA, mesh), LoRAParam, ...)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
     weighted = functools.partial(objective, implementation="cudnn", bounds=bounds, remat=remat)
@@ -166,8 +170,8 @@ def train(mesh: Mesh, *, bounds: SegmentBounds | None, remat: str = "full", rows
         jax.eval_shape(optimizer.init, adapter),
         optimizer_shardings(optimizer, adapter, mesh),
     )
-    ids = abstract(mesh, 1, rows, tokens, spec=P(None, *ROWS))
-    weights = abstract(mesh, 1, rows, tokens, dtype=jnp.float32, spec=P(None, *ROWS))
+    shape = (1, mesh.shape["data"] * mesh.shape["fsdp"], tokens)
+    ids, weights = (abstract(mesh, *shape, dtype=dtype, spec=P(None, *ROWS)) for dtype in (jnp.int32, jnp.float32))
     one = abstract(mesh, dtype=jnp.float32)
     return update.lower(adapter, state, frozen, one, Batch(ids=ids, segments=ids, weights=weights), one, None)
 
@@ -226,6 +230,8 @@ for name, bounds in (("", TWO), ("/mask", None)):
     CASES[f"train/h100/no-remat{name}"] = "h100", functools.partial(train, bounds=bounds, remat="none")
 for name, bounds in (("", FOUR), ("/mask", None)):
     CASES[f"train/3090/4096{name}"] = "3090", functools.partial(train, bounds=bounds, tokens=4096)
+CASES["train/3090/fsdp4"] = CASES["train/3090"]
+SEVERAL = {"train/3090/fsdp4": (1, 4, 1)}  # data, fsdp, tensor; the others have one card
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,10 +241,11 @@ class Args:
 
 
 def compile_case(name: str) -> dict:
-    """Compiles a program; returns memory in bytes, operations, cuDNN's calls, and arrays of [tokens, tokens]."""
+    """Compiles a program; returns a card's memory in bytes and operations, cuDNN's calls, arrays of [tokens, tokens],
+    and those of all-gathers."""
     card, lower = CASES[name]
     start = time.time()
-    compiled = lower(CARDS[card].mesh()).compile()
+    compiled = lower(CARDS[card].mesh(SEVERAL.get(name, (1, 1, 1)))).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return {
         "arguments": memory.argument_size_in_bytes,
@@ -248,6 +255,7 @@ def compile_case(name: str) -> dict:
         "cudnn": sorted(set(re.findall(r'custom_call_target="(__cudnn[^"]*)"', text))),
         "masks": sorted(set(re.findall(r'"mask_type": ?"(\w+)"', text))),
         "squares": sorted(set(re.findall(r"\w+\[(?:\d+,)*(?:2048,2048|1408,1408)\]", text))),
+        "all_gathers": sorted(set(re.findall(r"= \(?(\w+\[[\d,]*\]).{0,200}? all-gather(?:-start)?\(", text))),
         "memory": CARDS[card].memory,
         "seconds": round(time.time() - start),
     }
@@ -302,7 +310,10 @@ def main(args: Args) -> None:
             f"{name:20} {' '.join(gib)} {found['memory'] / GIB:6.2f} {found['operations']:10,} {found['seconds']:4}",
             flush=True,
         )
-        print(f"  cuDNN: {', '.join(found['cudnn'] + found['masks']) or 'none'}")
+        cudnn, gathers = (
+            ", ".join(names) or "none" for names in (found["cudnn"] + found["masks"], found["all_gathers"])
+        )
+        print(f"  cuDNN: {cudnn}; all-gathers: {gathers}")
     print(json.dumps(rows))
 
 

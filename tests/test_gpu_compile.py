@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -36,6 +37,13 @@ def test_what_is_looked_for_is_found_where_a_mask_is_used():
     found = compiled("train/3090/mask")
     assert found["cudnn"] == ["__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"]
     assert any(array.startswith("bf16") for array in found["squares"])
+
+
+@pytest.mark.slow
+def test_codes_and_not_weights_cross_the_cards():
+    found = compiled("train/3090/fsdp4")
+    assert found["total"] < 3 * 2**30
+    assert found["all_gathers"] and all(re.match(r"s8\[\d+,\d+,32\]|f32\[\d+,\d+\]", x) for x in found["all_gathers"])
 
 
 @pytest.mark.slow
