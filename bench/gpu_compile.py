@@ -185,7 +185,7 @@ def sampler(mesh: Mesh, weights: RolloutWeights, slots: int):
         prefix=PREFIX,
         sizes=cache_sizes(CONTEXT, TILE),
         tile=TILE,
-        text=SEEN + CONTEXT + 1 + DRAFTS,
+        text=PREFIX + SEEN + CONTEXT + 1 + DRAFTS,
     )
     return graph, jax.tree.map(lambda x: abstract(mesh, *x.shape, dtype=x.dtype), arrays)
 

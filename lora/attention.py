@@ -133,7 +133,7 @@ def cudnn_compiles(queries, keys, dtype, window, bounds) -> bool:
     try:
         jax.jit(jax.grad(total, (0, 1, 2))).lower(q_BLHC, k_BLKC, k_BLKC, segments_BL).compile()
     except (RuntimeError, ValueError) as error:  # JAX's checks and XLA's
-        why = str(error).splitlines()[0]
+        why = str(error).partition("\n")[0]
         print(f"cuDNN cannot attend to {keys} keys from {queries} queries here ({why}): computing as --attention xla")
         return False
     return True
