@@ -7,9 +7,9 @@ Groups run independently, spread over the devices, each of which holds a copy of
 sessions is computed once: attention reads it for all rows together. There may be more sessions than slots: the least
 recently used one is evicted, and is prefilled again at its next request.
 
-A row's samples depend only on its own ids, temperature, top_p and seed, to the last bit: its prefill is split by its
-own length, cache blocks beyond its length add exact zeros, and attention and decoding always run on a whole group of
-slots. (An evicted session is prefilled where it was once decoded, which may change the last bits.)
+A row's samples depend only on its own ids, temperature, top_p and seed, on a CPU to the last bit: its prefill is split
+by its own length, cache blocks beyond its length add exact zeros, and attention and decoding always run on a whole
+group of slots. (An evicted session is prefilled where it was once decoded, which may change the last bits.)
 Left out: stop strings that are not a set of ids; a model that no single device holds.
 
     engine = Engine(make_decoder(model), slots=64, context=1024, max_new_tokens=64, stop_ids=[13])
