@@ -161,36 +161,32 @@ def layout(config: Config, how: Playing, device: Device) -> tuple[int, int, int]
 
 
 def group_working(config: Config, how: Playing, device: Device, rows: int, context: int) -> int:
-    """Temporaries of a group while it prefills or decodes, and the keys and values that a chunk hands over."""
+    """Temporaries of a group while it prefills or decodes, and the keys and values that a chunk hands over.
+
+    Decoding holds the logits of a step, their weights, sums and draws; a prefill holds scores and weights in float32,
+    and its rows' copy of a layer's cache; either holds base weights in another form.
+    """
     on_cpu, width = device.platform == "cpu", playing_width(how, device)
-    large = not on_cpu or matmul_weights(config) > CACHED
-    H, V = config.num_attention_heads, config.vocab_size
-    seen = context + max(how.prefixes)
-    drafts = DRAFTS if large else 0
+    drafts = DRAFTS if not on_cpu or matmul_weights(config) > CACHED else 0
+    H, V, D, N = config.num_attention_heads, config.vocab_size, config.hidden_size, config.num_hidden_layers
     places = rows * (1 + (min(drafts, 1) if on_cpu else drafts))
     chunk = how.max_new_tokens if on_cpu else min(32, how.max_new_tokens)
-    buffer = cache_bytes(config, rows * (chunk + 1 + drafts), width)
-    decode = 4 * 4 * places * V  # logits, their weights, sums and what is drawn
-    tiled = on_cpu and how.rollout == "fp32" and config.hidden_size**2 >= LARGE
-    size = max(TILED_SIZES if tiled else SIZES)
-    batch = min(rows, max(1, 2 * size // WIDTHS[0]))
-    # Scores and weights in float32, and the rows' own copy of their cache.
-    prefill = 2 * 4 * batch * H * WIDTHS[0] * seen
-    prefill += cache_bytes(config, batch * context, width) // config.num_hidden_layers
+    tiled = on_cpu and how.rollout == "fp32" and D**2 >= LARGE
+    batch = min(rows, max(1, 2 * max(TILED_SIZES if tiled else SIZES) // WIDTHS[0]))
     longest = max(how.prefixes)
-    prefill = max(prefill, 2 * 4 * H * longest**2)
-    layer = linear_weights(config) // config.num_hidden_layers
-    if on_cpu and how.rollout == "bf16":  # XLA:CPU multiplies in float32, and converts all layers at once
-        return buffer + max(decode + 4 * matmul_weights(config), prefill + 4 * layer)
-    if how.rollout == "nf4":
-        decoded = config.hidden_size * 2 * config.intermediate_size
-        if on_cpu:  # XLA:CPU unpacks the codes of all layers, a byte each, and decodes a layer to float32
-            return buffer + max(max(decode, 4 * layer) + linear_weights(config), prefill + 5 * layer)
-        decode += 2 * decoded
-        prefill += 2 * decoded
+    decode = 4 * 4 * places * V
+    prefill = 2 * 4 * batch * H * WIDTHS[0] * (context + longest) + cache_bytes(config, batch * context, width) // N
+    prefill = max(prefill, 2 * 4 * H * longest**2)  # the prefix itself, in one piece
+    layer = linear_weights(config) // N
+    if on_cpu and how.rollout == "nf4":  # XLA:CPU unpacks the codes of all layers, a byte each, and decodes a layer
+        decode, prefill = linear_weights(config) + max(decode, 4 * layer), 5 * layer + prefill
+    elif on_cpu and how.rollout == "bf16":  # XLA:CPU multiplies in float32, and converts all layers at once
+        decode, prefill = decode + 4 * matmul_weights(config), prefill + 4 * layer
+    elif how.rollout == "nf4":  # on a TPU nothing is decoded outside a product, on a GPU one weight
+        decode, prefill = (part + 2 * D * 2 * config.intermediate_size for part in (decode, prefill))
     if device.platform == "tpu" and V > 2**16:  # its compiler lays out large embeddings again
-        decode += width * V * config.hidden_size
-    return buffer + max(decode, prefill)
+        decode += width * V * D
+    return cache_bytes(config, rows * (chunk + 1 + drafts), width) + max(decode, prefill)
 
 
 def loading_bytes(config: Config, how: Playing, device: Device) -> int:
