@@ -494,7 +494,7 @@ class Served:
 @pytest.mark.skipif("VLLM" not in os.environ, reason="the environment variable VLLM does not name vLLM's command")
 def test_vllm_plays_two_rounds_is_killed_and_started_again_and_every_record_is_spelled(tmp_path, monkeypatch):
     """VLLM is the command that starts vLLM, in an environment of its own: VLLM=/opt/vllm/bin/vllm, or with variables
-    for it alone, VLLM="env VLLM_CPU_KVCACHE_SPACE=1 /opt/vllm/bin/vllm". About five minutes on two cores of a CPU.
+    for it alone, VLLM="env VLLM_CPU_KVCACHE_SPACE=1 /opt/vllm/bin/vllm". Ten minutes on two busy cores of a CPU.
 
     The tiny base in float32 plays two rounds of run.sh; vLLM is killed while it plays round 1 with the first adapter.
     Both rounds, greedy, are compared with the local model's.
