@@ -52,7 +52,8 @@ class Server:
     url: str | None = None
     """Base URL, such as http://localhost:8000/v1; without it no server is used."""
     model: str = ""
-    """Name of the model on the server. Cached replies are keyed by this name: give each new adapter a new one."""
+    """Name of the model on the server. Cached replies are keyed by this name: give each new adapter a new one (token
+    ids: the base's name; adapters get theirs)."""
     api: Literal["chat", "completions", "tokens"] = "chat"
     """Chat messages, plain text completions (for base models), or token ids: then vLLM serves the run's base and loads
     each round's adapter, and records hold the ids as played, as those of the local model do."""
