@@ -20,7 +20,7 @@ refine: .venv/run.done ## AgentRefine on its neutral base: synthesis, tuning, ev
 test: .venv/test.done ## the style checks, then the test suite on the CPU
 	ruff check .
 	ruff format --check .
-	JAX_PLATFORMS=cpu python -m pytest -q -m "not slow" --durations=8
+	JAX_PLATFORMS=cpu python -m pytest -q -n 2 --dist loadfile -m "not slow" --durations=8
 
 bench: .venv/test.done ## every claim against its peer, measured now
 	set -e; for script in bench/[a-z]*.py; do echo "== $$script"; python -m bench.$$(basename $$script .py); done

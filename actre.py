@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
 
+import dataclasses
+import functools
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,7 @@ from agent.server import Server
 from artifacts.cli import Range
 from artifacts.json_io import read_json
 from artifacts.scores import closing_notes
+from artifacts.shards import adopt, finish_shards, open_shard, share
 from artifacts.stage import (
     Stage,
     adapter_of_round,
@@ -53,6 +56,7 @@ from artifacts.trajectory import FAULTS, Trajectory, Writer, read_trajectories, 
 from envs.base import World
 from envs.panel import require_tasks
 from lora.checkpoint import base_facts
+from lora.sharding import play_together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +66,8 @@ class Args(PlayArgs):
     round: Annotated[int, Range(0, 10_000)] | None = None
     """Round to compose for (default: the first untrained round)."""
     actre_server: Server = Server()
-    """An OpenAI-compatible server as ActRe, in place of the local base; its model may differ from the agent's."""
+    """An OpenAI-compatible server as ActRe, in place of the local base; its model may differ from the agent's (default:
+    the base on the agent's server, if that takes token ids)."""
     actre_prompt: Path | None = None
     """File with a few-shot example that precedes every session of ActRe (prompts/; paper: always)."""
     probability: Annotated[float, Range(0, 1)] = 0.1
@@ -78,6 +83,12 @@ class Args(PlayArgs):
     WebShop)."""
     temperature: Annotated[float, Range(0, 10)] = 1.0
     """Sampling temperature of the agent's own turns; 0 is greedy (not stated in the paper)."""
+
+
+def explaining_server(args: Args) -> Server:
+    """The server that ActRe is; without a URL, ActRe is the local base."""
+    shared = args.actre_server.url is None and args.server.api == "tokens"
+    return args.server if shared else args.actre_server
 
 
 def next_trials(args: Args, done: dict[int, bool]) -> list[int]:
@@ -113,13 +124,13 @@ def compose(args: Args, round_index: int, failed: list[str], writer: Writer, ada
     if not jobs:
         return {"asked": {}, "rates": {}}
     folder = writer.path.parent
-    explainers = [(args.actre_server, args.actre_prompt)] if args.reason == "actre" else []
+    explainers = [(explaining_server(args), args.actre_prompt)] if args.reason == "actre" else []
     args = fit_memory(args, adapter, (args.server, args.prompt), *explainers)
     react = make_policy(args, args.server, folder / "replies.sqlite", adapter, args.prompt)
     explainer = None
     if args.reason == "actre":
         replies = folder / "replies_actre.sqlite"
-        explainer = make_policy(args, args.actre_server, replies, None, args.actre_prompt, beside=react)
+        explainer = make_policy(args, explaining_server(args), replies, None, args.actre_prompt, beside=react)
     rule = Compose(probability=args.probability, sample=args.sample, reason=args.reason)
     loop = PlayLoop(jobs, make_settings(args, "actre", round_index, rule), world_maker(args), react, explainer)
     started = set(jobs)
@@ -149,24 +160,26 @@ def main(args: Args) -> None:
         tasks = sorted({trajectory.task_id for trajectory in read_trajectories(played)})
         require_tasks(world, tasks)
         identity = world_identity(args, world, panel, tasks)
-    explains = args.reason == "actre" and not args.actre_server.url
+    explains = args.reason == "actre" and not args.actre_server.takes_text
     facts = {
         "rollout": sha256(played),
         "world": world.facts,
         **agent_facts(args, adapter, prompt=args.prompt, actre_prompt=args.actre_prompt),
         "explainer": base_facts(args.model) if explains else None,
     }
-    directory = round_directory(args.run, round_index) / "actre"
-    with Stage(directory, args, facts, identity) as stage:
+    whole = round_directory(args.run, round_index) / "actre"
+    with open_shard(whole, args, facts, identity) as stage:
         if not stage.finished:
             compose_all(args, round_index, world, played, adapter, stage)
+    finish_shards(whole, args.shard, lambda: main(dataclasses.replace(args, round=round_index, shard=None)))
 
 
 def compose_all(args: Args, round_index: int, world: World, played: Path, adapter: Path | None, stage: Stage) -> None:
     """Composes what is missing for the failed tasks of the rollout `played`, and finishes the stage."""
     path = stage.directory / "trajectories.jsonl"
-    failed = failed_tasks(played) if round_index else []
+    failed = share(failed_tasks(played), args.shard) if round_index else []
     with Writer(path) as writer:
+        shards = {} if args.shard else adopt(stage, writer)
         counts = compose(args, round_index, failed, writer, adapter)
     composed = sort_file(path)
     won = [t for t in composed if t.success]
@@ -183,15 +196,17 @@ def compose_all(args: Args, round_index: int, world: World, played: Path, adapte
             "asked": counts["asked"],
             "sampled_turns": sum(turn.action_by == "sampled" for t in composed for turn in t.turns),
             "rates": counts["rates"],
+            **shards,
         }
     )
     why = " (round 0 keeps the agent's own successes only)" if round_index == 0 else ""
+    shard = f" shard {args.shard}" if args.shard else ""
     print(
-        f"actre round {round_index}: {len(won)}/{len(composed)} compositions won, "
+        f"actre round {round_index}{shard}: {len(won)}/{len(composed)} compositions won, "
         f"{len(solved)}/{len(failed)} failed tasks solved{why} -> {path}"
         f"{closing_notes(composed, stage.directory, world.facts.get('grammar'))}"
     )
 
 
 if __name__ == "__main__":
-    run_stage(main, Args, __doc__)
+    run_stage(functools.partial(play_together, main), Args, __doc__)

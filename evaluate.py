@@ -22,10 +22,11 @@ from __future__ import annotations
 import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
 
 import dataclasses
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from agent.args import (
     PlayArgs,
@@ -52,11 +53,14 @@ from artifacts.scores import (
     subjects,
     table,
 )
+from artifacts.shards import adopt, finish_shards, open_shard, share
 from artifacts.stage import Stage, StageError, adapter_of_round, current_round, run_stage
-from artifacts.trajectory import Writer, sort_file
+from artifacts.trajectory import Trajectory, Writer, sort_file
+from envs.base import World
 from envs.panel import default_panels, pick_tasks, require_tasks
 from envs.wording import Perturbed
 from lora.checkpoint import adapter_weights
+from lora.sharding import play_together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,32 +120,51 @@ def evaluate(args: Args, subject: str, adapter: Path | None, round_index: int) -
         "world": world.facts,
         **agent_facts(args, adapter, prompt=args.prompt),
     }
-    directory = subjects(args.run)[subject] / args.directory_name
-    with Stage(directory, args, facts, run_identity(args)) as stage:
-        if stage.finished:
-            return False
-        args = fit_memory(args, adapter, (args.server, args.prompt))
-        policy = make_policy(args, args.server, directory / "replies.sqlite", adapter, args.prompt)
-        path = directory / "trajectories.jsonl"
-        settings = make_settings(args, "evaluate", round_index)
-        with Writer(path) as writer:
-            jobs = [Job(task, trial) for ids, _ in tasks.values() for task in ids for trial in range(args.best_of)]
-            jobs = [job for job in dict.fromkeys(jobs) if job not in writer.known]
+    whole = subjects(args.run)[subject] / args.directory_name
+    with open_shard(whole, args, facts, run_identity(args)) as stage:
+        if played := not stage.finished:
+            panel_tasks = {panel: ids for panel, (ids, _) in tasks.items()}
+            counts = play(args, panel_tasks, adapter, round_index, stage)
+            trajectories = sort_file(stage.directory / "trajectories.jsonl")
+            summary = {} if args.shard else summarise(args, panel_tasks, trajectories, world, stage)
+            stage.finish(summary | counts)
+            grammar = world.facts.get("grammar") if args.perturb == "none" else None
+            if note := closing_notes(trajectories, stage.directory, grammar):
+                print(f"{stage.directory / 'trajectories.jsonl'}:{note}")
+    whole_args = dataclasses.replace(args, shard=None)
+    finish_shards(whole, args.shard, lambda: evaluate(whole_args, subject, adapter, round_index))
+    return played
+
+
+def play(args: Args, tasks: dict[str, list[str]], adapter: Path | None, round_index: int, stage: Stage) -> dict:
+    """Plays what is missing of the panels' tasks. Returns counts for done.json."""
+    counts = {"rates": {}}
+    with Writer(stage.directory / "trajectories.jsonl") as writer:
+        shards = {} if args.shard else adopt(stage, writer)
+        unique = [*dict.fromkeys(task for ids in tasks.values() for task in ids)]
+        jobs = [Job(task, trial) for task in share(unique, args.shard) for trial in range(args.best_of)]
+        if jobs := [job for job in jobs if job not in writer.known]:
+            args = fit_memory(args, adapter, (args.server, args.prompt))
+            policy = make_policy(args, args.server, stage.directory / "replies.sqlite", adapter, args.prompt)
+            settings = make_settings(args, "evaluate", round_index)
             loop = PlayLoop(jobs, settings, world_maker(args, args.perturb), policy)
             for trajectory in loop:
                 writer.write(trajectory)
-        trajectories = {t.key: t for t in sort_file(path)}
-        scores = {}
-        for panel, (ids, _) in tasks.items():
-            played = [trajectories[task, trial] for task in ids for trial in range(args.best_of)]
-            scores[panel] = score(played, args.best_of) | {"world": world.facts, "content": facts["content"][panel]}
-        write_json(directory / "scores.json", scores)
-        summary = {p: {k: s[k] for k in ("success", "n", "rate", "wilson95", "progress")} for p, s in scores.items()}
-        stage.finish(summary | {"rates": loop.rates.summary()})
-    grammar = world.facts.get("grammar") if args.perturb == "none" else None
-    if note := closing_notes(trajectories.values(), directory, grammar):
-        print(f"{path}:{note}")
-    return True
+            counts = {"rates": loop.rates.summary()}
+    return counts | shards
+
+
+def summarise(
+    args: Args, tasks: dict[str, list[str]], trajectories: list[Trajectory], world: World, stage: Stage
+) -> dict[str, Any]:
+    """Writes scores.json and returns its essence, by panel, for done.json."""
+    by_key, scores = {t.key: t for t in trajectories}, {}
+    for panel, ids in tasks.items():
+        played = [by_key[task, trial] for task in ids for trial in range(args.best_of)]
+        facts = {"world": world.facts, "content": stage.config["facts"]["content"][panel]}
+        scores[panel] = score(played, args.best_of) | facts
+    write_json(stage.directory / "scores.json", scores)
+    return {p: {k: s[k] for k in ("success", "n", "rate", "wilson95", "progress")} for p, s in scores.items()}
 
 
 def policies(args: Args) -> list[tuple[str, Path | None, int]]:
@@ -182,4 +205,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, Args, __doc__)
+    run_stage(functools.partial(play_together, main), Args, __doc__)

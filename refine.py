@@ -64,6 +64,10 @@ class Args:
     verify: Path | None = None
     """Only judge this JSONL file of {"script", "turns"}; nothing is synthesised."""
 
+    def check(self) -> None:
+        if self.server.api == "tokens":
+            raise ValueError("--server.api is tokens; expected chat or completions: the teacher writes text")
+
 
 # ---- the procedural teacher ------------------------------------------------------------------------------------------
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
 
+import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -30,10 +32,12 @@ from agent.attempt import Job
 from agent.loop import PlayLoop
 from artifacts.cli import Range
 from artifacts.scores import closing_notes, success_by_type
+from artifacts.shards import adopt, finish_shards, open_shard, share
 from artifacts.stage import Stage, adapter_of_round, current_round, round_directory, run_stage
 from artifacts.trajectory import Writer, sort_file
 from envs.base import World
 from envs.panel import default_panels, pick_tasks, require_tasks
+from lora.sharding import play_together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,44 +72,48 @@ def main(args: Args) -> None:
         "world": world.facts,
         **agent_facts(args, adapter, prompt=args.prompt),
     }
-    directory = round_directory(args.run, round_index) / "rollout"
-    with Stage(directory, args, facts, identity) as stage:
+    whole = round_directory(args.run, round_index) / "rollout"
+    with open_shard(whole, args, facts, identity) as stage:
         if not stage.finished:
             play(args, round_index, world, tasks, adapter, stage)
+    finish_shards(whole, args.shard, lambda: main(dataclasses.replace(args, round=round_index, shard=None)))
 
 
 def play(args: Args, round_index: int, world: World, tasks: list[str], adapter: Path | None, stage: Stage) -> None:
     """Plays what is missing, and finishes the stage."""
-    args = fit_memory(args, adapter, (args.server, args.prompt))
-    path = stage.directory / "trajectories.jsonl"
-    settings = make_settings(args, "rollout", round_index)
-    react = make_policy(args, args.server, stage.directory / "replies.sqlite", adapter, args.prompt)
+    path, counts = stage.directory / "trajectories.jsonl", {"asked": {}, "rates": {}}
     with Writer(path) as writer:
-        jobs = [Job(task, trial) for task in tasks for trial in range(args.trials)]
-        loop = PlayLoop([job for job in jobs if job not in writer.known], settings, world_maker(args), react)
-        for trajectory in loop:
-            writer.write(trajectory)
+        shards = {} if args.shard else adopt(stage, writer)
+        jobs = [Job(task, trial) for task in share(tasks, args.shard) for trial in range(args.trials)]
+        if jobs := [job for job in jobs if job not in writer.known]:
+            args = fit_memory(args, adapter, (args.server, args.prompt))
+            react = make_policy(args, args.server, stage.directory / "replies.sqlite", adapter, args.prompt)
+            loop = PlayLoop(jobs, make_settings(args, "rollout", round_index), world_maker(args), react)
+            for trajectory in loop:
+                writer.write(trajectory)
+            counts = {"asked": react.counts, "rates": loop.rates.summary()}
     trajectories = sort_file(path)
     won = sum(t.success for t in trajectories)
-    turns = sum(len(t.turns) for t in trajectories) / len(trajectories)
+    turns = sum(len(t.turns) for t in trajectories) / max(1, len(trajectories))
     stage.finish(
         {
             "round": round_index,
             "trajectories": len(trajectories),
             "success": won,
-            "reward": round(sum(t.reward for t in trajectories) / len(trajectories), 4),
+            "reward": round(sum(t.reward for t in trajectories) / max(1, len(trajectories)), 4),
             "types": success_by_type(trajectories),
             "mean_turns": round(turns, 2),
             "ids": sum(len(t.ids) for t in trajectories),
-            "asked": react.counts,
-            "rates": loop.rates.summary(),
+            **counts,
+            **shards,
         }
     )
+    shard = f" shard {args.shard}" if args.shard else ""
     print(
-        f"rollout round {round_index}: {won}/{len(trajectories)} won, {turns:.1f} turns each -> {path}"
+        f"rollout round {round_index}{shard}: {won}/{len(trajectories)} won, {turns:.1f} turns each -> {path}"
         f"{closing_notes(trajectories, stage.directory, world.facts.get('grammar'))}"
     )
 
 
 if __name__ == "__main__":
-    run_stage(main, Args, __doc__)
+    run_stage(functools.partial(play_together, main), Args, __doc__)

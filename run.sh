@@ -12,7 +12,8 @@
 # --train.rank 32. The names are rollout, actre, train, evaluate, and play for the three that play.
 #
 # Environment: RUN (directory of the run), ROUNDS (4), SEED (0), MODEL, BUDGET (compositions per failed task: 3; webshop: 20;
-# smollm2: 4; paper: 40), COUNT (synthetic trajectories: 2000; demonstrations: 300).
+# smollm2: 4; paper: 40), COUNT (synthetic trajectories: 2000; demonstrations: 300), SERVER (address of a vLLM server that
+# plays in place of the local model: docs/servers.md), SERVER_MODEL (the base's name there: base).
 set -euo pipefail
 cd "$(dirname "$0")"
 # Put large buffers in huge pages where Linux has them: a CPU trains a tenth faster.
@@ -35,6 +36,8 @@ case "${1:---}" in --*) ;; *) what=$1; shift ;; esac
 case "$what" in webshop | refine | smollm2) RUN=${RUN:-runs/$what} ;; esac
 RUN=${RUN:-runs/a3t} ROUNDS=${ROUNDS:-4} SEED=${SEED:-0}
 common=(--run "$RUN" --seed "$SEED") first=() play=() compose=() train=()
+play+=(${SERVER:+--server.url "$SERVER" --server.model "${SERVER_MODEL:-base}" --server.api tokens})
+train+=(${SERVER:+--weights fp32}) # the base as it is served; paper serves the NF4 folder that it trains on
 more_play=() more_rollout=() more_actre=() more_train=() more_evaluate=() to=
 for word in "$@"; do
   case "$word" in --play.* | --rollout.* | --actre.* | --train.* | --evaluate.*)
@@ -60,7 +63,7 @@ case "$what" in
     play+=(${more_play[@]+"${more_play[@]}"} ${more_evaluate[@]+"${more_evaluate[@]}"})
     stage refine.py --run "$RUN" --seed "$SEED" --count "${COUNT:-2000}"
     stage train_pg.py "${common[@]}" --round 0 --inputs "$RUN/refine" --epochs 1 --rank 32 --alpha 64 \
-      --learning-rate 8e-3 --row-length 1792 --world-weight 0 ${more_train[@]+"${more_train[@]}"}
+      --learning-rate 8e-3 --row-length 1792 --world-weight 0 ${train[@]+"${train[@]}"} ${more_train[@]+"${more_train[@]}"}
     stage evaluate.py "${common[@]}" "${unseen[@]}" --env synthetic ${play[@]+"${play[@]}"}
     stage evaluate.py "${common[@]}" "${unseen[@]}" --perturb all --panels gen_valid-100 --limit 60 ${play[@]+"${play[@]}"}
     stage evaluate.py "${common[@]}" "${unseen[@]}" --env pddl --max-turns 30 ${play[@]+"${play[@]}"}

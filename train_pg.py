@@ -65,7 +65,7 @@ from artifacts.stage import (
 from artifacts.tokens import Codec, read_codec, tokens_of
 from artifacts.trajectory import FAULTS, Trajectory
 from lora.adapter import adapter_name, save_adapter
-from lora.attention import Implementation, require_supported
+from lora.attention import Implementation, require_supported, segment_bounds
 from lora.checkpoint import base_facts
 from lora.config import Config
 from lora.footprint import Training
@@ -73,7 +73,7 @@ from lora.linear import TARGETS, LoRAConfig
 from lora.load import load_adapter, load_model
 from lora.logprobs import token_logprobs
 from lora.memory import choose_training, cpu_devices, describe_training, this_device
-from lora.sharding import is_first_process, require_shape, start_devices
+from lora.sharding import ending_together, is_first_process, require_shape, start_devices
 from lora.train_step import Batch, training_mesh
 from lora.trainer import Plan, Trainer
 
@@ -316,7 +316,8 @@ def train(args: Args, round_index: int, packed: Packed, model, mesh: Mesh, direc
     optimizer = optax.chain(
         optax.clip_by_global_norm(args.clip), optax.scale_by_adam(), optax.add_decayed_weights(args.weight_decay)
     )
-    weighted = functools.partial(objective, implementation=args.attention, remat=args.remat)
+    bounds = segment_bounds(packed.segments_NL)
+    weighted = functools.partial(objective, implementation=args.attention, bounds=bounds, remat=args.remat)
     checkpoints, minutes = directory / "checkpoints", args.checkpoint_minutes
     trainer = Trainer(model, weighted, optimizer, mesh, plan, checkpoints=checkpoints, minutes=minutes)
     remedy = (
@@ -381,14 +382,12 @@ def main(args: Args) -> None:
     examples, hashes = collect(args, round_index)
     packed = pack_examples(examples, args, read_codec(args.model))
     previous = adapter_of_round(args.run, round_index) if args.init == "previous" else None
-    base = base_facts(args.model)
+    base, directory = base_facts(args.model), round_directory(args.run, round_index) / "train_pg"
     facts = {"inputs": hashes, "epochs": epochs_of(args, round_index), "previous": adapter_sha(previous), **base}
-    directory = round_directory(args.run, round_index) / "train_pg"
     adapter = directory / "adapter"
     identity = {"model": str(args.model), **base}
     with Stage(directory, args, facts, identity) if is_first_process() else contextlib.nullcontext() as stage:
-        finished = stage is not None and stage.finished
-        if multihost_utils.broadcast_one_to_all(np.array(finished)):
+        if multihost_utils.broadcast_one_to_all(np.array(stage is not None and stage.finished)):
             return
         args = dataclasses.replace(args, remat=how.remat, device_rows=how.device_rows)
         if stage:
@@ -413,7 +412,8 @@ def main(args: Args) -> None:
 def launch(args: Args) -> None:
     given = resolve(args)
     start_devices(args.batch_rows, cpu_devices(Config.read(given.model), training(given)))
-    main(args)
+    with ending_together():
+        main(args)
 
 
 if __name__ == "__main__":

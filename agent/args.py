@@ -12,8 +12,10 @@ from typing import Annotated, Any, Literal, TypeVar
 from agent.attempt import AttemptSettings, Compose
 from agent.policy import Policy
 from agent.server import Server, ServerPolicy
+from agent.vllm import TokensPolicy
 from artifacts.cli import Range
 from artifacts.render import FORM
+from artifacts.shards import parse_shard
 from artifacts.stage import adapter_sha, base_of, sha256
 from envs.base import World
 from envs.make import DEFAULTS, make_world, require_base_for, require_world
@@ -24,7 +26,7 @@ A = TypeVar("A", bound="PlayArgs")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs:
-    """The local model."""
+    """The local model; with --server.api tokens, the base that the server plays."""
 
     model: Path | None = None
     """Base model: a Hugging Face folder (default: the run's base; in a new run the world's, models/tiny-alfworld,
@@ -83,11 +85,16 @@ class PlayArgs(ModelArgs):
     """Subprocesses for third-party worlds (default: two per core)."""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Seeds every draw, together with stage, round, task, trial and turn."""
+    shard: str | None = None
+    """Play this share of the tasks, such as 2/4 for the second of four; other machines that see the folder play the
+    others. The one that finishes last joins them into the stage."""
     server: Server = Server()
     """An OpenAI-compatible server as the agent, in place of the local model."""
 
     def check(self) -> None:
         require_world(self.env)
+        if self.shard:
+            parse_shard(self.shard)
 
 
 def require_file(flag: str, path: Path | None) -> None:
@@ -106,7 +113,7 @@ def resolve(args: A) -> A:
     base is no longer where it was, ValueError for a base made for another world or an unreadable prompt."""
     require_file("--prompt", args.prompt)
     model = base_of(args.run, args.model, args.env)
-    if not args.server.url:
+    if not args.server.takes_text:
         require_base_for(args.env, model)
     return dataclasses.replace(args, model=model, context=args.context or DEFAULTS[args.env].context)
 
@@ -175,11 +182,24 @@ def make_policy(
     prompt: Path | None,
     beside: Policy | None = None,
 ) -> Policy:
-    """The server's policy, with replies cached in the file `replies`, if `server` has a URL; else the local base, with
-    or without an adapter, which shares the arrays of a local policy `beside` it."""
+    """The server's policy, with replies cached in the file `replies`, if `server` has a URL; else the local base, which
+    shares the arrays of a local policy `beside` it. A base, local or on a server of token ids, plays with an adapter or
+    without."""
     example = read_prompt(prompt)
-    if server.url:
+    if server.takes_text:
         return ServerPolicy(server, replies, prompt=example, top_p=args.top_p)
+    if server.url:
+        return TokensPolicy(
+            server,
+            replies,
+            model_dir=args.model,
+            adapter=adapter,
+            weights=args.run / "server.json",
+            context=args.context,
+            max_new_tokens=args.max_new_tokens,
+            prompt=example,
+            top_p=args.top_p,
+        )
     from agent.local import LocalPolicy  # on demand: a server needs no engine
 
     return LocalPolicy(
@@ -201,14 +221,15 @@ def make_policy(
 
 
 def agent_facts(args: PlayArgs, adapter: Path | None, **prompts: Path | None) -> dict[str, Any]:
-    """Facts (Stage) on who plays: the base, unless a server plays, the adapter and the prompts, all by sha256."""
-    base = {} if args.server.url else base_facts(args.model)
+    """Facts (Stage) on who plays: the base, unless a server of text plays, the adapter and the prompts, by sha256."""
+    base = {} if args.server.takes_text else base_facts(args.model)
     return {**base, "adapter": adapter_sha(adapter), **{name: path and sha256(path) for name, path in prompts.items()}}
 
 
 def run_identity(args: PlayArgs) -> dict[str, Any]:
-    """What a stage that plays knows of its run (Stage): the base, unless a server plays, and the form of prompts."""
-    base = {} if args.server.url else {"model": str(args.model), **base_facts(args.model)}
+    """What a stage that plays knows of its run (Stage): the base, unless a server of text plays, and the form of
+    prompts."""
+    base = {} if args.server.takes_text else {"model": str(args.model), **base_facts(args.model)}
     return {**base, "prompts": FORM}
 
 

@@ -290,5 +290,6 @@ class Attempt:
         if session is None or asked:
             return [], []
         ids, flags = policy.close(session)
-        self.sampled.append(flags)
+        if not policy.remote:  # a server reports itself what its cache saved
+            self.sampled.append(flags)
         return ids, flags

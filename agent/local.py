@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from agent.policy import Ask, Line
+from agent.transcript import Spelling, Transcript
 from lora.checkpoint import adapter_weights
 from lora.config import Config
-from lora.decoder import RolloutWeights, make_decoder, without_adapter
+from lora.decoder import Decoder, RolloutWeights, copy_to, make_decoder, without_adapter
 from lora.engine import Engine
 from lora.footprint import Playing
 from lora.load import load_adapter, load_model
 from lora.memory import choose_playing, describe_playing, this_device
-from lora.tokenizer import encode_piece, line_of, load_tokenizer, newline_ids, prompt_ids
+from lora.tokenizer import load_tokenizer, prompt_ids
 
 
 class LocalPolicy:
@@ -45,80 +46,62 @@ class LocalPolicy:
         beside: LocalPolicy | None = None,
     ):
         self.slots, self.context, self._top_p = slots, context, top_p
-        self._tokenizer = load_tokenizer(model_dir)
-        decoder = without_adapter(beside.decoder) if beside is not None and adapter is None else None
-        self.decoder = decoder or load_decoder(model_dir, adapter, weights, rollout_weights)
-        config = self.decoder.config
-        self._newlines = newline_ids(self._tokenizer, model_dir)
-        self._ends = frozenset(config.eos_token_ids)  # end a reply of an instructed model that has no newline
-        self._stops, self._limit = self._newlines | self._ends, max_new_tokens
-        prefix = prompt_ids(self._tokenizer, model_dir, prompt) if prompt else []
-        room = config.max_position_embeddings - len(prefix)
-        if context > room:
-            remedy = f"--context of at most {room}" if room > 0 else "a shorter --prompt"
-            raise ValueError(
-                f"--context {context} and {len(prefix)} tokens of --prompt need more than the "
-                f"{config.max_position_embeddings} positions of {model_dir}; expected {remedy}"
-            )
-        self._in_prefix = len(self._tokenizer.encode("").ids) if prompt else 0  # leading ids that the prefix has too
+        self._spelling = Spelling(model_dir, context=context, max_new_tokens=max_new_tokens, prompt=prompt)
+        shared = [without_adapter(each) for each in beside.decoders] if beside and adapter is None else [None]
+        self.decoders = shared if all(shared) else load_decoders(model_dir, adapter, weights, rollout_weights)
         self._engine = Engine(
-            self.decoder,
+            self.decoders[0],
+            copies=self.decoders[1:],
             slots=slots,
             context=context,
             max_new_tokens=max_new_tokens,
-            stop_ids=sorted(self._stops),
-            prefix=prefix,
+            stop_ids=sorted(self._spelling.stops),
+            prefix=self._spelling.prefix,
             drafts=drafts,
         )
-        self.counts = {"prompt_tokens": len(prefix), "completion_tokens": 0, "steps": 0}
-        self._ids: dict[int, list[int]] = {}
-        self._sampled: dict[int, list[int]] = {}
-
-    def encode(self, text: str, first: bool) -> list[int]:
-        return encode_piece(self._tokenizer, text, first)
+        self.counts = {"prompt_tokens": len(self._spelling.prefix), "completion_tokens": 0, "steps": 0}
+        self._transcripts: dict[int, Transcript] = {}
 
     def open(self, text: str) -> int:
         session = self._engine.open()
-        self._ids[session], self._sampled[session] = [], []
-        self._append(session, self.encode(text, first=True), 0)
+        self._transcripts[session] = Transcript(self._spelling)
+        self.extend(session, text)
         return session
 
     def extend(self, session: int, text: str) -> None:
-        self._append(session, self.encode(text, first=False), 0)
+        self._queue(session, self._transcripts[session].extend(text))
 
-    def _append(self, session: int, ids: list[int], sampled: int) -> None:
-        if not sampled:  # sampled ids are cached already
-            self._engine.extend(session, ids if self._ids[session] else ids[self._in_prefix :])
-        self._ids[session] += ids
-        self._sampled[session] += [sampled] * len(ids)
-        self.counts["completion_tokens" if sampled else "prompt_tokens"] += len(ids)
+    def _queue(self, session: int, ids: list[int]) -> None:
+        self._engine.extend(session, ids)
+        self.counts["prompt_tokens"] += len(ids)
 
     def submit(self, ask: Ask) -> None:
         self._engine.submit(*ask, self._top_p)
 
     def poll(self, wait: bool = True) -> list[tuple[int, Line]]:
-        """See Policy. A reply without a newline (cut off by its limit, or ended) gets one in the session. One that the
-        context cuts off is no line, and not part of the session."""
         lines: list[tuple[int, Line]] = []
         replies = self._engine.poll(wait)
         self.counts["steps"] = self._engine.steps
         for session, reply in replies.items():
-            if reply is None or (len(reply.ids) < self._limit and reply.ids[-1] not in self._stops):
-                lines.append((session, None))
-                continue
-            self._append(session, reply.ids, 1)
-            if reply.ids[-1] not in self._newlines:
-                self.extend(session, "\n")
-            lines.append((session, line_of(self._tokenizer, reply.ids, self._ends)))
+            ids = reply.ids if reply else []
+            line, newline = self._transcripts[session].take(ids)
+            if line is not None:  # the engine has cached the reply's own ids
+                self._queue(session, newline)
+                self.counts["completion_tokens"] += len(ids)
+            lines.append((session, line))
         return lines
 
     def close(self, session: int) -> tuple[list[int], list[int]]:
         self._engine.close(session)
-        return self._ids.pop(session), self._sampled.pop(session)
+        transcript = self._transcripts.pop(session)
+        return transcript.ids, transcript.sampled
 
 
-def load_decoder(model_dir: str | Path, adapter: str | Path | None, weights: str, rollout: RolloutWeights | None):
-    """The base, with an adapter or without, in the form that it is sampled from (default: fp32 on a CPU, else bf16)."""
+def load_decoders(
+    model_dir: str | Path, adapter: str | Path | None, weights: str, rollout: RolloutWeights | None
+) -> list[Decoder]:
+    """The base, with an adapter or without, in the form that it is sampled from (default: fp32 on a CPU, else bf16), on
+    every local device."""
     on_cpu = jax.default_backend() == "cpu"
     rollout = rollout or ("fp32" if on_cpu else "bf16")
     if (weights, rollout) == ("fp32", "bf16"):
@@ -126,18 +109,20 @@ def load_decoder(model_dir: str | Path, adapter: str | Path | None, weights: str
     narrow = weights == "nf4" and rollout != "fp32" and not on_cpu
     how = {"weights": weights, "dtype": jnp.bfloat16 if narrow else None}
     model = load_model(model_dir, **how) if adapter is None else load_adapter(model_dir, adapter, **how)
-    return make_decoder(model, rollout)
+    decoder = make_decoder(model, rollout)
+    return [decoder, *(copy_to(decoder, device) for device in jax.local_devices()[1:])]
 
 
 def choose_memory(model_dir: Path, adapter: Path | None, prompts: Sequence[str], **settings) -> Playing:
     """The `settings` (lora.memory.Playing) with rollout weights and slots for a policy with each of the prompts, the
     first with the adapter. Prints the plan; raises as `choose_playing` does."""
-    tokenizer = load_tokenizer(model_dir)
+    tokenizer, device = load_tokenizer(model_dir), this_device()
     how = Playing(
         prefixes=tuple(len(prompt_ids(tokenizer, model_dir, prompt)) if prompt else 0 for prompt in prompts),
         adapter=adapter_weights(adapter).stat().st_size if adapter else 0,
+        devices=1 if device.platform == "cpu" else jax.local_device_count(),
         **settings,
     )
-    how, plan = choose_playing(Config.read(model_dir), how, this_device())
+    how, plan = choose_playing(Config.read(model_dir), how, device)
     print(describe_playing(how, plan))
     return how

@@ -6,7 +6,8 @@ frees the session. Text is only appended, so no text is tokenised twice: a sessi
 what is trained on.
 
     LocalPolicy     a JAX model, with or without an adapter (local.py)
-    ServerPolicy    any OpenAI-compatible server (server.py)
+    ServerPolicy    any OpenAI-compatible server of text (server.py)
+    TokensPolicy    vLLM with the run's base and adapters, and token ids (vllm.py)
     ScriptedPolicy  a demonstration or a replay (scripted.py)
 
 A prompt (prompts/) is an example that precedes every session without being part of it: only the session is trained on.

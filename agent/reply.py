@@ -3,6 +3,7 @@
     reply = read_reply(body, limit=128)               # of a 200; None: cut off because the context is full
     line = line_in(reply.text, longest=2048)          # None: there is nothing to play in it
     fault = read_fault(429, body)                     # of anything else
+    reply, finish = read_ids(body)                    # of a request for token ids
 
 Content may be text, a list of parts, or null with the answer in a field of reasoning; reasoning may stand in tags; the
 body may be an event stream that nobody asked for, or an error in spite of its status.
@@ -77,9 +78,10 @@ class Fault(Exception):
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The text of a reply and the tokens that it took, as far as the server says."""
+    """The text of a reply and the tokens that it took, as far as the server says; `ids` if they were asked for."""
 
     text: str
+    ids: list[int] | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int | None = None
@@ -110,6 +112,7 @@ class Choice(msgspec.Struct):
     message: Message | None = None
     delta: Message | None = None  # of an event
     finish_reason: str | None = None
+    token_ids: Any = None
     error: Any = None
 
 
@@ -143,12 +146,7 @@ def read_reply(data: bytes, limit: int | None = None, whole: bool = False) -> Re
     is an error, cut or unreadable.
     """
     said = _join(_bodies(data))
-    reply = Reply(
-        text=_clean(said.text),
-        prompt_tokens=_count(said.usage, "prompt_tokens"),
-        completion_tokens=_count(said.usage, "completion_tokens"),
-        cached_tokens=_count(said.usage, "prompt_tokens_details", "cached_tokens"),
-    )
+    reply = _counted(said)
     if said.finish in BROKEN:
         raise Fault(f"the reply ends with {said.finish!r}", 200)
     if said.finish in FILTERED:
@@ -163,6 +161,27 @@ def read_reply(data: bytes, limit: int | None = None, whole: bool = False) -> Re
     if playable or said.finish in FULL or (no_room and reply.completion_tokens == 0):
         return None
     raise NoReply(_why_nothing(said, reply))
+
+
+def read_ids(data: bytes) -> tuple[Reply, str]:
+    """Reads the body of a 200 to a request for token ids: the reply, whose `ids` are None if it has none that are
+    numbers, and the reason why it finished. Raises Fault if the body is an error, cut or unreadable."""
+    bodies = _bodies(data)
+    said, [choice, *_] = _join(bodies), [choice for body in bodies for choice in body.choices or []]
+    if said.finish in BROKEN:
+        raise Fault(f"the reply ends with {said.finish!r}", 200)
+    ids = choice.token_ids
+    good = isinstance(ids, list) and all(type(i) is int for i in ids)
+    return msgspec.structs.replace(_counted(said), ids=ids if good else None), said.finish
+
+
+def _counted(said: Said) -> Reply:
+    return Reply(
+        text=_clean(said.text),
+        prompt_tokens=_count(said.usage, "prompt_tokens"),
+        completion_tokens=_count(said.usage, "completion_tokens"),
+        cached_tokens=_count(said.usage, "prompt_tokens_details", "cached_tokens"),
+    )
 
 
 def answer_in(text: str) -> str:

@@ -2,8 +2,8 @@
 
     python rollout.py --server.url http://localhost:8000/v1 --server.model NAME --server.api completions
 
-Left out: reading replies and errors (reply.py), streaming, several choices per request, log-probabilities and token ids
-(a session is plain text).
+Left out: reading replies and errors (reply.py), sessions of token ids and adapters (vllm.py), streaming, several
+choices per request, log-probabilities.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sqlite3
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, AnyStr, Literal
@@ -52,9 +52,11 @@ class Server:
     url: str | None = None
     """Base URL, such as http://localhost:8000/v1; without it no server is used."""
     model: str = ""
-    """Name of the model on the server. Cached replies are keyed by this name: give each new adapter a new one."""
-    api: Literal["chat", "completions"] = "chat"
-    """Chat messages, or plain text completions (for base models)."""
+    """Name of the model on the server. Cached replies are keyed by this name: give each new adapter a new one (token
+    ids: the base's name; adapters get theirs)."""
+    api: Literal["chat", "completions", "tokens"] = "chat"
+    """Chat messages, plain text completions (for base models), or token ids: then vLLM serves the run's base and loads
+    each round's adapter, and records hold the ids as played, as those of the local model do."""
     key: str = "OPENAI_API_KEY"
     """Name of the environment variable with the API key, never the key; your own server may need none."""
     extra: str = "{}"
@@ -68,7 +70,12 @@ class Server:
     timeout: Annotated[float, Range(0, 86_400, above=True)] = 60.0
     """Seconds to wait for the next byte before a retry."""
     max_tokens: Annotated[int, Range(1, 10**6)] = 128
-    """Token limit of one reply; a model that thinks before it answers needs thousands."""
+    """Token limit of one reply; a model that thinks before it answers needs thousands (token ids: --max-new-tokens)."""
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether this is a server, and of text: what it writes has no ids, and it may serve any model."""
+        return self.url is not None and self.api != "tokens"
 
     def check(self) -> None:
         """Raises ValueError for settings with which no server can be asked, and for secrets, which it does not show."""
@@ -115,18 +122,28 @@ class Server:
         return key
 
 
+def pause(attempt: int, fault: Fault | None) -> None:
+    """Waits before a request is repeated: not before the first (attempt 0), then longer each time, or as told."""
+    if attempt:
+        time.sleep(min(LONGEST_PAUSE, fault.pause or FIRST_PAUSE * 2 ** min(attempt - 1, 4)))
+
+
 def _folded(request: dict[str, Any]) -> dict[str, Any]:
     """A request whose system message heads the user's."""
     text = "\n\n".join(message["content"] for message in request["messages"])
     return request | {"messages": [{"role": "user", "content": text}]}
 
 
+def has_line(reply: Reply) -> bool:
+    return line_in(reply.text, 1) is not None
+
+
 class Replies:
     """The replies of a stage, in a SQLite file that is made with the first one that is kept. Whatever goes wrong with
-    the file is raised as ValueError."""
+    the file is raised as ValueError. `playable`: whether a reply that was kept can be used."""
 
-    def __init__(self, path: str | Path):
-        self._path, self._database = Path(path), None
+    def __init__(self, path: str | Path, playable: Callable[[Reply], bool] = has_line):
+        self._path, self._playable, self._database = Path(path), playable, None
 
     def find(self, key: str) -> Reply | None:
         """The reply to a request; None if there is none, or none that can be played, which is then forgotten."""
@@ -157,7 +174,7 @@ class Replies:
             reply = parse_json(row, Reply)
         except (ValueError, TypeError):
             return None
-        return reply if line_in(reply.text, 1) else None
+        return reply if self._playable(reply) else None
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:
@@ -196,6 +213,7 @@ class ServerPolicy:
         server.check()
         self.slots = server.concurrency
         self._server, self._prompt, self._top_p, self._whole = server, prompt, top_p, whole
+        self._name = server.model
         self._extra, self._key = server.parameters(), server.secret()
         bearer = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._client = httpx2.Client(
@@ -210,7 +228,7 @@ class ServerPolicy:
         self._permits = threading.Semaphore(server.concurrency)
         self._results: queue.SimpleQueue = queue.SimpleQueue()
         self._one_turn = False  # whether the model knows no system message
-        self._text: dict[int, str] = {}
+        self._sessions: dict[int, Any] = {}
         self._opened = 0
         self._ready: list[tuple[int, Line]] = []
         self._failure: ValueError | None = None
@@ -218,14 +236,18 @@ class ServerPolicy:
 
     def open(self, text: str) -> int:
         self._opened += 1
-        self._text[self._opened] = self._prompt + text
+        self._sessions[self._opened] = self._begin(self._prompt + text)
         return self._opened
 
+    def _begin(self, text: str) -> Any:
+        """What a new session holds."""
+        return text
+
     def extend(self, session: int, text: str) -> None:
-        self._text[session] += text
+        self._sessions[session] += text
 
     def submit(self, ask: Ask) -> None:
-        request = self._request(self._text[ask.session], ask.temperature, ask.seed)
+        request = self._request(self._sessions[ask.session], ask.temperature, ask.seed)
         key = hashlib.sha256(json.dumps([self._server.url, request], sort_keys=True).encode()).hexdigest()
         known = self._replies.find(key)
         if known:
@@ -246,13 +268,13 @@ class ServerPolicy:
         failure, self._failure = self._failure, None
         if failure:
             raise failure
-        ready, self._ready = [each for each in self._ready if each[0] in self._text], []
+        ready, self._ready = [each for each in self._ready if each[0] in self._sessions], []
         return ready
 
     def close(self, session: int) -> tuple[list[int], list[int]]:
         """Ends the session, which has no ids. A reply that is still due is kept, but `poll` does not return it, and its
         request is not repeated."""
-        del self._text[session]
+        del self._sessions[session]
         return [], []
 
     def knows_the_form(self) -> bool:
@@ -261,10 +283,10 @@ class ServerPolicy:
 
     # ---- requests, in threads ----------------------------------------------------------------------------------------
 
-    def _request(self, text: str, temperature: float, seed: int) -> dict[str, Any]:
-        """The body of a request."""
+    def _request(self, text: Any, temperature: float, seed: int) -> dict[str, Any]:
+        """The body of a request, given what its session holds."""
         body = {
-            "model": self._server.model,
+            "model": self._name,
             "temperature": temperature,
             "seed": seed % 2**31,
             "max_tokens": self._server.max_tokens,
@@ -302,9 +324,8 @@ class ServerPolicy:
         """Sends a request until it is answered, at most `retries` + 1 times, or until nobody waits for the answer."""
         fault = Fault("the session is closed")
         for attempt in range(self._server.retries + 1):
-            if attempt:
-                time.sleep(min(LONGEST_PAUSE, fault.pause or FIRST_PAUSE * 2 ** min(attempt - 1, 4)))
-            if session not in self._text:
+            pause(attempt, fault)
+            if session not in self._sessions:
                 return NoReply(str(fault))
             try:
                 return self._exchange(request)
@@ -338,11 +359,20 @@ class ServerPolicy:
 
     def _post(self, request: dict[str, Any]) -> Reply | None:
         """One request. Raises as read_reply does."""
-        path = "/completions" if self._server.api == "completions" else "/chat/completions"
-        content, data = json.dumps(request, allow_nan=False), bytearray()
+        path = "/chat/completions" if self._server.api == "chat" else "/completions"
+        return self._read(self._call("POST", path, request), request)
+
+    def _read(self, data: bytes, request: dict[str, Any]) -> Reply | None:
+        limit = request.get("max_tokens", request.get("max_completion_tokens"))
+        return read_reply(data, limit if isinstance(limit, int) else None, self._whole)
+
+    def _call(self, method: str, path: str, request: Any = None) -> bytes:
+        """One HTTP request, to an address or to a path below the server's. Returns the body of a 200, without the API
+        key in it. Raises Fault."""
+        content, data = None if request is None else json.dumps(request, allow_nan=False), bytearray()
         end = time.monotonic() + PATIENCE * self._server.timeout
         try:
-            with self._client.stream("POST", path, content=content) as response:
+            with self._client.stream(method, path, content=content) as response:
                 for piece in response.iter_bytes():
                     data += piece
                     if len(data) > LONGEST_BODY or time.monotonic() > end:
@@ -352,8 +382,7 @@ class ServerPolicy:
         body = self._masked(bytes(data))  # before any of it is cut
         if not response.is_success:
             raise read_fault(response.status_code, body, response.headers.get("Retry-After", ""))
-        limit = request.get("max_tokens", request.get("max_completion_tokens"))
-        return read_reply(body, limit if isinstance(limit, int) else None, self._whole)
+        return body
 
     def _judge(self, fault: Fault) -> NoReply | ValueError:
         """The meaning of a request that failed for good: the session or the server is at fault."""
@@ -361,12 +390,12 @@ class ServerPolicy:
         if fault.status in (401, 403, 404):
             key = f"the key in ${server.key}{'' if self._key else ' (which is not set)'}"
             return ValueError(
-                f"{server.url} refuses model {server.model!r} with {key}: {fault}. Check the address, the model's name "
+                f"{server.url} refuses model {self._name!r} with {key}: {fault}. Check the address, the model's name "
                 "and the key; what was played is kept."
             )
         with contextlib.suppress(NoReply):  # an answer all the same
             try:
-                self._exchange(self._request("Say OK.", 0.0, 0))
+                self._exchange(self._request(self._begin("Say OK."), 0.0, 0))
             except Fault as again:
                 if not again.full:
                     return self._stop(fault)
@@ -408,6 +437,6 @@ class ServerPolicy:
     def _finish(self, session: int, reply: Reply) -> None:
         """Queues the line of a reply, cut to what its tokens allow."""
         line = answer_in(reply.text) if self._whole else line_in(reply.text, 16 * self._server.max_tokens)
-        if session in self._text and not self._whole:
-            self._text[session] += line
+        if session in self._sessions and not self._whole:
+            self._sessions[session] += line
         self._ready.append((session, line))

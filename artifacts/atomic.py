@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.write_text(text)
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # of this process, on any machine
     try:
         yield temporary
         os.replace(temporary, path)

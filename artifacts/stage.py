@@ -43,13 +43,17 @@ HOW = {"concurrency", "timeout", "retries", "deadline", "turn_deadline", "proces
 HOW |= {"rollout_weights", "drafts", "mesh", "device_rows", "remat", "attention", "checkpoint_minutes", "preview"}
 # Settings whose meaning is in the facts: the content of files wherever they are, the tasks of a panel, the round.
 IN_FACTS = {"run", "round", "name", "model", "data", "panel", "panels", "limit", "prompt", "actre_prompt", "adapter"}
-IN_FACTS |= {"base", "inputs", "personas", "epochs", "verify", "out", "import_"}
+IN_FACTS |= {"base", "inputs", "personas", "epochs", "verify", "out", "import_", "shard"}
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy", "alfworld")
 ROOT = Path(__file__).parents[1]  # the project's folder
 
 
 class StageError(ValueError):
     """Says what was got, what was expected and what to do. A command prints it and exits with status 2."""
+
+
+class Busy(StageError):
+    """Another process is at work in the directory."""
 
 
 def run_stage(main: Callable[[Any], Any], cls: type, description: str) -> None:
@@ -201,16 +205,14 @@ class Stage:
     def __init__(self, directory: Path, args: Any, facts: dict[str, Any], identity: dict[str, Any] | None = None):
         self.directory = Path(directory)
         self.started = time.time()
-        self._config = {"args": as_json(args), "facts": facts}
+        self.args, self.config = args, {"args": as_json(args), "facts": facts}
         self._run = Path(getattr(args, "run", self.directory))
         self._record = joined_identity(self._run, identity) if identity else None
         self._made = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.directory / ".lock")
         if self._lock is None:
-            raise StageError(
-                f"another process is at work in {self.directory}; wait until it ends, or choose another --run"
-            )
+            raise Busy(f"another process is at work in {self.directory}; wait until it ends, or choose another --run")
         with contextlib.ExitStack() as refused:
             refused.callback(self.close)
             self.finished = self._open(args)
@@ -232,13 +234,13 @@ class Stage:
                     f"{self.directory} holds {self._results()[0]} but no config.json, so it is not this stage's. "
                     "Choose another --run, or remove the directory."
                 )
-            if differing := differences(read_json(path, dict[str, Any]), self._config, args):
+            if differing := differences(read_json(path, dict[str, Any]), self.config, args):
                 raise StageError(
                     f"{self.directory} belongs to a run with other settings ({'; '.join(differing)}). "
                     "Use those settings, choose another --run (evaluate.py: or --name), or remove the directory."
                 )
         else:
-            write_json(path, {**self._config, **provenance()})
+            write_json(path, {**self.config, **provenance()})
         if self._record is not None and self._record != read_run(self._run):
             write_json(self._run / "run.json", self._record)
         return (self.directory / "done.json").exists()
@@ -263,10 +265,10 @@ class Stage:
         if self._made and not self._results():
             for path in self.directory.iterdir():
                 path.unlink()
-            if self._run in self._made:
-                (self._run / "run.json").unlink(missing_ok=True)
             for path in self._made:
-                with contextlib.suppress(OSError):  # not empty
+                if path == self._run and [each.name for each in path.iterdir()] == ["run.json"]:
+                    (path / "run.json").unlink()
+                with contextlib.suppress(OSError):  # not empty: another process is at work there
                     path.rmdir()
         os.close(self._lock)
         self._lock = None

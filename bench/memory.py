@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agent.local import load_decoder
+from agent.local import load_decoders
 from artifacts.cli import run_main
 from bench.shapes import MISTRAL_100M, SHAPES, SMOLLM2_135M, parameters
 from lora import trainer
@@ -88,7 +88,7 @@ def write_random(folder: Path, config: Config) -> None:
 
 def play(config: Config, how: Playing, folder: Path) -> None:
     """All slots play turns of random ids until their context is full."""
-    decoder = load_decoder(folder, None, how.weights, how.rollout)
+    [decoder] = load_decoders(folder, None, how.weights, how.rollout)
     engine = Engine(decoder, slots=how.slots, context=how.context, max_new_tokens=how.max_new_tokens, stop_ids=[])
     random, sessions = np.random.default_rng(1), [engine.open() for _ in range(how.slots)]
     while engine.room(sessions[0]) >= TURN + REPLY:

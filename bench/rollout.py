@@ -3,11 +3,13 @@
 Both replay the same batch of recorded games: before each reply the world's text is appended, then every row samples the
 same number of ids greedily and continues from them. `lora.engine` keeps each row's keys and values across turns; the
 peer calls one batched `generate` per turn over the full histories, left-padded, with its cache enabled within the call.
-The larger model also replays them after the one-shot prompt of A3T's first round. The two alternate reply by reply, so
-that other load on the machine affects both; one uncounted warm-up replay keeps compilation out of the figures.
+The larger model also replays them after the one-shot prompt of A3T's first round. The contenders alternate reply by
+reply, so that other load on the machine affects all; one uncounted warm-up replay keeps compilation out of the figures.
 
-    python -m bench.rollout          # two models, about ten minutes on 2 cores
+    python -m bench.rollout                 # two models, about ten minutes on 2 cores
+    python -m bench.rollout --smollm2       # SmolLM2-135M (make smollm2) alone, and, with --vllm URL, vLLM too
 
+A vLLM of the same precision: `vllm serve models/smollm2 --served-model-name base --dtype float32`.
 Left out: the full loop with worlds, adapters, GPUs.
 """
 
@@ -23,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx2
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
@@ -40,7 +43,7 @@ from lora.load import load_model, save_model
 from lora.model import CausalLM
 from lora.tokenizer import encode_piece, load_tokenizer, prompt_ids
 
-BASE, PROMPT = "models/tiny-alfworld", Path("prompts/alfworld_react.txt")
+BASE, SMOLLM2, PROMPT = "models/tiny-alfworld", "models/smollm2", Path("prompts/alfworld_react.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +60,22 @@ class Args:
     """Batch size with the tiny base."""
     slots: int = 8
     """Batch size with the model of 98 M parameters (random weights)."""
+    smollm2: bool = False
+    """Compare with SmolLM2 and --smollm2-slots games only."""
+    smollm2_slots: int = 32
+    """Batch size with SmolLM2."""
+    vllm: str | None = None
+    """Base URL of a vLLM that serves SmolLM2 as `base`, such as http://localhost:8000/v1: another contender."""
 
 
-def record_games(count: int, replies: int) -> list[list[list[int]]]:
-    """For each of `count` games, the ids of the world's text before each of the first `replies` replies."""
+def record_games(count: int, replies: int, base: str = BASE) -> list[list[list[int]]]:
+    """For each of `count` games, the ids (of `base`) of the world's text before each of the first `replies` replies."""
     tasks = AlfWorld().tasks("gen_train")[: 4 * count]
     settings = AttemptSettings(
         env="alfworld", stage="bench", round=0, seed=0, max_turns=20, patience=0, temperature=0.0
     )
     games = PlayLoop([Job(task, 0) for task in tasks], settings, AlfWorld, ScriptedPolicy(DemonstratorScript))
-    tokenizer, recorded = load_tokenizer(BASE), []
+    tokenizer, recorded = load_tokenizer(base), []
     for game in sorted(games, key=lambda game: game.key):
         segments = react_segments(game)
         world = [encode_piece(tokenizer, s.text, i == 0) for i, s in enumerate(segments) if not s.agent]
@@ -105,11 +114,11 @@ class Transformers:
 
     def __init__(self, folder: str, prompt: Sequence[int], new: int):
         import torch
-        from transformers import MistralForCausalLM
+        from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(os.cpu_count() or 1)
         self.torch, self.prompt, self.new, self.computed = torch, prompt, new, 0
-        self.model = MistralForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def start(self, slots: int) -> None:
         self.histories, self.computed = [list(self.prompt) for _ in range(slots)], 0
@@ -139,6 +148,30 @@ class Transformers:
         """Nothing to free."""
 
 
+class VLLM:
+    """vLLM: one request per reply with all histories, whose keys and values its prefix cache keeps."""
+
+    def __init__(self, url: str, new: int):
+        self.client, self.new = httpx2.Client(base_url=url, timeout=3600), new
+
+    def start(self, slots: int) -> None:
+        self.histories, self.computed = [[] for _ in range(slots)], 0
+
+    def reply(self, observations: list[list[int]]) -> list[list[int]]:
+        self.histories = [history + ids for history, ids in zip(self.histories, observations, strict=True)]
+        self.computed += sum(map(len, observations))  # if its cache keeps all
+        how = {"temperature": 0, "max_tokens": self.new, "ignore_eos": True, "return_token_ids": True}
+        answer = self.client.post("/completions", json={"model": "base", "prompt": self.histories, **how})
+        answer.raise_for_status()
+        choices = sorted(answer.json()["choices"], key=lambda choice: choice["index"])
+        replies = [choice["token_ids"] for choice in choices]
+        self.histories = [history + reply for history, reply in zip(self.histories, replies, strict=True)]
+        return replies
+
+    def end(self) -> None:
+        """Nothing to free."""
+
+
 def compare(
     name: str,
     model: CausalLM,
@@ -146,11 +179,14 @@ def compare(
     games: list[list[list[int]]],
     args: Args,
     prompt: Sequence[int] = (),
+    vllm: str | None = None,
 ) -> float:
-    """Replays the games with both after a warm-up; prints a line for each and returns the speed ratio."""
+    """Replays the games with all after a warm-up; prints a line for each and returns the ratio to transformers."""
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, folder)
         players = {"ours": Ours(model, slots, prompt, args), "transformers": Transformers(folder, prompt, args.new)}
+    if vllm:
+        players["vLLM"] = VLLM(vllm, args.new)
     reply_count, seconds = len(games[0]), dict.fromkeys(players, 0.0)
     for replay in range(args.replays + 1):
         replies = {player: [] for player in players}
@@ -166,19 +202,25 @@ def compare(
         for player in players.values():
             player.end()
     sampled = args.replays * slots * reply_count * args.new
-    same = np.mean(np.array(replies["ours"]) == np.array(replies["transformers"]))
     for contender, player in players.items():
         print(
             f"{name}, {args.replays} x {slots} games x {reply_count} replies of {args.new} ids, {contender}: "
             f"{sampled / seconds[contender]:,.0f} ids/s, {player.computed:,} ids computed per replay"
         )
-    ratio = seconds["transformers"] / seconds["ours"]
-    print(f"{name}: ours / transformers {ratio:.1f}, {same:.2%} of the ids identical\n")
-    return ratio
+    for contender in players.keys() - {"ours"}:
+        same = np.mean(np.array(replies["ours"]) == np.array(replies[contender]))
+        ratio = seconds[contender] / seconds["ours"]
+        print(f"{name}: ours / {contender} {ratio:.2f}, {same:.2%} of the ids identical")
+    return seconds["transformers"] / seconds["ours"]
 
 
 def main(args: Args) -> None:
     replies = 2 * args.turns
+    if args.smollm2:
+        games = record_games(args.smollm2_slots, replies, SMOLLM2)
+        model = load_model(SMOLLM2, weights="fp32")
+        compare("SmolLM2", model, args.smollm2_slots, games, args, vllm=args.vllm)
+        return
     ratios = [
         compare(
             "tiny base", load_model(BASE, weights="fp32"), args.tiny_slots, record_games(args.tiny_slots, replies), args

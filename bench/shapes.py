@@ -168,7 +168,7 @@ def decode_arguments(
     text: int,
 ) -> tuple[Graph, tuple]:
     """What `lora.decoding.decode` takes, for a `described` model: its graph, and abstract arrays in the order of its
-    arguments. `sizes` and `tile`: the blocks of the cache (lora.engine.cache_sizes); `text`: ids that drafts are looked
+    arguments. `sizes` and `tile`: the blocks of the cache (lora.group.cache_sizes); `text`: ids that drafts are looked
     up in."""
     config, dtype, graphs = model.config, model.embed.dtype, []
 

@@ -38,8 +38,9 @@ from lora.config import Config
 from lora.decoder import RolloutWeights
 from lora.decoding import Speculation, decode
 from lora.engine import ACCELERATOR_TILE as TILE
-from lora.engine import DRAFTS, SEEN, cache_sizes
+from lora.engine import DRAFTS, SEEN
 from lora.footprint import adapter_bytes, base_bytes, cache_bytes, nf4_bits
+from lora.group import cache_sizes
 from lora.linear import LoRAConfig, LoRAParam
 from lora.sharding import ROWS, make_mesh
 from lora.train_step import Batch, make_update, optimizer_shardings

@@ -104,6 +104,7 @@ def ours(args: Args) -> tuple[list[Callable[[], object]], Callable[[], int], str
     from flax import nnx
 
     from bench.shapes import described, random_like
+    from lora.attention import segment_bounds
     from lora.flops import peak_memory
     from lora.linear import LoRAConfig, LoRAParam
     from lora.sharding import make_mesh
@@ -118,7 +119,10 @@ def ours(args: Args) -> tuple[list[Callable[[], object]], Callable[[], int], str
     graph, adapter, frozen = nnx.split(described(config, lora, mesh, dtype=dtype), LoRAParam, ...)
     adapter, frozen = random_like(adapter), random_like(frozen)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
-    update = make_update(partial(objective, remat=args.remat), graph, optimizer, mesh, adapter, frozen)
+    rows = build_rows(args, make_trajectories(args, config.vocab_size))
+    bounds = segment_bounds(np.concatenate([segments for _, segments in rows]))
+    weighted = partial(objective, bounds=bounds, remat=args.remat)
+    update = make_update(weighted, graph, optimizer, mesh, adapter, frozen)
     state = initial_state(optimizer, adapter, mesh)
 
     def step(ids: np.ndarray, segments: np.ndarray) -> None:
@@ -129,7 +133,6 @@ def ours(args: Args) -> tuple[list[Callable[[], object]], Callable[[], int], str
         adapter, state, values = update(adapter, state, frozen, 1e-4, batch, np.float32(args.batch), None)
         jax.block_until_ready((adapter, values))
 
-    rows = build_rows(args, make_trajectories(args, config.vocab_size))
     return [partial(step, *row) for row in rows], peak_memory, jax.devices()[0].device_kind
 
 

@@ -5,20 +5,23 @@ to itself and, with a sliding window, no further back than the window. Outputs a
 
     blocks   one pair of blocks at a time, without the full scores (FlashAttention-2, arXiv 2307.08691): for a CPU
     splash   JAX's Pallas kernel for TPUs
-    cudnn    cuDNN's fused kernel, for 16-bit activations on a GPU
+    cudnn    cuDNN's fused kernel, for 16-bit activations on a GPU: on each segment alone, if `bounds` are given that
+             need little padding; else on whole rows, with a mask of [L, L]
     xla      all scores at once: any device, memory quadratic in the row length
 
 Shapes: B rows, L tokens, M keys, N blocks of T tokens, H heads, K kv heads, Q queries of a block per kv head, C head
-dim.
+dim; with `bounds`, S segments of P positions.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Literal
+import math
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
@@ -27,6 +30,24 @@ Implementation = Literal["blocks", "splash", "cudnn", "xla"]
 ATTENTION_BLOCK = 64
 # Largest and smallest tile of `splash`; rows are padded to a multiple of the smallest.
 SPLASH_TILE, SPLASH_STEP = 512, 128
+# Segments are padded to a multiple of this many positions, and separated if they then take at most so many times a row.
+SEGMENT_STEP, MOST_PADDED = 64, 4
+
+
+class SegmentBounds(NamedTuple):
+    """How many segments the rows of a batch have at most, and the positions that hold the longest."""
+
+    segments: int
+    positions: int
+
+
+def segment_bounds(segments_NL: np.ndarray) -> SegmentBounds:
+    """The bounds of packed rows."""
+    longest = max((int(np.bincount(row)[1:].max(initial=0)) for row in segments_NL), default=0)
+    return SegmentBounds(
+        segments=max(1, int(segments_NL.max(initial=0))),
+        positions=max(1, -(-longest // SEGMENT_STEP)) * SEGMENT_STEP,
+    )
 
 
 def best_implementation(platform: str, dtype: jnp.dtype) -> Implementation:
@@ -53,13 +74,23 @@ def attention(
     v_BLKC: jax.Array,
     segments_BL: jax.Array,
     window: int | None,
-    implementation: Implementation,
+    implementation: Implementation | None = None,
+    bounds: SegmentBounds | None = None,
 ) -> jax.Array:
-    """Causal attention within segments, H/K query heads per kv head, softmax in float32. Returns [B, L, H * C]."""
+    """Causal attention within segments, H/K query heads per kv head, softmax in float32. Returns [B, L, H * C].
+
+    `implementation`: None picks the best for JAX's default device, or "xla" where cuDNN cannot compute these shapes.
+    """
+    if implementation is None:
+        implementation = best_implementation(jax.default_backend(), q_BLHC.dtype)
+        if implementation == "cudnn" and not cudnn_compiles(q_BLHC.shape, k_BLKC.shape, q_BLHC.dtype, window, bounds):
+            implementation = "xla"
     if implementation == "blocks":
         return attend_in_blocks(q_BLHC, k_BLKC, v_BLKC, segments_BL, window)
     if implementation == "splash":
         return attend_splash(q_BLHC, k_BLKC, v_BLKC, segments_BL, window)
+    if implementation == "cudnn" and bounds and math.prod(bounds) <= MOST_PADDED * q_BLHC.shape[1]:
+        return attend_segments(q_BLHC, k_BLKC, v_BLKC, segments_BL, window, bounds)
     out_BLHC = jax.nn.dot_product_attention(
         q_BLHC,
         k_BLKC,
@@ -85,6 +116,59 @@ def visible(queries_BL: jax.Array, keys_BM: jax.Array, offset: int, window: int 
     distance_LM = jnp.arange(queries_BL.shape[1])[:, None] + offset - jnp.arange(keys_BM.shape[1])
     near_LM = distance_LM >= 0 if window is None else (distance_LM >= 0) & (distance_LM < window)
     return near_LM & (queries_BL[:, :, None] == keys_BM[:, None, :])
+
+
+# ---- cudnn -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def cudnn_compiles(queries, keys, dtype, window, bounds) -> bool:
+    """Whether `cudnn` can be compiled for these shapes, forward and backward; if not, says why once."""
+
+    def total(q_BLHC, k_BLKC, v_BLKC, segments_BL):
+        return attention(q_BLHC, k_BLKC, v_BLKC, segments_BL, window, "cudnn", bounds).sum()
+
+    q_BLHC, k_BLKC = (jax.ShapeDtypeStruct(shape, dtype) for shape in (queries, keys))
+    segments_BL = jax.ShapeDtypeStruct(queries[:2], jnp.int32)
+    try:
+        jax.jit(jax.grad(total, (0, 1, 2))).lower(q_BLHC, k_BLKC, k_BLKC, segments_BL).compile()
+    except (RuntimeError, ValueError) as error:  # JAX's checks and XLA's
+        why = str(error).partition("\n")[0]
+        print(f"cuDNN cannot attend to {keys} keys from {queries} queries here ({why}): computing as --attention xla")
+        return False
+    return True
+
+
+def attend_segments(q_BLHC, k_BLKC, v_BLKC, segments_BL, window, bounds, implementation="cudnn") -> jax.Array:
+    """`attention` with each segment as a row of its own, causal and padded, so that no mask [L, L] is needed.
+
+    `implementation`: "xla" lets tests run it on a CPU.
+    """
+    B, L, H, C = q_BLHC.shape
+    S, P = bounds
+    # Where each token goes among its row's S * P positions, and which token each of them gets. Indices beyond the end
+    # stand for nothing; they are distinct, so that gradients can be scattered without atomic additions.
+    there_BL = (segments_BL - 1) * P + positions_in(segments_BL)
+    there_BL = jnp.where(segments_BL > 0, there_BL, S * P + jnp.arange(L))
+    nothing_BM = jnp.broadcast_to(L + jnp.arange(S * P, dtype=jnp.int32), (B, S * P))
+    index_L = jnp.arange(L, dtype=jnp.int32)
+    here_BM = jax.vmap(lambda to, at: to.at[at].set(index_L, mode="drop", unique_indices=True))(nothing_BM, there_BL)
+
+    def take(x_BLHC, index_BM):
+        pick = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0, unique_indices=True)
+        return jax.vmap(pick)(x_BLHC, index_BM)
+
+    lengths_BS = (segments_BL[:, None] == jnp.arange(1, S + 1)[:, None]).sum(axis=2, dtype=jnp.int32)
+    lengths = jnp.maximum(lengths_BS, 1).reshape(-1)  # a segment that is not there is one position of zeros
+    attended = jax.nn.dot_product_attention(
+        *(take(x, here_BM).reshape(B * S, P, *x.shape[2:]) for x in (q_BLHC, k_BLKC, v_BLKC)),
+        is_causal=True,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        local_window_size=None if window is None or window >= P else (window - 1, 0),
+        implementation=implementation,
+    )
+    return take(attended.reshape(B, S * P, H * C), there_BL)
 
 
 # ---- splash ----------------------------------------------------------------------------------------------------------

@@ -87,6 +87,7 @@ class Decoder(NamedTuple):
     graph: Graph
     weights: DecoderWeights  # without ids that stop, and without a prefix
     merged: bool  # whether an adapter was added to the base
+    device: jax.Device  # that the weights are on
 
 
 def make_decoder(model: CausalLM, weights: RolloutWeights = "fp32") -> Decoder:
@@ -96,7 +97,8 @@ def make_decoder(model: CausalLM, weights: RolloutWeights = "fp32") -> Decoder:
     embed, norm, head = (x.astype(dtype) for x in (model.embed[...], model.norm[...], model.unembed()))
     none_V = np.zeros(model.config.vocab_size, bool)
     arrays = DecoderWeights(embed=embed, norm=norm, head=tile_for_cpu(head), stops_V=none_V, layers=layers, prefix=[])
-    return Decoder(model.config, graph, arrays, merged=adapted and weights == "fp32")
+    merged = adapted and weights == "fp32"
+    return Decoder(model.config, graph, arrays, merged=merged, device=jax.local_devices()[0])
 
 
 def without_adapter(decoder: Decoder) -> Decoder | None:
@@ -112,3 +114,8 @@ def without_adapter(decoder: Decoder) -> Decoder | None:
         graph, bare = nnx.split(layer)
         layers.append(bare)
     return decoder._replace(graph=Graph(graph), weights=decoder.weights._replace(layers=layers))
+
+
+def copy_to(decoder: Decoder, device: jax.Device) -> Decoder:
+    """The same decoder on another device."""
+    return decoder._replace(weights=jax.device_put(decoder.weights, device), device=device)

@@ -16,17 +16,25 @@ import jax
 
 from lora.config import Config
 
-# FLOP/s by jax.Device.device_kind.
+# FLOP/s by jax.Device.device_kind. NVIDIA's are those of the data sheets of A100, H100, H200, L40S and HGX B200, and of
+# the white papers on GA102 (RTX 3090) and Ada (RTX 4090); where a sheet has only the figure with sparsity, half of it.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
 }
 
 

@@ -24,8 +24,9 @@ from lora.adapter import adapter_shapes
 from lora.attention import Implementation, best_implementation
 from lora.config import Config
 from lora.decoder import RolloutWeights
-from lora.engine import ACCELERATOR_TILE, CACHED, DRAFTS, SIZES, TILE, TILED_SIZES, WIDTHS
+from lora.engine import ACCELERATOR_TILE, CACHED, DRAFTS, TILE
 from lora.flops import matmul_weights
+from lora.group import SIZES, TILED_SIZES, WIDTHS
 from lora.linear import LARGE, LoRAConfig
 from lora.logprobs import LOGITS_PER_CHUNK, TOKENS_PER_CHUNK
 from lora.model import UNROLLED_LAYERS

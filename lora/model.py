@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lora.attention import Implementation, attention, best_implementation, positions_in
+from lora.attention import Implementation, SegmentBounds, attention, positions_in
 from lora.config import Config
 from lora.linear import Linear
 from lora.sharding import copy_to_tensor_parallel, reduce_from_tensor_parallel
@@ -46,25 +46,26 @@ class CausalLM(nnx.Module):
         segments_BL: jax.Array,
         *,
         implementation: Implementation | None = None,
+        bounds: SegmentBounds | None = None,
         remat: str = "none",
         key: jax.Array | None = None,
     ) -> jax.Array:
         """Final hidden states [B, L, D] of packed rows.
 
         `implementation`: how attention is computed (attention.py); None picks the best for JAX's default device.
+        `bounds`: of the segments of all rows, which spares some implementations a mask.
         `remat`: a key of `REMAT`. `key`: the random key of LoRA dropout; None disables dropout.
         """
         rope = rope_angles(positions_in(segments_BL), self.config)
         graph, weights = nnx.split(self.layers)
         x_BLD = self.embed[...][ids_BL]
-        implementation = implementation or best_implementation(jax.default_backend(), x_BLD.dtype)
         unroll = self.config.num_hidden_layers <= UNROLLED_LAYERS
 
         def step(x_BLD, layer_weights, index):
             layer = nnx.merge(graph, layer_weights)
             layer_key = subkey(key, index)
             q, k, v = layer.queries_keys_values(x_BLD, rope, layer_key)
-            attended = attention(q, k, v, segments_BL, self.config.sliding_window, implementation)
+            attended = attention(q, k, v, segments_BL, self.config.sliding_window, implementation, bounds)
             return layer.attention_output_and_mlp(x_BLD, attended, layer_key)
 
         if remat != "none":

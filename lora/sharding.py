@@ -14,12 +14,18 @@ Shapes: N layers, O out-features, I in-features, G NF4 blocks in a weight row, M
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -27,6 +33,7 @@ from jax.sharding import PartitionSpec as P
 AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))  # sharding of batch rows
 CPU_DEVICES = 64  # at most; more would only wait for each other
+FAILED, FOREVER = "failed", 2**31 - 1  # directory of the errors that end all processes; milliseconds
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -79,6 +86,48 @@ def join_processes() -> int:
         jax.distributed.initialize(coordinator, int(os.environ["PROCESSES"]), int(os.environ["PROCESS"]))
         return int(os.environ["PROCESSES"])
     return 1
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """If this process fails, ends the others, which would wait for it, with its error and exit status 1."""
+    client = distributed.global_state.client  # private, but what multihost_utils itself uses; JAX has no other way
+    if client is None:
+        yield
+        return
+    ended = threading.Event()
+    watch = threading.Thread(target=_end_with_others, args=[client, ended], daemon=True)
+    watch.start()
+    try:
+        yield
+    except BaseException as error:
+        client.key_value_set(f"{FAILED}/{jax.process_index()}", str(error))
+        raise
+    finally:
+        ended.set()
+        watch.join()
+
+
+def _end_with_others(client, ended: threading.Event) -> None:
+    """Looks every second, in a thread, for the error of another process, until this one has ended."""
+    while not ended.wait(1):
+        if errors := client.key_value_dir_get(FAILED):
+            print(f"another process failed, so this one ends: {errors[0][1]}", file=sys.stderr, flush=True)
+            client.shutdown()  # which the failed process waits for
+            os._exit(1)
+
+
+def play_together(main: Callable[[Any], Any], args: Any) -> None:
+    """main(args), as a shard (artifacts/shards.py) where the environment names several processes: each plays its share
+    on its own devices, and waits until the last has joined them all."""
+    join_processes()
+    client = distributed.global_state.client
+    with ending_together():
+        if client is None:
+            main(args)
+        else:
+            main(dataclasses.replace(args, shard=f"{jax.process_index() + 1}/{jax.process_count()}"))
+            client.wait_at_barrier("joined", FOREVER)
 
 
 def start_devices(rows: int, fitting: int) -> None:

@@ -43,6 +43,64 @@ def test_attention_and_its_gradient_are_those_of_all_scores_at_once(window, impl
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("window", [None, 50])
+def test_separated_segments_attend_as_a_row_does(window):
+    """cuDNN's path with another kernel, and with gradients at padding that must reach nobody. That cuDNN's compiles is
+    bench/gpu_compile.py's and tests/test_gpu_compile.py's."""
+    lengths, (L, H, K, C) = ((20, 65, 39), (7, 100), (130,), ()), (130, 4, 2, 8)
+    segments = np.array([np.repeat(range(len(n) + 1), [L - sum(n), *n]) for n in lengths])
+    segments[1:] = np.array([np.repeat([*range(1, len(n) + 1), 0], [*n, L - sum(n)]) for n in lengths[1:]])
+    bounds = attention.segment_bounds(segments)
+    assert bounds == (3, 192)
+    rng = np.random.default_rng(0)
+    q, k, v, wanted = (rng.normal(size=(4, L, n, C)).astype(np.float32) for n in (H, K, K, H))
+    wanted *= (segments > 0)[:, :, None, None]
+
+    def value_and_grad(attend, *how):
+        def total(q, k, v):
+            out = attend(q, k, v, jnp.asarray(segments), window, *how)
+            return (out * wanted.reshape(out.shape)).sum(), out * (segments > 0)[:, :, None]
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    separated = value_and_grad(attention.attend_segments, bounds, "xla")
+    for one, other in zip(*map(jax.tree.leaves, (separated, value_and_grad(attention.attention, "xla"))), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_cudnn_attends_as_all_scores_at_once():
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU")
+    segments = jnp.asarray([np.repeat([1, 2, 0], [300, 190, 22]), np.repeat(1, 512), np.repeat(0, 512)])
+    rng = np.random.default_rng(0)
+    q, k, v, wanted = (jnp.asarray(rng.normal(size=(3, 512, n, 64)), jnp.bfloat16) for n in (8, 2, 2, 8))
+    wanted = (wanted * (segments > 0)[:, :, None, None]).reshape(3, 512, -1)
+
+    def value_and_grad(implementation, bounds):
+        def total(q, k, v):
+            out = attention.attention(q, k, v, segments, None, implementation, bounds)
+            return (out * wanted).sum(dtype=jnp.float32), out * (segments > 0)[:, :, None]
+
+        found = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+        return [np.asarray(x, np.float32) for x in jax.tree.leaves((found[0][1], found[1]))]
+
+    reference = value_and_grad("xla", None)
+    for bounds in (None, attention.SegmentBounds(segments=2, positions=512)):
+        for one, other in zip(value_and_grad("cudnn", bounds), reference, strict=True):
+            assert np.abs(one - other).max() < 0.02 * np.abs(other).max()
+
+
+def test_segments_are_separated_only_where_that_pads_little(monkeypatch):
+    kinds = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, *_, **how: kinds.append("mask" in how) or q)
+    q_BLHC, segments_BL = jnp.zeros((1, 256, 4, 8), jnp.bfloat16), jnp.ones((1, 256), jnp.int32)
+    for bounds in (None, attention.SegmentBounds(5, 256), attention.SegmentBounds(4, 256)):
+        attention.attention(q_BLHC, q_BLHC, q_BLHC, segments_BL, None, "cudnn", bounds)
+    assert kinds == [True, True, False]
+    assert attention.segment_bounds(np.zeros((0, 256), np.int32)) == (1, 64)
+
+
 def test_the_device_chooses():
     assert attention.best_implementation("cpu", jnp.float32) == "blocks"
     assert attention.best_implementation("tpu", jnp.bfloat16) == "splash"

@@ -16,10 +16,11 @@ from peft import PeftModel
 from artifacts.render import react_segments, text_of
 from bench.shapes import MISTRAL_7B, decode_arguments, described
 from lora import engine as engine_module
+from lora import group as group_module
 from lora import linear
 from lora.adapter import save_adapter
 from lora.config import Config
-from lora.decoder import DecoderWeights, Graph, make_decoder, without_adapter
+from lora.decoder import DecoderWeights, Graph, copy_to, make_decoder, without_adapter
 from lora.decoding import (
     SamplingParams,
     Speculation,
@@ -60,8 +61,8 @@ ONE_BY_ONE = {"speculation": Speculation(width=1, places=2), "early": False}
 def small_tiles(monkeypatch):
     """So that a context of 48 spans three blocks and a prompt of 20 every width of chunk."""
     monkeypatch.setattr(engine_module, "TILE", 8)
-    monkeypatch.setattr(engine_module, "FIRST_BLOCK", 16)
-    monkeypatch.setattr(engine_module, "WIDTHS", (8, 3))
+    monkeypatch.setattr(group_module, "FIRST_BLOCK", 16)
+    monkeypatch.setattr(group_module, "WIDTHS", (8, 3))
 
 
 # Wide enough for weights in tiles; no other test has its shapes, so none is compiled yet when `LARGE` is changed.
@@ -104,7 +105,7 @@ def test_cached_decoding_equals_the_full_forward_over_turns(monkeypatch, window,
     if tiled:
         monkeypatch.setattr(linear, "LARGE", 0)
     random, one = np.random.default_rng(1), engine(model=model(window, tiled))
-    assert (one._sizes == engine_module.TILED_SIZES) == tiled
+    assert one._groups[0].tiled == tiled
     history = {one.open(): [] for _ in range(4)}
     full, worst = 0, 0.0
     for turn in range(9):
@@ -182,10 +183,10 @@ def test_a_bfloat16_copy_keeps_the_adapter_beside_it(tmp_path):
     """An adapter of small numbers, which a sum in bfloat16 would round away, still does all that it does."""
     source, ids = adapted(tmp_path, "nf4"), prompt(9)
     one = engine(model=source, weights="bf16")
-    base = one._decoder.layers[0]["qkv"]["weight"][...]
+    base = one._groups[0].weights.layers[0]["qkv"]["weight"][...]
     graph, adapter, rest = nnx.split(source, LoRAParam, ...)
     assert base.dtype == jnp.bfloat16 and base.shape == (64, 128)
-    assert len(jax.tree.leaves(one._decoder.layers)) == 2 * (len(jax.tree.leaves(adapter)) + 6)
+    assert len(jax.tree.leaves(one._groups[0].weights.layers)) == 2 * (len(jax.tree.leaves(adapter)) + 6)
     session = one.open()
     one.extend(session, ids)
     [reply] = one.sample([(session, 1.0, 3)])
@@ -224,7 +225,7 @@ def test_a_shared_prefix_is_what_each_session_would_begin_with(window):
 def test_greedy_ids_are_those_of_transformers_generate(tmp_path, monkeypatch, with_adapter):
     """The tiny base on 54 beginnings of a game, in 5 slots, in two orders, once in chunks of two ids with drafts."""
     monkeypatch.setattr(engine_module, "TILE", 64)  # few shapes to compile
-    monkeypatch.setattr(engine_module, "FIRST_BLOCK", 64)
+    monkeypatch.setattr(group_module, "FIRST_BLOCK", 64)
     import torch
     from transformers import MistralForCausalLM
 
@@ -283,14 +284,14 @@ def test_draws_do_not_depend_on_slot_order_or_company(monkeypatch, rows, widths,
 
     From the second case on what is prefilled together is one size in company and another alone.
     """
-    monkeypatch.setattr(engine_module, "WIDTHS", widths)
+    monkeypatch.setattr(group_module, "WIDTHS", widths)
     if tiled:
         monkeypatch.setattr(linear, "LARGE", 0)
     asks = {name: (prompt(length, seed=9), 40 + length) for name, length in zip("abcd", lengths, strict=True)}
 
     def play(order: str, wasted_slots: int = 0) -> dict:
         one = engine(model=model(wide=tiled), stop_ids=(), rows=rows, context=256)
-        assert (one._sizes == engine_module.TILED_SIZES) == tiled
+        assert one._groups[0].tiled == tiled
         for _ in range(wasted_slots):
             one.open()
         sessions = {name: one.open() for name in order}
@@ -468,6 +469,26 @@ def test_a_group_waits_for_its_own_sessions_and_for_no_other():
     assert [found[s] for s in sessions] == together.sample([(s, 1.0, s + 1) for s in sessions])
 
 
+def test_groups_on_two_devices_draw_what_one_device_does():
+    """Prompts with a prefix, sessions that come and go, two turns; sessions are spread over the devices."""
+    copy = copy_to(make_decoder(model()), jax.local_devices()[1])
+    one, two = (engine(slots=8, prefix=prompt(5), copies=copies) for copies in ([], [copy]))
+    sessions = [[each.open() for _ in range(5)] for each in (one, two)]
+    for turn in range(2):
+        replies = []
+        for each, ours in zip((one, two), sessions, strict=True):
+            for number, session in enumerate(ours):
+                each.extend(session, prompt(4 + 3 * number, turn))
+            replies.append(each.sample([(session, 0.8, 7 * turn + session) for session in ours]))
+        assert replies[0] == replies[1]
+    where = [two._groups[two._slot[session] // 2].device for session in sessions[1]]
+    assert where[:4] == 2 * jax.local_devices()[:2]
+    for group in two._groups:
+        assert {array.device for array in jax.tree.leaves((group._cache, group.weights))} == {
+            group.weights.embed.device
+        }
+
+
 def test_more_sessions_than_slots_take_turns():
     """Nine sessions over four slots, in changing company, answer what they would with a slot each; all get one."""
     crowded, roomy = (engine(slots=slots, chunk=2, stop_ids=(STOP,)) for slots in (4, 9))
@@ -540,7 +561,7 @@ def play(drafts: int, early: bool, prefix=()) -> tuple[list[list[int]], Engine]:
 
 def test_drafts_change_no_id(monkeypatch):
     monkeypatch.setattr(engine_module, "TILE", 64)  # few shapes to compile
-    monkeypatch.setattr(engine_module, "FIRST_BLOCK", 128)
+    monkeypatch.setattr(group_module, "FIRST_BLOCK", 128)
     expected, plain = play(drafts=0, early=False)
     assert plain.sampled == plain.steps == sum(map(len, expected))
     for drafts, early in ((3, False), (3, True), (1, False), (0, True)):

@@ -67,8 +67,9 @@ def test_the_weights_and_the_cache_of_a_plan_are_those_of_the_engine(config, for
         def arrays(adapter, rest, how=how):
             decoder = make_decoder(nnx.merge(graph, adapter, rest), form)
             engine = Engine(decoder, slots=how.slots, context=how.context, stop_ids=[5], prefix=[5, 6, 7])
-            weights = decoder.weights
-            made = (weights.embed, weights.norm, weights.head, weights.layers), (engine._cache, engine._decoder.prefix)
+            weights, groups = decoder.weights, engine._groups
+            cache = [group._cache for group in groups], groups[0].weights.prefix
+            made = (weights.embed, weights.norm, weights.head, weights.layers), cache
             return jax.tree.map(jnp.asarray, made)
 
         weights, cache = jax.eval_shape(arrays, adapter, rest)
@@ -227,7 +228,7 @@ def test_a_base_that_is_played_in_16_bits_is_loaded_in_16_bits(tmp_path, monkeyp
     monkeypatch.setattr(
         agent.local, "load_model", lambda folder, **how: loaded.append(how["weights"]) or load_model(folder, **how)
     )
-    narrow = LocalPolicy(base, weights="fp32", rollout_weights="bf16", slots=1, context=64).decoder.weights
+    narrow = LocalPolicy(base, weights="fp32", rollout_weights="bf16", slots=1, context=64).decoders[0].weights
     wide = make_decoder(load_model(base, weights="fp32"), "bf16").weights
     assert loaded == ["bf16"]
     for ours, expected in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):

@@ -99,6 +99,52 @@ def test_the_same_seed_gives_the_same_files(unbroken, tmp_path):
     assert (round_directory(tmp_path, 0) / "rollout/trajectories.jsonl").read_bytes() == first.read_bytes()
 
 
+def copy_of_round_0(run: Path, to: Path) -> Path:
+    """A run that has come to the end of round 0."""
+    shutil.copytree(run / "round_0", to / "round_0", ignore=shutil.ignore_patterns("evaluate", "checkpoints"))
+    shutil.copy(run / "run.json", to / "run.json")
+    return to
+
+
+def test_shards_join_to_what_one_process_plays(unbroken, tmp_path, capsys):
+    """Two processes at once, one of them killed and resumed; then compositions and an evaluation in shards."""
+    run, there = copy_of_round_0(unbroken, tmp_path / "run"), round_directory(unbroken, 1)
+    flags = ["--run", str(run), "--limit", "10", "--temperature", "0.3", "--slots", "8", "--max-turns", "14"]
+    commands = [["rollout.py", *flags, "--context", "1024", "--shard", f"{index}/2"] for index in (1, 2)]
+    shard = run / "round_1/shards/rollout.1-of-2"
+    other = subprocess.Popen([sys.executable, *commands[1]], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    kill_when(commands[0], shard / "trajectories.jsonl", 1)
+    assert "not yet 1/2" in other.communicate(timeout=240)[0] and not (run / "round_1/rollout").exists()
+    assert not (shard / "done.json").exists()
+    subprocess.run([sys.executable, *commands[0]], cwd=ROOT, check=True, capture_output=True, timeout=240)
+    for index in (2, 1):
+        actre.main(actre.Args(run=run, budget=2, shard=f"{index}/2", **SMALL))
+    for stage in ("rollout", "actre"):
+        here = run / "round_1" / stage
+        assert (here / "trajectories.jsonl").read_bytes() == (there / stage / "trajectories.jsonl").read_bytes()
+        ours, whole = (read_json(folder / stage / "done.json") for folder in (run / "round_1", there))
+        same = ours.keys() - {"seconds", "asked", "rates", "shards"}
+        assert {name: ours[name] for name in same} == {name: whole[name] for name in same}
+        assert sorted(ours["shards"]) == [f"{stage}.1-of-2", f"{stage}.2-of-2"]
+    capsys.readouterr()
+    for index in (1, 2, 2):
+        evaluate.main(evaluate.Args(run=run, round=0, limit=6, shard=f"{index}/2", **SMALL))
+    assert "evaluate: finished already" in capsys.readouterr().out
+    scores = [read_json(round_directory(each, 0) / "evaluate/scores.json") for each in (run, unbroken)]
+    assert scores[0] == scores[1]
+
+
+def test_a_shard_of_other_settings_is_not_joined(unbroken, tmp_path):
+    run = copy_of_round_0(unbroken, tmp_path / "run")
+    rollout.main(rollout.Args(run=run, limit=2, shard="1/2", **SMALL))
+    with pytest.raises(StageError, match="rollout.1-of-2 was played with other settings.*temperature"):
+        rollout.main(rollout.Args(run=run, limit=2, shard="2/2", temperature=0.5, **SMALL))
+    assert (run / "round_1/shards/rollout.2-of-2/done.json").exists()  # nothing is lost
+    for wrong in ("0/2", "3/2", "1", "1/2/3", "-1/2", "a/b", "1/0"):
+        with pytest.raises(ValueError, match="expected the number of this share"):
+            rollout.Args(run=run, shard=wrong).check()
+
+
 def kill_when(command: list[str], path: Path, lines: int) -> None:
     """Starts a stage and sends SIGKILL as soon as `path` has so many lines."""
     process = subprocess.Popen(
@@ -222,16 +268,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(unbroken, tm
     assert not (round_directory(tmp_path, 0) / "train_pg/done.json").exists()
 
 
-def test_two_processes_train_as_one_does(unbroken, tmp_path):
-    copy_inputs(unbroken, tmp_path, 0)
+def run_twice(command: list[str]) -> tuple[list[int], list[str]]:
+    """Runs a stage in two processes that know of each other. Returns their exit statuses and what they printed."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    flags = ["--epochs", "2", "--mesh", "1", "2", "1", "--checkpoint-minutes", "0"]
-    command = [sys.executable, "train_pg.py", "--run", str(tmp_path), *flags]
     processes = [
         subprocess.Popen(
-            command,
+            [sys.executable, *command],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -241,7 +285,14 @@ def test_two_processes_train_as_one_does(unbroken, tmp_path):
         for number in range(2)
     ]
     printed = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], printed
+    return [process.returncode for process in processes], printed
+
+
+def test_two_processes_train_as_one_does(unbroken, tmp_path):
+    copy_inputs(unbroken, tmp_path, 0)
+    command = ["train_pg.py", "--run", str(tmp_path), "--epochs", "2", "--mesh", "1", "2", "1"]
+    codes, printed = run_twice([*command, "--checkpoint-minutes", "0"])
+    assert codes == [0, 0], printed
     one, two = (round_directory(run, 0) / "train_pg" for run in (unbroken, tmp_path))
     lines = [(directory / "metrics.jsonl").read_text().splitlines() for directory in (one, two)]
     losses = [[json.loads(line)["loss"] for line in of_run] for of_run in lines]
@@ -250,6 +301,29 @@ def test_two_processes_train_as_one_does(unbroken, tmp_path):
     adapters = [load_file(directory / "adapter/adapter_model.safetensors") for directory in (one, two)]
     assert {k: x.shape for k, x in adapters[0].items()} == {k: x.shape for k, x in adapters[1].items()}
     assert "train_pg round 0" in printed[0] and "train_pg round 0" not in printed[1]
+    codes, printed = run_twice([*command, "--round", "0", "--learning-rate", "0.5"])  # the second would wait for ever
+    assert codes == [2, 1] and "args.learning_rate" in printed[0], printed
+    assert "another process failed" in printed[1] and "args.learning_rate" in printed[1]
+
+
+def test_two_processes_play_as_one_does(unbroken, tmp_path):
+    flags = ["--run", str(tmp_path), "--limit", "10", "--temperature", "0.3", "--slots", "8", "--context", "1024"]
+    codes, printed = run_twice(["rollout.py", *flags, "--max-turns", "14"])
+    assert codes == [0, 0], printed
+    first = round_directory(unbroken, 0) / "rollout/trajectories.jsonl"
+    assert (round_directory(tmp_path, 0) / "rollout/trajectories.jsonl").read_bytes() == first.read_bytes()
+
+
+@pytest.mark.slow
+def test_eight_devices_play_as_one_does(tmp_path):
+    played = []
+    for devices in ("1", "8"):
+        run = tmp_path / devices
+        flags = ["--run", str(run), "--limit", "16", "--temperature", "0.7", "--slots", "64", "--max-turns", "10"]
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": devices}
+        subprocess.run([sys.executable, "rollout.py", *flags], cwd=ROOT, env=environment, check=True)
+        played.append((round_directory(run, 0) / "rollout/trajectories.jsonl").read_bytes())
+    assert played[0] == played[1]
 
 
 def test_six_wordings_are_played_scored_and_resumed(unbroken, tmp_path, capsys):

@@ -10,21 +10,21 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+UNSET = ("RUN", "BUDGET", "COUNT", "SEED", "SERVER", "SERVER_MODEL", FRACTION)
 
 
 @pytest.fixture
 def run_sh(tmp_path):
-    """Runs ./run.sh with one round and some arguments; returns its exit status, its commands and its errors."""
+    """Runs ./run.sh with one round, given arguments and variables; returns its exit status, commands and errors."""
     (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "python").chmod(0o755)
     (tmp_path / "model").mkdir()
     set_here = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ROUNDS": "1", "MODEL": str(tmp_path / "model")}
-    env = {
-        name: value for name, value in os.environ.items() if name not in ("RUN", "BUDGET", "COUNT", "SEED", FRACTION)
-    }
+    env = {name: value for name, value in os.environ.items() if name not in UNSET}
 
-    def run(*words: str, script: Path = ROOT / "run.sh", **more: str) -> tuple[int, list[str], str]:
-        done = subprocess.run([script, *words], cwd=ROOT, env=env | set_here | more, capture_output=True, text=True)
+    def run(*words: str, script: Path = ROOT / "run.sh", **variables: str) -> tuple[int, list[str], str]:
+        here = env | set_here | variables
+        done = subprocess.run([script, *words], cwd=ROOT, env=here, capture_output=True, text=True)
         return done.returncode, done.stdout.splitlines(), done.stderr
 
     return run
@@ -70,6 +70,20 @@ def test_flags_with_a_stage_s_name_come_last_and_go_to_it_alone(run_sh):
         assert "--max-turns 2" in actre and "URL" not in actre
         assert train.endswith("--epochs 1 2") and "max-turns" not in train
         assert evaluate.endswith("--max-turns 2 --limit 3")
+
+
+@pytest.mark.parametrize("mode", ["tiny", "webshop", "smollm2", "paper", "refine"])
+def test_a_server_plays_in_every_stage_that_plays_and_the_base_is_trained_on_as_it_is_served(run_sh, mode):
+    assert not any("--server" in command for command in run_sh(mode)[1])
+    _, commands, _ = run_sh(mode, SERVER="http://localhost:8000/v1")
+    server = "--server.url http://localhost:8000/v1 --server.model base --server.api tokens"
+    playing = [command for command in commands if command.split()[0] in ("rollout.py", "actre.py", "evaluate.py")]
+    assert playing and all(server in command for command in playing)
+    assert sum("--server" in command for command in commands) == len(playing)
+    [train] = [command.split() for command in commands if command.startswith("train_pg.py")]
+    weights = [train[i + 1] for i, word in enumerate(train) if word == "--weights"]
+    assert weights[-1] == ("nf4" if mode == "paper" else "fp32")
+    assert "--server.model other" in run_sh(mode, SERVER="http://x/v1", SERVER_MODEL="other")[1][-1]
 
 
 @pytest.mark.parametrize(

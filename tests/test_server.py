@@ -502,7 +502,7 @@ def test_a_request_for_a_closed_session_is_not_repeated(server, tmp_path):
         lambda body: policy.close(session) and (500, {}, b"") if "room" in str(body) else completion("act[look]")
     ]
     policy.submit(Ask(session, 0.0, 0))
-    while session in policy._text:
+    while session in policy._sessions:
         time.sleep(0.01)
     assert line_of(policy, "another") == " act[look]\n" and len(server.requests) == 2
 
@@ -549,7 +549,7 @@ def test_a_reply_that_never_comes_does_not_keep_its_slot(server, tmp_path, monke
     loop = PlayLoop([Job(TASK, trial) for trial in range(3)], settings(max_turns=1), Room, policy)
     loop.overdue = lambda attempt: attempt.job.trial == 0
     assert {t.trial: t.end for t in loop} == {0: "timeout", 1: "max_turns", 2: "max_turns"}
-    assert policy._text == {}
+    assert policy._sessions == {}
 
 
 # ---- settings and secrets --------------------------------------------------------------------------------------------

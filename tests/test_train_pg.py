@@ -19,12 +19,13 @@ from safetensors.numpy import load_file
 
 from artifacts.cli import parse
 from artifacts.metrics import MetricsLog, check_step
-from artifacts.packing import Example
+from artifacts.packing import Example, pack
 from artifacts.preview import painted
 from artifacts.render import react_segments, text_of
 from artifacts.stage import Stage, StageError
 from artifacts.tokens import tokens_of
 from artifacts.trajectory import Turn, to_line
+from lora import attention
 from lora.footprint import Device
 from lora.linear import LoRAConfig, LoRAParam
 from lora.load import load_model
@@ -44,6 +45,7 @@ from train_pg import (
     refined,
     select,
     select_round,
+    train,
 )
 
 WON = {"reward": 1.0, "success": True, "end": "success"}
@@ -165,22 +167,68 @@ def test_weight_zero_gives_no_gradient_and_minus_one_the_negative(gradient):
     assert jnp.allclose(only_second + others, whole, atol=1e-5)
 
 
-def test_devices_that_share_the_rows_take_the_same_step(model):
+def step(model, devices, **forward):
+    """An optimizer step that `devices` share, and its arguments."""
     graph, adapter, frozen = model
-    adapter = jax.tree.map(np.asarray, adapter)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+    mesh = make_mesh((devices, 1, 1))
+    places = jax.device_put((jax.tree.map(np.asarray, adapter), frozen), NamedSharding(mesh, PartitionSpec()))
+    update = make_update(functools.partial(objective, **forward), graph, optimizer, mesh, *places)
+    rows = Batch(*(x.reshape(2 // devices, devices, -1) for x in batch()))
+    return update, (places[0], initial_state(optimizer, places[0], mesh), places[1], 1e-3, rows, 3.0, None)
 
-    def step(devices):
-        mesh = make_mesh((devices, 1, 1))
-        places = jax.device_put((adapter, frozen), NamedSharding(mesh, PartitionSpec()))
-        update = make_update(objective, graph, optimizer, mesh, *places)
-        rows = Batch(*(x.reshape(2 // devices, devices, -1) for x in batch()))
-        return update(places[0], initial_state(optimizer, places[0], mesh), places[1], 1e-3, rows, 3.0, None)
 
-    one, two = (jax.tree.leaves(step(devices)) for devices in (1, 2))
-    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(jax.tree.leaves(adapter), two, strict=False))
+def test_devices_that_share_the_rows_take_the_same_step(model):
+    steps = (step(model, devices) for devices in (1, 2))
+    one, two = (jax.tree.leaves(update(*arguments)) for update, arguments in steps)
+    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(jax.tree.leaves(model[1]), two, strict=False))
     for a, b in zip(one, two, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_a_step_with_cudnn_and_where_cudnn_has_no_plan(model, monkeypatch, capsys):
+    """The kernel is replaced: it compiles, and then XLA has no plan for it, which a user's own choice does not hide.
+
+    Steps are traced only: tests/test_attention.py compares values.
+    """
+    kernel, plans, masked = jax.nn.dot_product_attention, True, []
+
+    def replaced(*arrays, implementation, **how):
+        if implementation == "cudnn" and not plans:
+            raise jax.errors.JaxRuntimeError("INTERNAL: No execution plans support the graph.\nSource: somewhere")
+        masked.append("mask" in how)
+        return kernel(*arrays, implementation="xla", **how)
+
+    def trace(**forward):
+        masked.clear()
+        update, arguments = step(model, 2, bounds=attention.SegmentBounds(segments=2, positions=24), **forward)
+        jax.eval_shape(update, *arguments)
+        return masked, capsys.readouterr().out.splitlines()
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", replaced)
+    monkeypatch.setattr(attention, "best_implementation", lambda platform, dtype: "cudnn")
+    attention.cudnn_compiles.cache_clear()
+    kinds, said = trace()
+    assert kinds and not any(kinds) and not said
+    plans = False
+    attention.cudnn_compiles.cache_clear()
+    kinds, [said] = trace()
+    assert kinds and all(kinds)
+    assert "(INTERNAL: No execution plans support the graph.): computing as --attention xla" in said
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No execution plans"):
+        trace(implementation="cudnn")
+    attention.cudnn_compiles.cache_clear()
+
+
+def test_attention_is_told_how_many_segments_a_row_has_and_how_long_they_are(monkeypatch, tmp_path):
+    def stop(model, objective, *_, **__):
+        raise LookupError(*objective.keywords["bounds"])
+
+    monkeypatch.setattr("train_pg.Trainer", stop)
+    packed = pack([([7] * length, [1.0] * length) for length in (120, 65, 30, 20, 10)], 128)
+    with pytest.raises(LookupError) as told:
+        train(Args(), 0, packed, None, None, tmp_path)
+    assert told.value.args == (4, 128)  # rows of 120 tokens and of 65, 30, 20 and 10
 
 
 def test_a_step_that_is_not_finite_or_runs_away_is_named():
