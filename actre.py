@@ -32,6 +32,7 @@ from agent.args import (
     require_file,
     resolve,
     run_identity,
+    sampler,
     world_identity,
     world_maker,
 )
@@ -142,7 +143,7 @@ def compose(args: Args, round_index: int, failed: list[str], writer: Writer, ada
         started.update(more)
         loop.add(more)
     asked = {"react": react.counts, "actre": explainer.counts if explainer else {}}
-    return {"asked": asked, "rates": loop.rates.summary()}
+    return {"asked": asked, "rates": loop.rates.summary(), "sampler": sampler(args)}
 
 
 def main(args: Args) -> None:
@@ -193,9 +194,8 @@ def compose_all(args: Args, round_index: int, world: World, played: Path, adapte
             "solved_tasks": len(solved),
             "positives_per_failed_task": round(len(won) / len(failed), 2) if failed else None,
             "composed_success_rate": round(len(won) / len(composed), 4) if composed else None,
-            "asked": counts["asked"],
             "sampled_turns": sum(turn.action_by == "sampled" for t in composed for turn in t.turns),
-            "rates": counts["rates"],
+            **counts,
             **shards,
         }
     )

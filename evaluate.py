@@ -36,6 +36,7 @@ from agent.args import (
     make_settings,
     resolve,
     run_identity,
+    sampler,
     world_maker,
 )
 from agent.attempt import Job
@@ -106,7 +107,7 @@ class Args(PlayArgs):
 def evaluate(args: Args, subject: str, adapter: Path | None, round_index: int) -> bool:
     """Plays all panels with one policy in one wording and writes scores.json. Resumes like every stage.
 
-    Returns whether there was anything to play.
+    Returns whether there was anything to do.
     """
     panels = args.panels or default_panels("evaluate", args.env, args.data)
     tasks = {panel: pick_tasks(panel, args.limit) for panel in panels}
@@ -131,9 +132,9 @@ def evaluate(args: Args, subject: str, adapter: Path | None, round_index: int) -
             grammar = world.facts.get("grammar") if args.perturb == "none" else None
             if note := closing_notes(trajectories, stage.directory, grammar):
                 print(f"{stage.directory / 'trajectories.jsonl'}:{note}")
-    whole_args = dataclasses.replace(args, shard=None)
-    finish_shards(whole, args.shard, lambda: evaluate(whole_args, subject, adapter, round_index))
-    return played
+    unfinished, alone = not (whole / "done.json").exists(), dataclasses.replace(args, shard=None)
+    finish_shards(whole, args.shard, lambda: evaluate(alone, subject, adapter, round_index))
+    return played or unfinished
 
 
 def play(args: Args, tasks: dict[str, list[str]], adapter: Path | None, round_index: int, stage: Stage) -> dict:
@@ -150,7 +151,7 @@ def play(args: Args, tasks: dict[str, list[str]], adapter: Path | None, round_in
             loop = PlayLoop(jobs, settings, world_maker(args, args.perturb), policy)
             for trajectory in loop:
                 writer.write(trajectory)
-            counts = {"rates": loop.rates.summary()}
+            counts = {"rates": loop.rates.summary(), "sampler": sampler(args)}
     return counts | shards
 
 

@@ -25,6 +25,7 @@ from agent.args import (
     make_policy,
     make_settings,
     resolve,
+    sampler,
     world_identity,
     world_maker,
 )
@@ -91,7 +92,7 @@ def play(args: Args, round_index: int, world: World, tasks: list[str], adapter: 
             loop = PlayLoop(jobs, make_settings(args, "rollout", round_index), world_maker(args), react)
             for trajectory in loop:
                 writer.write(trajectory)
-            counts = {"asked": react.counts, "rates": loop.rates.summary()}
+            counts = {"asked": react.counts, "rates": loop.rates.summary(), "sampler": sampler(args)}
     trajectories = sort_file(path)
     won = sum(t.success for t in trajectories)
     turns = sum(len(t.turns) for t in trajectories) / max(1, len(trajectories))

@@ -72,7 +72,7 @@ from lora.footprint import Training
 from lora.linear import TARGETS, LoRAConfig
 from lora.load import load_adapter, load_model
 from lora.logprobs import token_logprobs
-from lora.memory import choose_training, cpu_devices, describe_training, this_device
+from lora.memory import choose_training, cpu_devices, describe_training, training_device
 from lora.sharding import ending_together, is_first_process, require_shape, start_devices
 from lora.train_step import Batch, training_mesh
 from lora.trainer import Plan, Trainer
@@ -328,7 +328,8 @@ def train(args: Args, round_index: int, packed: Packed, model, mesh: Mesh, direc
         for line in trainer:
             check_step(line, args.floor, remedy)
             log.write(line)
-    return trainer.result(args.average), {"epochs": epochs, "steps": steps, "rows": rows}
+    counts = {"epochs": epochs, "steps": steps, "rows": rows, "remat": args.remat, "device_rows": args.device_rows}
+    return trainer.result(args.average), counts
 
 
 def training(args: Args, mesh: tuple[int, ...] = (1, 1, 1)) -> Training:
@@ -377,18 +378,17 @@ def main(args: Args) -> None:
         return
     require_supported(args.attention, jax.default_backend(), jnp.dtype(args.dtype))
     mesh = training_mesh(args.mesh, args.batch_rows, args.device_rows or 1)
-    how, plan = choose_training(Config.read(args.model), training(args, tuple(mesh.shape.values())), this_device())
     round_index = current_round(args.run) if args.round is None else args.round
     examples, hashes = collect(args, round_index)
     packed = pack_examples(examples, args, read_codec(args.model))
     previous = adapter_of_round(args.run, round_index) if args.init == "previous" else None
     base, directory = base_facts(args.model), round_directory(args.run, round_index) / "train_pg"
     facts = {"inputs": hashes, "epochs": epochs_of(args, round_index), "previous": adapter_sha(previous), **base}
-    adapter = directory / "adapter"
-    identity = {"model": str(args.model), **base}
+    adapter, identity = directory / "adapter", {"model": str(args.model), **base}
     with Stage(directory, args, facts, identity) if is_first_process() else contextlib.nullcontext() as stage:
         if multihost_utils.broadcast_one_to_all(np.array(stage is not None and stage.finished)):
             return
+        how, plan = choose_training(Config.read(args.model), training(args, (*mesh.shape.values(),)), training_device())
         args = dataclasses.replace(args, remat=how.remat, device_rows=how.device_rows)
         if stage:
             print(describe_training(how, plan))

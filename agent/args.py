@@ -170,6 +170,11 @@ def fit_memory(args: A, adapter: Path | None, *players: tuple[Server, Path | Non
     return dataclasses.replace(args, rollout_weights=how.rollout, slots=how.slots)
 
 
+def sampler(args: PlayArgs) -> dict[str, Any] | None:
+    """What fit_memory chose for the local model, for done.json."""
+    return None if args.server.url else {"rollout_weights": args.rollout_weights, "slots": args.slots}
+
+
 def read_prompt(prompt: Path | None) -> str:
     return prompt.read_text(encoding="utf-8").rstrip("\n") + "\n\n" if prompt else ""
 

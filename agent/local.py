@@ -45,7 +45,7 @@ class LocalPolicy:
         drafts: int | None = None,
         beside: LocalPolicy | None = None,
     ):
-        self.slots, self.context, self._top_p = slots, context, top_p
+        self.slots, self._top_p = slots, top_p
         self._spelling = Spelling(model_dir, context=context, max_new_tokens=max_new_tokens, prompt=prompt)
         shared = [without_adapter(each) for each in beside.decoders] if beside and adapter is None else [None]
         self.decoders = shared if all(shared) else load_decoders(model_dir, adapter, weights, rollout_weights)

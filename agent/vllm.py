@@ -277,7 +277,8 @@ class TokensPolicy(ServerPolicy):
         """The log-probability of the base's likeliest id after each fourth id of PROBE."""
         ids = self._encoded(PROBE)
         prefixes = [ids[:stop] for stop in range(4, len(ids), 4)]
-        request = {"model": self._server.model, "prompt": prefixes, "max_tokens": 1, "temperature": 0.0, "logprobs": 0}
+        request = {**PLAIN, "model": self._server.model, "prompt": prefixes, "max_tokens": 1, "temperature": 0.0}
+        request["logprobs"] = 0
         choices = sorted(self._answer("POST", "/completions", request, Probes).choices, key=lambda choice: choice.index)
         found = [value for choice in choices for value in choice.logprobs.token_logprobs]
         if len(found) != len(prefixes):

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from artifacts.json_io import read_json
 from artifacts.stage import Busy, Stage, StageError, differences
-from artifacts.trajectory import Writer, read_trajectories
+from artifacts.trajectory import FAULTS, Writer, read_trajectories
 
 T = TypeVar("T")
 
@@ -65,8 +65,9 @@ def finish_shards(whole: Path, shard: str | None, finish: Callable[[], Any]) -> 
 
 
 def adopt(stage: Stage, writer: Writer) -> dict[str, Any]:
-    """Adds the trajectories of finished shards to the file of the whole stage. Returns an entry for its done.json:
-    that of each shard, if there are any. Raises StageError for a shard that was played with other settings."""
+    """Adds the trajectories of finished shards to the file of the whole stage, but for those that ended in a fault,
+    which are played again. Returns an entry for its done.json: that of each shard, if there are any. Raises StageError
+    for a shard that was played with other settings."""
     whole, counts = stage.directory, {}
     for done in sorted(whole.parent.glob("shards/*/done.json")):
         folder = done.parent
@@ -77,7 +78,7 @@ def adopt(stage: Stage, writer: Writer) -> dict[str, Any]:
                 f"{folder} was played with other settings ({'; '.join(differing)}). Use those settings, or remove it."
             )
         for trajectory in read_trajectories(folder / "trajectories.jsonl"):
-            if trajectory.key not in writer.known:
+            if trajectory.end not in FAULTS and trajectory.key not in writer.known:
                 writer.write(trajectory)
         counts[folder.name] = read_json(done, dict[str, Any])
     return {"shards": counts} if counts else {}

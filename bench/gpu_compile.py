@@ -255,7 +255,7 @@ def compile_case(name: str) -> dict:
         "operations": operations(text),
         "cudnn": sorted(set(re.findall(r'custom_call_target="(__cudnn[^"]*)"', text))),
         "masks": sorted(set(re.findall(r'"mask_type": ?"(\w+)"', text))),
-        "squares": sorted(set(re.findall(r"\w+\[(?:\d+,)*(?:2048,2048|1408,1408)\]", text))),
+        "squares": sorted(set(re.findall(r"\w+\[(?:\d+,)*(?:2048,2048|1408,1408|4096,4096)\]", text))),
         "all_gathers": sorted(set(re.findall(r"= \(?(\w+\[[\d,]*\]).{0,200}? all-gather(?:-start)?\(", text))),
         "memory": CARDS[card].memory,
         "seconds": round(time.time() - start),

@@ -102,7 +102,7 @@ class Engine:
             early=large if early is None else early,
         )
         groups = -(-slots // rows)
-        self.slots, self.context, self.max_new_tokens = slots, context, max_new_tokens
+        self.slots, self.context = slots, context
         self.prefilled = 0  # ids computed by prefill; sampled ids are not counted
         self.steps = self.sampled = 0  # steps of all rows, and ids that they sampled
         self._rows, self._devices = rows, len(decoders)

@@ -32,8 +32,9 @@ from lora.logprobs import LOGITS_PER_CHUNK, TOKENS_PER_CHUNK
 from lora.model import UNROLLED_LAYERS
 
 MIB = 2**20
-# Copies of an adapter that training holds at its peak: itself, Adam's moments and their successors, gradient, update
-# and average, and those that a checkpoint is written from. Measured on a CPU: 14 to 20.
+# Copies of an adapter that training holds at least at its peak: itself, Adam's moments and their successors, gradient,
+# update and average, and those that a checkpoint is written from. Measured on a CPU, with all that grows with it: 14 to
+# 20.
 TRAINING_COPIES = 12
 # What a CPU's process holds of its compiled programs (in training with checkpoints): in all, and for each layer that is
 # laid out one by one. Measured (bench/memory.py), without programs compiled earlier.
@@ -136,8 +137,9 @@ def plan_playing(config: Config, how: Playing, device: Device) -> Plan:
     beside = 0 if how.rollout == "fp32" else how.adapter
     positions = groups * rows * -(-how.context // tile) * tile
     cache = cache_bytes(config, len(how.prefixes) * positions + sum(how.prefixes), width)
-    # XLA:CPU runs the groups of a policy concurrently, one in a thread.
-    working = min(groups, device.cores) * group_working(config, how, device, rows, -(-how.context // tile) * tile)
+    # XLA:CPU runs groups concurrently, as many as it has cores; those of two policies are seldom at work together.
+    working = group_working(config, how, device, rows, -(-how.context // tile) * tile)
+    working *= min(len(how.prefixes) * groups, device.cores) if on_cpu else 1
     if on_cpu:
         working += PLAYING_PROGRAMS[0] + PLAYING_PROGRAMS[1] * config.num_hidden_layers
     loading = loading_bytes(config, how, device) + bases * base + how.adapter

@@ -152,7 +152,7 @@ class Group:
     """The slots of a group. One thread at a time may use it, and the sessions of its rows."""
 
     def __init__(self, how: How, weights: DecoderWeights, device: jax.Device):
-        self._how, self.weights, self.device = how, weights, device
+        self._how, self.weights = how, weights
         with jax.default_device(device):
             cache = empty_cache(how.config, how.rows, how.sizes, how.tile, weights.embed.dtype)
         self._cache = jax.device_put(cache, device)  # committed, as the weights are

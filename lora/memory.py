@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from artifacts.cli import Range, run_main
 from lora.config import Config
 from lora.decoder import RolloutWeights
-from lora.footprint import Device, Plan, Playing, Training, adapter_bytes, plan_playing, plan_training
+from lora.footprint import MIB, Device, Plan, Playing, Training, adapter_bytes, plan_playing, plan_training
 from lora.linear import TARGETS, LoRAConfig
 from lora.sharding import CPU_DEVICES
 
@@ -69,6 +71,14 @@ def this_device() -> Device:
     stats = jax.local_devices()[0].memory_stats() or {}
     limit = stats.get("bytes_limit")
     return Device(platform=jax.default_backend(), limit=limit) if limit else this_cpu()
+
+
+def training_device() -> Device:
+    """This device as all processes of a training plan with it: with the least memory of any, and for CPUs, which plan
+    for the whole mesh, with that of every machine."""
+    device = this_device()
+    least = int(multihost_utils.process_allgather(np.array(device.limit // MIB, np.int32)).min()) * MIB
+    return device._replace(limit=least * (jax.process_count() if device.platform == "cpu" else 1))
 
 
 # ---- playing ---------------------------------------------------------------------------------------------------------
@@ -172,7 +182,9 @@ def cpu_devices(config: Config, how: Training) -> int:
     """The number of devices, at least one and at most a row each, that this machine's memory has room for."""
     how, cpu = dataclasses.replace(how, device_rows=how.device_rows or 1, remat=how.remat or "none"), this_cpu()
     counts = range(min(how.batch_rows, CPU_DEVICES), 1, -1)
-    return next((n for n in counts if plan_training(config, on_devices(how, n), cpu).peak <= cpu.limit), 1)
+    return next(
+        (n for n in counts if plan_training(config, on_devices(how, n), cpu).peak <= (1 - SPARE) * cpu.limit), 1
+    )
 
 
 def on_devices(how: Training, count: int) -> Training:

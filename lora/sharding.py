@@ -101,7 +101,10 @@ def ending_together() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        client.key_value_set(f"{FAILED}/{jax.process_index()}", str(error))
+        ended.set()
+        watch.join()  # it would find this error
+        with contextlib.suppress(RuntimeError):  # the coordinator may be gone; the error itself matters more
+            client.key_value_set(f"{FAILED}/{distributed.global_state.process_id}", str(error))
         raise
     finally:
         ended.set()
@@ -125,6 +128,8 @@ def play_together(main: Callable[[Any], Any], args: Any) -> None:
     with ending_together():
         if client is None:
             main(args)
+        elif args.shard:
+            raise ValueError(f"--shard is {args.shard}, but each process of COORDINATOR takes its own; leave one out")
         else:
             main(dataclasses.replace(args, shard=f"{jax.process_index() + 1}/{jax.process_count()}"))
             client.wait_at_barrier("joined", FOREVER)

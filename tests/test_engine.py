@@ -481,7 +481,7 @@ def test_groups_on_two_devices_draw_what_one_device_does():
                 each.extend(session, prompt(4 + 3 * number, turn))
             replies.append(each.sample([(session, 0.8, 7 * turn + session) for session in ours]))
         assert replies[0] == replies[1]
-    where = [two._groups[two._slot[session] // 2].device for session in sessions[1]]
+    where = [two._groups[two._slot[session] // 2].weights.embed.device for session in sessions[1]]
     assert where[:4] == 2 * jax.local_devices()[:2]
     for group in two._groups:
         assert {array.device for array in jax.tree.leaves((group._cache, group.weights))} == {

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -123,7 +124,7 @@ def test_shards_join_to_what_one_process_plays(unbroken, tmp_path, capsys):
         here = run / "round_1" / stage
         assert (here / "trajectories.jsonl").read_bytes() == (there / stage / "trajectories.jsonl").read_bytes()
         ours, whole = (read_json(folder / stage / "done.json") for folder in (run / "round_1", there))
-        same = ours.keys() - {"seconds", "asked", "rates", "shards"}
+        same = ours.keys() - {"seconds", "asked", "rates", "sampler", "shards"}
         assert {name: ours[name] for name in same} == {name: whole[name] for name in same}
         assert sorted(ours["shards"]) == [f"{stage}.1-of-2", f"{stage}.2-of-2"]
     capsys.readouterr()
@@ -134,12 +135,19 @@ def test_shards_join_to_what_one_process_plays(unbroken, tmp_path, capsys):
     assert scores[0] == scores[1]
 
 
-def test_a_shard_of_other_settings_is_not_joined(unbroken, tmp_path):
+def test_a_shard_of_other_settings_is_not_joined_nor_is_a_fault(unbroken, tmp_path):
     run = copy_of_round_0(unbroken, tmp_path / "run")
     rollout.main(rollout.Args(run=run, limit=2, shard="1/2", **SMALL))
     with pytest.raises(StageError, match="rollout.1-of-2 was played with other settings.*temperature"):
         rollout.main(rollout.Args(run=run, limit=2, shard="2/2", temperature=0.5, **SMALL))
     assert (run / "round_1/shards/rollout.2-of-2/done.json").exists()  # nothing is lost
+    shutil.rmtree(run / "round_1/shards/rollout.2-of-2")
+    shard = run / "round_1/shards/rollout.1-of-2/trajectories.jsonl"
+    [played] = read_trajectories(shard)
+    shard.write_bytes(to_line(msgspec.structs.replace(played, end="env_error", ids=[], sampled=[])))
+    rollout.main(rollout.Args(run=run, limit=2, shard="2/2", **SMALL))
+    joined = {t.key: t for t in read_trajectories(run / "round_1/rollout/trajectories.jsonl")}
+    assert len(joined) == 2 and joined[played.key] == played  # a fault is played again
     for wrong in ("0/2", "3/2", "1", "1/2/3", "-1/2", "a/b", "1/0"):
         with pytest.raises(ValueError, match="expected the number of this share"):
             rollout.Args(run=run, shard=wrong).check()

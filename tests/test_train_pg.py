@@ -407,7 +407,7 @@ def test_attention_that_this_device_does_not_have_is_refused_before_anything_is_
 
 
 def test_a_step_that_cannot_fit_is_refused_with_its_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("train_pg.this_device", lambda: Device(platform="cpu", limit=2**30))
+    monkeypatch.setattr("train_pg.training_device", lambda: Device(platform="cpu", limit=2**30))
     model = write_tiny_model(tmp_path / "base")
     with pytest.raises(ValueError, match=r"1 row of 1,048,576 at a time.* of 1\.0 GiB\. .*expected fewer --batch-rows"):
         main(Args(run=tmp_path / "run", model=model, batch_rows=10_000, row_length=2**20))
