@@ -12,6 +12,8 @@ Left out: the arithmetic (footprint.py).
 
 from __future__ import annotations
 
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
 import dataclasses
 import math
 import os
