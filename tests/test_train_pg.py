@@ -406,14 +406,6 @@ def test_attention_that_this_device_does_not_have_is_refused_before_anything_is_
     assert not (tmp_path / "run").exists()
 
 
-def test_a_step_that_cannot_fit_is_refused_with_its_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("train_pg.training_device", lambda: Device(platform="cpu", limit=2**30))
-    model = write_tiny_model(tmp_path / "base")
-    with pytest.raises(ValueError, match=r"1 row of 1,048,576 at a time.* of 1\.0 GiB\. .*expected fewer --batch-rows"):
-        main(Args(run=tmp_path / "run", model=model, batch_rows=10_000, row_length=2**20))
-    assert not (tmp_path / "run").exists()
-
-
 def test_every_row_is_seen_once_an_epoch_in_another_order_each_time():
     args = Args(batch_rows=4, seed=1)
     first, second = (np.concatenate(batch_order(args, 2, epoch, 10)) for epoch in (0, 1))
@@ -587,6 +579,16 @@ def test_a_file_in_the_place_of_the_checkpoints_is_named(base, tmp_path):
     (args.run / "round_0/train_pg/checkpoints").write_text("")
     with pytest.raises(FileExistsError, match="checkpoints"):
         main(args)
+
+
+def test_a_step_that_cannot_fit_is_refused_unless_it_is_done(unbroken, base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("train_pg.training_device", lambda: Device(platform="cpu", limit=2**28))
+    args = small(tmp_path, base, batch_rows=10_000, row_length=2**20)
+    with pytest.raises(ValueError, match=r"1 row of 1,048,576 at a time.* of 0\.2 GiB\. .*expected fewer --batch-rows"):
+        main(args)
+    assert not (args.run / "round_0/train_pg").exists()
+    main(small(unbroken.parent, base))
+    assert "finished already" in capsys.readouterr().out
 
 
 def test_the_rate_warms_up_to_the_peak_and_falls_to_a_tenth():
