@@ -33,6 +33,7 @@ from artifacts.cli import parse
 from artifacts.json_io import read_json
 from artifacts.trajectory import read_trajectories
 from lora import convert
+from tests.support.helpers import next_line
 from tests.support.rooms import TASK, Room
 from tests.test_agent import settings
 
@@ -89,14 +90,7 @@ def server(monkeypatch):
 
 
 def line_of(policy: ServerPolicy, text: str = "Observation: a room.\nAction:", seed: int = 0, temperature: float = 0.0):
-    session = policy.open(text)
-    policy.submit(Ask(session, temperature, seed))
-    deadline = time.time() + 60
-    while time.time() < deadline:
-        for of, line in policy.poll():
-            assert of == session
-            return line
-    raise TimeoutError
+    return next_line(policy, policy.open(text), seed, temperature)
 
 
 def policy_of(server, path: Path, **changes) -> ServerPolicy:

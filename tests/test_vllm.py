@@ -41,7 +41,7 @@ from lora.adapter import save_adapter
 from lora.linear import LoRAConfig
 from lora.load import load_model
 from models.tokenizer import byte_tokenizer
-from tests.support.helpers import logits_of, with_random_adapter, write_tiny_model
+from tests.support.helpers import logits_of, next_line, with_random_adapter, write_tiny_model
 from tests.support.published import write_model
 from tests.support.rooms import OPENING, TASK, Room
 from tests.support.vllm import VLLM
@@ -78,16 +78,6 @@ def policy_of(server: VLLM, model_dir: Path, path: Path, **changes) -> TokensPol
     to = {name: changes.pop(name) for name in ("retries", "extra", "concurrency", "model") if name in changes}
     address = Server(**{"url": server.url, "model": "base", "api": "tokens", "retries": 2, "timeout": 20.0} | to)
     return TokensPolicy(address, path / "replies.sqlite", model_dir=model_dir, **how | changes)
-
-
-def reply(policy, session: int, seed: int = 0, temperature: float = 0.0):
-    policy.submit(Ask(session, temperature, seed))
-    deadline = time.time() + 60
-    while time.time() < deadline:
-        for of, line in policy.poll():
-            assert of == session
-            return line
-    raise TimeoutError
 
 
 def adapter_in(folder: Path, base: Path) -> Path:
@@ -144,10 +134,10 @@ def test_nothing_is_asked_without_room_and_a_reply_that_the_context_cuts_is_no_l
         server.bodies.clear()
         policy = policy_of(server, hand, tmp_path, context=opening + room)
         session = policy.open(OPENING)
-        line = reply(policy, session)
+        line = next_line(policy, session)
         assert [body["max_tokens"] for body in server.asked()] == [room] * (room > 0)
         if room == LIMIT:
-            assert isinstance(line, str) and reply(policy, session) is None  # the harness's newline has no room
+            assert isinstance(line, str) and next_line(policy, session) is None  # the harness's newline has no room
             assert len(policy.close(session)[0]) == opening + LIMIT + 1 and len(server.asked()) == 1
         else:
             assert line is None and len(policy.close(session)[0]) == opening
@@ -157,13 +147,13 @@ def test_a_reply_is_asked_for_once_and_what_is_kept_without_ids_again(hand, serv
     server = serve(hand)
     first, again = (policy_of(server, hand, tmp_path) for _ in range(2))
     session = first.open(OPENING)
-    line = reply(first, session)
+    line = next_line(first, session)
     other = again.open(OPENING)
-    assert reply(again, other) == line and first.close(session) == again.close(other)
+    assert next_line(again, other) == line and first.close(session) == again.close(other)
     assert len(server.asked()) == 1 == again.counts["from_cache"]
     with again._replies._opened() as database:
         database.execute("UPDATE replies SET reply = ?", ('{"text": "act[look]"}',))
-    assert reply(again, again.open(OPENING)) == line and len(server.asked()) == 2
+    assert next_line(again, again.open(OPENING)) == line and len(server.asked()) == 2
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
@@ -182,7 +172,7 @@ def adapters(tmp_path_factory, hand):
 def test_an_adapter_is_loaded_by_a_name_of_its_content_once(hand, adapters, serve, tmp_path):
     server = serve(hand)
     policies = [policy_of(server, hand, tmp_path, adapter=adapter) for adapter in (*adapters, adapters[0])]
-    lines = {policy._name: reply(policy, policy.open(OPENING)) for policy in policies}
+    lines = {policy._name: next_line(policy, policy.open(OPENING)) for policy in policies}
     assert len(lines) == 2 == len(server.adapters)
     assert set(server.adapters.values()) == {str(adapter.absolute()) for adapter in adapters}
     assert {body["model"] for body in server.asked()} == set(lines)
@@ -221,7 +211,7 @@ def test_a_server_that_forgets_the_adapter_again_and_again_stops_the_run(hand, a
     server.adapters.clear()
     server.change = lambda path, body, answer: server.adapters.clear() or answer
     with pytest.raises(ValueError, match=f"refuses model '{policy._name}'.*does not exist"):
-        reply(policy, policy.open(OPENING))
+        next_line(policy, policy.open(OPENING))
 
 
 # ---- servers that are not what they should be ------------------------------------------------------------------------
@@ -269,7 +259,7 @@ def test_a_server_whose_ids_cannot_be_what_was_played_stops_the_run_at_once_and_
     policy = policy_of(server, hand, tmp_path)
     server.change = change
     with pytest.raises(ValueError, match=words):
-        reply(policy, policy.open(OPENING))
+        next_line(policy, policy.open(OPENING))
     assert len(server.asked()) == 1 and not list(tmp_path.iterdir())
 
 
@@ -278,7 +268,7 @@ def test_an_error_that_says_the_context_is_full_is_the_server_s_fault(hand, serv
     policy = policy_of(server, hand, tmp_path)
     server.max_model_len = 20
     with pytest.raises(ValueError, match=r"has no room for \d+ ids.*--max-model-len of at least 512"):
-        reply(policy, policy.open(OPENING))
+        next_line(policy, policy.open(OPENING))
 
 
 def figures_off_by(nats: float):
@@ -322,7 +312,7 @@ def test_another_server_than_the_run_s_is_refused_before_anything_is_asked(hand,
     before = serve(hand)
     policy = policy_of(before, hand, tmp_path)
     assert not (tmp_path / "server.json").exists()  # a server that never played decides nothing
-    reply(policy, policy.open(OPENING))
+    next_line(policy, policy.open(OPENING))
     kept = (tmp_path / "server.json").read_bytes()
     server, (change, words) = serve(hand), STRANGERS[stranger]
     server.change = change
@@ -333,7 +323,7 @@ def test_another_server_than_the_run_s_is_refused_before_anything_is_asked(hand,
 
 def test_a_model_length_that_just_suffices_and_small_differences_of_the_base_pass(hand, serve, tmp_path):
     policy = policy_of(serve(hand), hand, tmp_path)
-    reply(policy, policy.open(OPENING))
+    next_line(policy, policy.open(OPENING))
     needed = 512 + len(policy_of(serve(hand), hand, tmp_path, prompt="An example.\n\n")._spelling.prefix)
 
     server = serve(hand, max_model_len=needed)
@@ -350,7 +340,7 @@ def test_another_base_after_a_restart_is_noticed_when_the_adapter_is_loaded_agai
     server.adapters.clear()
     server.change = figures_off_by(2 * TOLERANCE)
     with pytest.raises(ValueError, match="has another base as 'base'"):
-        reply(policy, policy.open(OPENING))
+        next_line(policy, policy.open(OPENING))
     assert not (tmp_path / "replies.sqlite").exists()
 
 
@@ -367,10 +357,10 @@ def test_a_fault_is_asked_again_and_a_server_that_stays_away_stops_the_run(hand,
     policy = policy_of(server, hand, tmp_path)
     faults = iter([(503, "loading"), (500, "oops")])
     server.change = lambda path, body, answer: next(faults, answer)
-    assert isinstance(reply(policy, policy.open(OPENING)), str) and len(server.asked()) == 3
+    assert isinstance(next_line(policy, policy.open(OPENING)), str) and len(server.asked()) == 3
     server.down = True
     with pytest.raises(ValueError, match="does not answer.*Is it up"):
-        reply(policy, policy.open(OPENING), seed=1)
+        next_line(policy, policy.open(OPENING), seed=1)
     with pytest.raises(ValueError, match="does not answer.*Is it up"):
         policy_of(server, hand, tmp_path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+from agent.policy import Ask, Line, Policy
 from artifacts.tokens import Codec
 from artifacts.trajectory import Trajectory, Turn
 from lora.config import Config
@@ -149,3 +151,14 @@ def all_tensors(folder: Path) -> dict[str, bytes]:
         with safe_open(path, "np") as file:
             found |= {name: file.get_tensor(name).tobytes() for name in file.keys()}
     return {k: str(sorted(json.loads(v).items())).encode() if "quant_state" in k else v for k, v in found.items()}
+
+
+def next_line(policy: Policy, session: int, seed: int = 0, temperature: float = 0.0) -> Line:
+    """Asks for a line in a session and waits for it, for a minute at most."""
+    policy.submit(Ask(session, temperature, seed))
+    deadline = time.time() + 60
+    while time.time() < deadline:
+        for of, line in policy.poll():
+            assert of == session
+            return line
+    raise TimeoutError
