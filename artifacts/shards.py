@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def parse_shard(shard: str) -> tuple[int, int]:
-    """ "2/4" as (2, 4). Raises ValueError for anything but a share of so many."""
+    """(2, 4) for "2/4". Raises ValueError for anything but a share of so many."""
     found = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", shard)
     index, count = map(int, found.groups()) if found else (0, 0)
     if not 1 <= index <= count:
