@@ -47,9 +47,8 @@ class Args:
 
 def measure(decoder: Decoder, rows: int, length: int, speculation: Speculation, args: Args) -> float:
     """Processor milliseconds of a step."""
-    config, tile = decoder.config, TILE
-    sizes = cache_sizes(length, tile)
-    past = empty_cache(config, rows, sizes, tile, decoder.weights.embed.dtype)
+    config, sizes = decoder.config, cache_sizes(length, TILE.positions)
+    past = empty_cache(config, rows, sizes, TILE, decoder.weights.embed.dtype)
     weights = decoder.weights._replace(prefix=prefill_prefix(decoder, ()))
     ints_R, floats_R = np.zeros(rows, np.int32), np.ones(rows, np.float32)
     params = SamplingParams(

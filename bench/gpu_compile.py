@@ -184,7 +184,7 @@ def sampler(mesh: Mesh, weights: RolloutWeights, slots: int):
         weights=weights,
         slots=slots,
         prefix=PREFIX,
-        sizes=cache_sizes(CONTEXT, TILE),
+        sizes=cache_sizes(CONTEXT, TILE.positions),
         tile=TILE,
         text=PREFIX + SEEN + CONTEXT + 1 + DRAFTS,
     )

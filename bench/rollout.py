@@ -4,7 +4,8 @@ Both replay the same batch of recorded games: before each reply the world's text
 same number of ids greedily and continues from them. `lora.engine` keeps each row's keys and values across turns; the
 peer calls one batched `generate` per turn over the full histories, left-padded, with its cache enabled within the call.
 The larger model also replays them after the one-shot prompt of A3T's first round. The contenders alternate reply by
-reply, so that other load on the machine affects all; one uncounted warm-up replay keeps compilation out of the figures.
+reply, so that other load on the machine affects all; an uncounted warm-up replay, without transformers, keeps
+compilation out of the figures.
 
     python -m bench.rollout                 # two models, about ten minutes on 2 cores
     python -m bench.rollout --smollm2       # SmolLM2-135M (make smollm2) alone, and, with --vllm URL, vLLM too
@@ -89,6 +90,8 @@ def record_games(count: int, replies: int, base: str = BASE) -> list[list[list[i
 class Ours:
     """lora.engine with one session per game."""
 
+    compiles = True
+
     def __init__(self, model: CausalLM, slots: int, prompt: Sequence[int], args: Args):
         self.engine = Engine(
             make_decoder(model), slots=slots, context=args.context, max_new_tokens=args.new, stop_ids=(), prefix=prompt
@@ -111,6 +114,8 @@ class Ours:
 
 class Transformers:
     """transformers: one `generate` per reply over the full histories."""
+
+    compiles = False
 
     def __init__(self, folder: str, prompt: Sequence[int], new: int):
         import torch
@@ -150,6 +155,8 @@ class Transformers:
 
 class VLLM:
     """vLLM: one request per reply with all histories, whose keys and values its prefix cache keeps."""
+
+    compiles = True
 
     def __init__(self, url: str, new: int):
         self.client, self.new = httpx2.Client(base_url=url, timeout=3600), new
@@ -194,6 +201,8 @@ def compare(
             player.start(slots)
         for index in tqdm(range(reply_count), desc=f"{name}, {'measured' if replay else 'warm-up'}", unit="reply"):
             for contender, player in players.items():
+                if not (replay or player.compiles):
+                    continue
                 time.sleep(0.2)  # until the other's idle threads stop spinning
                 start = time.perf_counter()
                 replies[contender] += player.reply([game[index] for game in games])

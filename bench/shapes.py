@@ -15,7 +15,7 @@ from lora import nf4
 from lora.adapter import adapter_shapes
 from lora.config import Config, Llama3Rope
 from lora.decoder import DecoderWeights, Graph, RolloutWeights, decoding_layers
-from lora.decoding import SamplingParams, empty_cache
+from lora.decoding import SamplingParams, Tile, empty_cache
 from lora.linear import FUSED, NF4, LoRAConfig
 from lora.model import CausalLM
 from lora.sharding import check_divisible, partition_spec
@@ -164,7 +164,7 @@ def decode_arguments(
     slots: int,
     prefix: int,
     sizes: tuple[int, ...],
-    tile: int,
+    tile: Tile,
     text: int,
 ) -> tuple[Graph, tuple]:
     """What `lora.decoding.decode` takes, for a `described` model: its graph, and abstract arrays in the order of its

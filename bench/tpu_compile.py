@@ -151,7 +151,7 @@ def compile_decode(case: Decode) -> dict:
         weights=case.weights,
         slots=case.slots,
         prefix=case.prefix,
-        sizes=cache_sizes(case.context, TILE),
+        sizes=cache_sizes(case.context, TILE.positions),
         tile=TILE,
         text=SEEN + case.context,
     )

@@ -1,6 +1,6 @@
 """QLoRA training compared with torch + PEFT: the same trajectories through the same model shape in the same run.
 
-Trajectories with the lengths that the loop collects go through a Mistral with random weights and an adapter of the same
+Trajectories with the lengths that the loop collects go through a model with random weights and an adapter of the same
 rank on the same projections: forward, backward and AdamW for each batch. Ours is the step of train_pg.py with packed
 rows and NF4. The peer is transformers + PEFT, fed in two ways: batches of trajectories padded to the longest, as the
 usual collator does, and the same packed rows as ours, with positions restarting at each trajectory. Its base is
@@ -8,8 +8,9 @@ bitsandbytes' NF4, or dense, which needs no decoding; ours is compared with the 
 (non-padding) tokens/s over all steps, achieved FLOP/s (4 per weight and real token), peak memory.
 
     JAX_PLATFORMS=cpu python -m bench.train                                      # 98 M parameters, on the CPU
-    python -m bench.train --shape 7b --tokens 4096 --targets all                 # on a GPU
-    python -m bench.train --shape 7b --tokens 2048 --remat full --peers          # only ours: how much memory it takes
+    JAX_PLATFORMS=cpu python -m bench.train --shape smollm2-135m --tokens 1920 --targets all --trajectories 16
+    python -m bench.train --shape mistral-7b --tokens 4096 --targets all                 # on a GPU
+    python -m bench.train --shape mistral-7b --tokens 2048 --remat full --peers          # only ours: its memory
 
 Each contender runs in a subprocess. A peer and ours alternate, a few steps per turn, so that other load on the machine
 slows both. A turn begins with an uncounted step, because machines reclaim memory from waiting processes. Ours is
@@ -37,11 +38,12 @@ import numpy as np
 
 from artifacts.cli import run_main
 from artifacts.packing import pack
+from bench.shapes import MISTRAL_100M, SHAPES, described, random_like
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    shape: Literal["100m", "7b"] = "100m"
+    shape: Literal["100m", *SHAPES] = "100m"
     """Model shape."""
     tokens: int = 1280
     """Tokens per packed row."""
@@ -91,9 +93,7 @@ def build_rows(args: Args, trajectories: list[np.ndarray]) -> list[tuple[np.ndar
 
 
 def load_config(args: Args):
-    from bench.shapes import MISTRAL_7B, MISTRAL_100M
-
-    return {"7b": MISTRAL_7B, "100m": MISTRAL_100M}[args.shape]
+    return MISTRAL_100M if args.shape == "100m" else SHAPES[args.shape]
 
 
 def ours(args: Args) -> tuple[list[Callable[[], object]], Callable[[], int], str]:
@@ -103,7 +103,6 @@ def ours(args: Args) -> tuple[list[Callable[[], object]], Callable[[], int], str
     import optax
     from flax import nnx
 
-    from bench.shapes import described, random_like
     from lora.attention import segment_bounds
     from lora.flops import peak_memory
     from lora.linear import LoRAConfig, LoRAParam
@@ -150,10 +149,11 @@ def peer(args: Args, base: str, layout: str) -> tuple[list[Callable[[], object]]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype or ("float32" if device == "cpu" else "bfloat16"))
     raw = {k: v for k, v in config.to_json().items() if k not in ("architectures", "model_type", "dtype")}
+    shape = transformers.AutoConfig.for_model(config.model_type, **raw, use_cache=False)
     torch.manual_seed(args.seed)
     with torch.device(device):
         torch.set_default_dtype(dtype)
-        model = transformers.MistralForCausalLM(transformers.MistralConfig(**raw, use_cache=False))
+        model = transformers.AutoModelForCausalLM.from_config(shape)
         torch.set_default_dtype(torch.float32)
     if base == "nf4":
         import bitsandbytes

@@ -25,6 +25,13 @@ from lora.model import rms_norm, rope_angles
 from lora.speculation import Places, accepted, assign_places, look_up_drafts
 
 
+class Tile(NamedTuple):
+    """How a cache is laid out."""
+
+    positions: int  # per tile
+    channels: int  # of values, per part; 0: all of a head
+
+
 class SamplingParams(NamedTuple):
     """Per-row state and sampling parameters of a chunk, [R] each."""
 
@@ -55,13 +62,13 @@ def attend(q_RTHC, prefix, past, lengths_R, k_RKCP, v_RKPC, at_R, window):
 
     distance_RTP = query_RT[:, :, None] - jnp.arange(P)
     scores = jnp.einsum("rkxc,rkcp->rkxp", q_RKXC, k_RKCP, preferred_element_type=jnp.float32)
-    parts, values, offset = [hide(scores, distance_RTP >= 0, distance_RTP)], [v_RKPC], 0
-    for k_RKNCW, v_RKNWC in past:
+    parts, values, offset = [hide(scores, distance_RTP >= 0, distance_RTP)], [v_RKPC[:, :, None]], 0
+    for k_RKNCW, v_RKJNWY in past:
         scores = cache_scores(q_RKXC, k_RKNCW)
         position_S = offset + jnp.arange(scores.shape[-1])
         before_R1S = (position_S < lengths_R[:, None])[:, None]
         parts.append(hide(scores, before_R1S, lengths_R[:, None, None] + query_RT[:, :, None] - position_S))
-        values.append(v_RKNWC.reshape(R, K, -1, C))
+        values.append(v_RKJNWY.reshape(*v_RKJNWY.shape[:3], -1, v_RKJNWY.shape[-1]))
         offset += scores.shape[-1]
     k_KCS, v_KSC = prefix
     if size := k_KCS.shape[-1]:
@@ -72,7 +79,7 @@ def attend(q_RTHC, prefix, past, lengths_R, k_RKCP, v_RKPC, at_R, window):
     weights = [jnp.exp(part - top) for part in parts]
     total = sum(part.sum(axis=-1, keepdims=True) for part in weights)
     weights = [part.astype(q_RTHC.dtype) for part in weights]
-    read = sum(jnp.einsum("rkxs,rksc->rkxc", w, v) for w, v in zip(weights, values, strict=False))
+    read = sum(weighted_values(w, v) for w, v in zip(weights, values, strict=False))
     if size:
         read += jnp.einsum("rkxs,ksc->rkxc", weights[-1], v_KSC)
     read = (read / total).astype(q_RTHC.dtype).reshape(R, K, H // K, T, C)
@@ -86,6 +93,15 @@ def cache_scores(q_RKXC, k_RKNCW):
     q_RKNXC = jnp.broadcast_to(q_RKXC[:, :, None], (R, K, k_RKNCW.shape[2], X, C))
     scores_RKNXW = jnp.einsum("rknxc,rkncw->rknxw", q_RKNXC, k_RKNCW, preferred_element_type=jnp.float32)
     return scores_RKNXW.swapaxes(2, 3).reshape(R, K, X, -1)
+
+
+def weighted_values(weights_RKXS, v_RKJSY):
+    """Sums [R, K, X, C] of the values of a block, weighted."""
+    R, K, X, S = weights_RKXS.shape
+    # One matmul per part of the channels, as in `cache_scores`.
+    weights_RKJXS = jnp.broadcast_to(weights_RKXS[:, :, None], (R, K, v_RKJSY.shape[2], X, S))
+    read_RKJXY = jnp.einsum("rkjxs,rkjsy->rkjxy", weights_RKJXS, v_RKJSY)
+    return read_RKJXY.swapaxes(2, 3).reshape(R, K, X, -1)
 
 
 def run_layer(layer, config, x_FD, rope, places: Places, prefix, past, lengths_R, buffer, at_R):
@@ -108,45 +124,51 @@ def append(block, buffer, offset, rows_B, lengths_B, counts_B):
 
     `block` is the keys and values from position `offset` on, updated in place; other positions keep their contents.
     """
+    k_BKCP, v_BKPC = buffer
+    v_BPKC = v_BKPC.transpose(0, 2, 1, 3)
+    fresh = k_BKCP.transpose(0, 3, 1, 2), v_BPKC.reshape(*v_BPKC.shape[:3], block[1].shape[2], -1)
     where = offset, rows_B, lengths_B, counts_B
-    return jax.lax.platform_dependent(block, buffer, *where, cuda=append_at_once, default=append_by_row)
+    return jax.lax.platform_dependent(block, fresh, *where, cuda=append_at_once, default=append_by_row)
 
 
-def append_at_once(block, buffer, offset, rows_B, lengths_B, counts_B):
+def append_at_once(block, fresh, offset, rows_B, lengths_B, counts_B):
     """`append` as a scatter: two kernels on a GPU, where a loop over rows launches hundreds."""
-    tile = block[0].shape[4]
-    index_P = jnp.arange(buffer[0].shape[3])
+    (k_BPKC, v_BPKJY), tile = fresh, block[0].shape[4]
+    index_P = jnp.arange(k_BPKC.shape[1])
     at_BP = lengths_B[:, None] + index_P - offset
     tile_BP = jnp.where((index_P < counts_B[:, None]) & (at_BP >= 0), at_BP // tile, block[0].shape[2])  # else dropped
-    row_B1, k_BPKC, v_BPKC = rows_B[:, None], buffer[0].transpose(0, 3, 1, 2), buffer[1].transpose(0, 2, 1, 3)
+    row_B1 = rows_B[:, None]
     return (
         block[0].at[row_B1, :, tile_BP, :, at_BP % tile].set(k_BPKC, mode="drop"),
-        block[1].at[row_B1, :, tile_BP, at_BP % tile].set(v_BPKC, mode="drop"),
+        block[1].at[row_B1, :, :, tile_BP, at_BP % tile].set(v_BPKJY, mode="drop"),
     )
 
 
-def append_by_row(block, buffer, offset, rows_B, lengths_B, counts_B):
+def append_by_row(block, fresh, offset, rows_B, lengths_B, counts_B):
     """`append` as a loop: each row reads, updates and writes back the tiles that the buffer can touch."""
     tile = block[0].shape[4]
-    tiles = min(-(-buffer[0].shape[3] // tile) + 1, block[0].shape[2])
+    tiles = min(-(-fresh[0].shape[1] // tile) + 1, block[0].shape[2])
     margin = tiles * tile  # on both sides of the buffer, so that no slice is clamped
+    padded = [jnp.pad(x, ((0, 0), (margin, margin), *[(0, 0)] * (x.ndim - 2))) for x in fresh]
     start_B = jnp.clip((lengths_B - offset) // tile, 0, block[0].shape[2] - tiles)
     first_B = offset + start_B * tile - lengths_B  # position in the buffer of the first tile's start
 
-    def write(index, old, fresh, axis):
-        first, corner = first_B[index], (rows_B[index], 0, start_B[index], 0, 0)
-        padded = jnp.pad(fresh[index], [(margin, margin) if i == axis else (0, 0) for i in range(3)])
-        new = jax.lax.dynamic_slice_in_dim(padded, first + margin, margin, axis)
-        new = new.reshape(*new.shape[:axis], tiles, tile, *new.shape[axis + 1 :])
-        new = new.swapaxes(1, axis)[None]
-        position_NW = first + jnp.arange(margin).reshape(tiles, tile)
-        counted = (position_NW >= 0) & (position_NW < counts_B[index])
+    def write(index, old, padded, order, corner):
+        new = jax.lax.dynamic_slice_in_dim(padded[index], first_B[index] + margin, margin)
+        position_M = first_B[index] + jnp.arange(margin)
+        counted = (position_M >= 0) & (position_M < counts_B[index])
+        counted = counted.reshape(margin, *[1] * (new.ndim - 1))
+        new, counted = (x.reshape(tiles, tile, *x.shape[1:]).transpose(order)[None] for x in (new, counted))
+        corner = rows_B[index], *corner
         kept = jax.lax.dynamic_slice(old, corner, new.shape)
-        new = jnp.where(counted[:, None] if axis == 2 else counted[:, :, None], new, kept)
-        return jax.lax.dynamic_update_slice(old, new, corner)
+        return jax.lax.dynamic_update_slice(old, jnp.where(counted, new, kept), corner)
 
     def write_both(index, block):
-        return tuple(write(index, *each) for each in zip(block, buffer, (2, 1), strict=True))
+        start = start_B[index]
+        return (
+            write(index, block[0], padded[0], (2, 0, 3, 1), (0, start, 0, 0)),
+            write(index, block[1], padded[1], (2, 3, 0, 1, 4), (0, 0, start, 0, 0)),
+        )
 
     return jax.lax.fori_loop(0, len(lengths_B), write_both, block)
 
@@ -164,10 +186,11 @@ def look_up(embed, ids_F):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rows", "sizes", "tile", "dtype"))
-def empty_cache(config, rows: int, sizes: tuple[int, ...], tile: int, dtype):
+def empty_cache(config, rows: int, sizes: tuple[int, ...], tile: Tile, dtype):
     """A zeroed KV cache for a group: per layer, one block per entry of `sizes` (in tiles)."""
-    K, C = config.num_key_value_heads, config.head_dim
-    shapes = [((rows, K, size, C, tile), (rows, K, size, tile, C)) for size in sizes]
+    K, C, (W, _) = config.num_key_value_heads, config.head_dim, tile
+    Y = math.gcd(C, tile.channels)
+    shapes = [((rows, K, size, C, W), (rows, K, C // Y, size, W, Y)) for size in sizes]
     return [
         [(jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for keys, values in shapes]
         for _ in range(config.num_hidden_layers)

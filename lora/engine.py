@@ -31,13 +31,13 @@ import jax
 import numpy as np
 
 from lora.decoder import Decoder
-from lora.decoding import Speculation
+from lora.decoding import Speculation, Tile
 from lora.flops import matmul_weights
 from lora.group import Group, How, Member, Outcome, Reply, Request, Session, prefill_prefix
 from lora.speculation import NOTHING
 
-# Positions per tile of the cache: on a CPU, and on accelerators, whose registers are 128 wide.
-TILE, ACCELERATOR_TILE = 64, 128
+# Tiles of the cache: of one or two lines of a CPU's cache, and of an accelerator's registers, which are 128 wide.
+TILE, ACCELERATOR_TILE = Tile(positions=32, channels=16), Tile(positions=128, channels=0)
 # Weights that a CPU's caches hold. A step of a larger model takes as long as reading them, almost whatever it computes:
 # its groups are wider, it verifies drafts, and a chunk ends when half of its rows are done.
 CACHED = 2**23

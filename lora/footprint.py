@@ -157,9 +157,9 @@ def playing_width(how: Playing, device: Device) -> int:
 def layout(config: Config, how: Playing, device: Device) -> tuple[int, int, int]:
     """Rows of a group, groups and positions of a tile, as in `Engine`."""
     if device.platform != "cpu":
-        return -(-how.slots // how.devices), 1, ACCELERATOR_TILE
+        return -(-how.slots // how.devices), 1, ACCELERATOR_TILE.positions
     rows = min(16 if matmul_weights(config) > CACHED else 8, -(-how.slots // 2))
-    return rows, -(-how.slots // rows), TILE
+    return rows, -(-how.slots // rows), TILE.positions
 
 
 def group_working(config: Config, how: Playing, device: Device, rows: int, context: int) -> int:

@@ -30,6 +30,7 @@ from lora.decoding import (
     Sampled,
     SamplingParams,
     Speculation,
+    Tile,
     append,
     decode,
     empty_cache,
@@ -100,7 +101,7 @@ class How:
     config: Config
     graph: Graph
     rows: int
-    tile: int  # positions per tile of the cache
+    tile: Tile
     context: int
     max_new_tokens: int
     chunk: int
@@ -111,7 +112,7 @@ class How:
     @property
     def sizes(self) -> tuple[int, ...]:
         """The blocks of the cache, in tiles."""
-        return cache_sizes(self.context, self.tile)
+        return cache_sizes(self.context, self.tile.positions)
 
 
 def cache_sizes(context: int, tile: int) -> tuple[int, ...]:
@@ -156,7 +157,7 @@ class Group:
         with jax.default_device(device):
             cache = empty_cache(how.config, how.rows, how.sizes, how.tile, weights.embed.dtype)
         self._cache = jax.device_put(cache, device)  # committed, as the weights are
-        self._ends = np.cumsum(how.sizes).tolist()  # end of each block, in tiles
+        self._ends = (np.cumsum(how.sizes) * how.tile.positions).tolist()  # of each block, in positions
         # W^T, codes and adapters have two axes.
         self.tiled = all(array.ndim != 2 for array in jax.tree.leaves(weights.layers[0]))
 
@@ -273,7 +274,7 @@ class Group:
     def _reach(self, sessions: Iterable[Session]) -> int:
         """The number of cache blocks that the longest of the sessions reaches into."""
         longest = max(session.cached for session in sessions)
-        return int(np.searchsorted([0, *self._ends], -(-longest // self._how.tile)))
+        return int(np.searchsorted([0, *self._ends], longest))
 
     def _append(self, layer: int, buffer, rows_B, lengths_B, counts_B, limit_B=None) -> None:
         """Writes the first `counts_B` positions of a layer's buffer into the cache blocks that they can fall into.
@@ -283,6 +284,6 @@ class Group:
         limit_B = counts_B if limit_B is None else limit_B
         first, last = lengths_B[limit_B > 0].min(), (lengths_B + limit_B)[limit_B > 0].max()
         blocks = self._cache[layer]
-        for index, (start, end) in enumerate(itertools.pairwise(end * self._how.tile for end in [0, *self._ends])):
+        for index, (start, end) in enumerate(itertools.pairwise([0, *self._ends])):
             if first < end and last > start:
                 blocks[index] = append(blocks[index], buffer, start, rows_B, lengths_B, counts_B)

@@ -24,6 +24,7 @@ from lora.decoder import DecoderWeights, Graph, copy_to, make_decoder, without_a
 from lora.decoding import (
     SamplingParams,
     Speculation,
+    Tile,
     append,
     append_at_once,
     append_by_row,
@@ -60,7 +61,7 @@ ONE_BY_ONE = {"speculation": Speculation(width=1, places=2), "early": False}
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """So that a context of 48 spans three blocks and a prompt of 20 every width of chunk."""
-    monkeypatch.setattr(engine_module, "TILE", 8)
+    monkeypatch.setattr(engine_module, "TILE", Tile(8, 4))
     monkeypatch.setattr(group_module, "FIRST_BLOCK", 16)
     monkeypatch.setattr(group_module, "WIDTHS", (8, 3))
 
@@ -170,7 +171,9 @@ def test_sampling_from_nf4_on_a_cpu_decodes_one_layer_at_a_time():
     for layers in (2, 4):
         config = dataclasses.replace(MISTRAL_7B, num_hidden_layers=layers, vocab_size=1000)
         model = described(config, LoRAConfig(), mesh, dtype=jnp.float32)
-        graph, arrays = decode_arguments(model, weights="nf4", slots=2, prefix=0, sizes=(4, 4), tile=64, text=9)
+        graph, arrays = decode_arguments(
+            model, weights="nf4", slots=2, prefix=0, sizes=(4, 4), tile=Tile(64, 16), text=9
+        )
         compiled = decode.lower(graph, config, *arrays, **ONE_BY_ONE, chunk=8).compile()
         temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
     two, four = temporaries
@@ -224,7 +227,7 @@ def test_a_shared_prefix_is_what_each_session_would_begin_with(window):
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_greedy_ids_are_those_of_transformers_generate(tmp_path, monkeypatch, with_adapter):
     """The tiny base on 54 beginnings of a game, in 5 slots, in two orders, once in chunks of two ids with drafts."""
-    monkeypatch.setattr(engine_module, "TILE", 64)  # few shapes to compile
+    monkeypatch.setattr(engine_module, "TILE", Tile(64, 16))  # few shapes to compile
     monkeypatch.setattr(group_module, "FIRST_BLOCK", 64)
     import torch
     from transformers import MistralForCausalLM
@@ -560,7 +563,7 @@ def play(drafts: int, early: bool, prefix=()) -> tuple[list[list[int]], Engine]:
 
 
 def test_drafts_change_no_id(monkeypatch):
-    monkeypatch.setattr(engine_module, "TILE", 64)  # few shapes to compile
+    monkeypatch.setattr(engine_module, "TILE", Tile(64, 16))  # few shapes to compile
     monkeypatch.setattr(group_module, "FIRST_BLOCK", 128)
     expected, plain = play(drafts=0, early=False)
     assert plain.sampled == plain.steps == sum(map(len, expected))
@@ -629,7 +632,7 @@ def test_the_base_alone_shares_the_arrays_of_an_adapted_one(tmp_path):
 
 def test_nothing_of_the_size_of_the_cache_is_copied(monkeypatch):
     """Decoding for all slots reads the cache where it lies, and writing goes into the donated block."""
-    monkeypatch.setattr(engine_module, "TILE", 64)
+    monkeypatch.setattr(engine_module, "TILE", Tile(64, 16))
     rows, T, H, C = 16, 8, TINY.num_attention_heads, TINY.head_dim
     graph, stacked = nnx.split(model().layers)
     layers = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(2)]
