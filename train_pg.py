@@ -90,8 +90,8 @@ class Args:
     """Finished stage directories to train on instead of the run's rollout/ and actre/: demonstrations, synthetic
     trajectories of refine.py, rollouts of any run. Several are pooled."""
     refinement: Literal["mask-errors", "mask-refined", "drop-errors", "no-mask"] = "mask-errors"
-    """Mistakes in synthetic trajectories: masked (AgentRefine), masked with the turn that follows, dropped from the
-    text, or imitated (the paper's three controls)."""
+    """Mistakes marked in synthetic trajectories and demonstrations: masked (AgentRefine), masked with the turn that
+    follows, dropped from the text, or imitated (the paper's three controls)."""
     model: Path | None = None
     """Base model: a Hugging Face folder (default: the run's base, or models/tiny-alfworld in a new run)."""
     weights: Literal["nf4", "nf4-dq", "bf16", "fp32"] = "nf4"
@@ -234,7 +234,7 @@ def collect(args: Args, round_index: int) -> tuple[list[Example], list[str]]:
 
 
 def refined(trajectory: Trajectory, how: str) -> tuple[Trajectory, set[int]]:
-    """A synthetic trajectory with mistakes as it is trained on, and the turns whose tokens get no weight.
+    """A trajectory with marked mistakes as it is trained on, and the turns whose tokens get no weight.
 
     `how`: mask-errors (AgentRefine), or one of its paper's controls: mask-refined masks the turn after a mistake too,
     drop-errors drops mistakes from the text, no-mask imitates them.
@@ -252,7 +252,7 @@ def pack_examples(examples: list[Example], args: Args, codec: Codec) -> Packed:
     sequences = []
     for trajectory, weight, file, line in examples:
         synthetic = trajectory.source == "refine"
-        trajectory, masked = refined(trajectory, args.refinement) if synthetic else (trajectory, set())
+        trajectory, masked = refined(trajectory, args.refinement)
         tokens = tokens_of(trajectory, codec, f"{file}:{line}")
         world_weight = 0.0 if synthetic else args.world_weight
         sequences.append((tokens.ids, token_weights(tokens, weight, world_weight=world_weight, masked=masked)))

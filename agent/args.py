@@ -46,7 +46,7 @@ class ModelArgs:
     """Token limit of one reply."""
     drafts: Annotated[int, Range(0, 64)] | None = None
     """Tokens of a reply that are guessed, from what was played before, and verified in one step; replies stay the same.
-    0: none (default: 3, or 0 for a model small enough for a CPU's caches)."""
+    0: none (default: 3; on a CPU 1, or 0 for a model small enough for its caches)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,8 @@ from flax import nnx
 from artifacts.cli import Range, run_main
 from bench.shapes import SHAPES
 from lora.decoder import Decoder, make_decoder
-from lora.decoding import SamplingParams, Speculation, decode, empty_cache
-from lora.engine import DRAFTS, SEEN, TILE
+from lora.decoding import SamplingParams, decode, empty_cache
+from lora.engine import CPU_DRAFTS, SEEN, TILE
 from lora.group import cache_sizes, prefill_prefix
 from lora.model import CausalLM
 
@@ -45,7 +45,7 @@ class Args:
     """Chunks, of which the fastest counts."""
 
 
-def measure(decoder: Decoder, rows: int, length: int, speculation: Speculation, args: Args) -> float:
+def measure(decoder: Decoder, rows: int, length: int, drafts: int, args: Args) -> float:
     """Processor milliseconds of a step."""
     config, sizes = decoder.config, cache_sizes(length, TILE.positions)
     past = empty_cache(config, rows, sizes, TILE, decoder.weights.embed.dtype)
@@ -58,10 +58,10 @@ def measure(decoder: Decoder, rows: int, length: int, speculation: Speculation, 
         top_p=floats_R,
         seed=np.arange(rows, dtype=np.uint32),
     )
-    text = SEEN + length + args.steps + speculation.width
+    text = SEEN + length + args.steps + 1 + drafts
     text_RX = np.random.default_rng(0).integers(0, config.vocab_size, (rows, text)).astype(np.int32)
     where = past, ints_R + length, params, text_RX, ints_R + SEEN + length - 1
-    how = {"chunk": args.steps, "speculation": speculation, "early": False}
+    how = {"chunk": args.steps, "drafts": drafts, "early": False}
     best = float("inf")
     for _ in range(args.repeats + 1):  # the first compiles
         start = time.process_time()
@@ -74,10 +74,10 @@ def main(args: Args) -> None:
     decoder = make_decoder(CausalLM(SHAPES[args.shape], rngs=nnx.Rngs(0)))
     print("rows  ids of a step  ms, empty cache  ms, full cache  attention to it")
     for rows in args.rows:
-        for speculation in (Speculation(1, rows), Speculation(1 + DRAFTS, 2 * rows)):
-            empty, full = (measure(decoder, rows, length, speculation, args) for length in (1, args.length))
+        for drafts in (0, CPU_DRAFTS):
+            empty, full = (measure(decoder, rows, length, drafts, args) for length in (1, args.length))
             share = (full - empty) / full
-            print(f"{rows:4}  {speculation.places:13}  {empty:15.0f}  {full:14.0f}  {share:15.0%}", flush=True)
+            print(f"{rows:4}  {rows * (1 + drafts):13}  {empty:15.0f}  {full:14.0f}  {share:15.0%}", flush=True)
 
 
 if __name__ == "__main__":

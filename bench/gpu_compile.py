@@ -43,7 +43,7 @@ from artifacts.cli import run_main
 from bench.shapes import MISTRAL_7B, decode_arguments, described
 from lora.attention import SegmentBounds
 from lora.decoder import RolloutWeights
-from lora.decoding import PrefillBatch, Speculation, append, decode, empty_buffer, prefill_layer
+from lora.decoding import PrefillBatch, append, decode, empty_buffer, prefill_layer
 from lora.engine import ACCELERATOR_TILE as TILE
 from lora.engine import DRAFTS, SEEN
 from lora.group import SIZES, WIDTHS, cache_sizes
@@ -194,7 +194,7 @@ def sampler(mesh: Mesh, weights: RolloutWeights, slots: int):
 def decoding(mesh: Mesh, *, weights: RolloutWeights, slots: int):
     """A chunk of decoding in which every row reads its whole context."""
     graph, arrays = sampler(mesh, weights, slots)
-    how = {"chunk": CHUNK, "speculation": Speculation(1 + DRAFTS, slots * (1 + DRAFTS)), "early": True}
+    how = {"chunk": CHUNK, "drafts": DRAFTS, "early": True}
     return decode.lower(graph, MISTRAL_7B, *arrays, **how)
 
 

@@ -36,7 +36,7 @@ from bench.shapes import MISTRAL_7B, SHAPES, decode_arguments, described
 from lora import nf4
 from lora.config import Config
 from lora.decoder import RolloutWeights
-from lora.decoding import Speculation, decode
+from lora.decoding import decode
 from lora.engine import ACCELERATOR_TILE as TILE
 from lora.engine import DRAFTS, SEEN
 from lora.footprint import adapter_bytes, base_bytes, cache_bytes, nf4_bits
@@ -158,7 +158,7 @@ def compile_decode(case: Decode) -> dict:
     on_chip = NamedSharding(mesh, P())
     arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip), arrays)
     start = time.time()
-    how = {"chunk": case.chunk, "speculation": Speculation(1 + DRAFTS, case.slots * (1 + DRAFTS)), "early": True}
+    how = {"chunk": case.chunk, "drafts": DRAFTS, "early": True}
     compiled = decode.lower(graph, case.config, *arrays, **how).compile()
     return describe(compiled, case) | {"seconds": round(time.time() - start), "cache": case.cache_bytes()}
 

@@ -22,7 +22,7 @@ import numpy as np
 from lora.decoder import DecoderWeights
 from lora.linear import tiled_matmul
 from lora.model import rms_norm, rope_angles
-from lora.speculation import Places, accepted, assign_places, look_up_drafts
+from lora.speculation import Places, accepted, every_place, look_up_drafts
 
 
 class Tile(NamedTuple):
@@ -233,13 +233,6 @@ def codes_after(weights, x):
     return jax.tree.map(lambda leaf: leaf ^ zero if leaf.dtype == jnp.uint4 else leaf, weights), x
 
 
-class Speculation(NamedTuple):
-    """How many ids a step computes: of a row, its last id and up to `width` - 1 drafts, and `places` of all rows."""
-
-    width: int
-    places: int
-
-
 class Sampled(NamedTuple):
     """What a chunk sampled, and what it took."""
 
@@ -275,7 +268,7 @@ def draw(config, decoder: DecoderWeights, x_FD, params: SamplingParams, places: 
     return places.by_row(ids_F), places.by_row(logprobs_F)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "config", "chunk", "speculation", "early"))
+@functools.partial(jax.jit, static_argnames=("graph", "config", "chunk", "drafts", "early"))
 def decode(
     graph,
     config,
@@ -287,17 +280,18 @@ def decode(
     end_R,
     *,
     chunk: int,
-    speculation: Speculation,
+    drafts: int,
     early: bool,
 ) -> tuple[Sampled, list]:
     """Samples up to `params.limit` ids per row, at most `chunk`. Returns `Sampled` and the buffer.
 
     `past` holds, per layer, the blocks that the rows reach into; it is only read. Draw t of a request uses
-    fold_in(PRNGKey(seed), t). The last sampled id of a row is in neither the cache nor the buffer. Drafts are looked up
-    in `text_RX` [R, X], which ends with the row's last id at `end_R`, and with room for what is sampled. With `early`,
-    the chunk ends as soon as half of its rows are done.
+    fold_in(PRNGKey(seed), t). The last sampled id of a row is in neither the cache nor the buffer. A step computes it
+    and `drafts` more, looked up in `text_RX` [R, X], which ends with the row's last id at `end_R`, and with room for
+    what is sampled. With `early`, the chunk ends as soon as half of its rows are done.
     """
-    R, (T, F) = len(lengths_R), speculation
+    R, T = len(lengths_R), 1 + drafts
+    places = every_place(R, T)
     room = chunk + T  # positions after those that count hold what was computed in vain
 
     def step(state):
@@ -307,10 +301,9 @@ def decode(
         drafts_RD, usable_R = look_up_drafts(text_RX, end_R + counts_R, decoder.stops_V, T - 1)
         ids_RT = jnp.concatenate([last_R1, drafts_RD], axis=1)
         wanted_R = jnp.where(active_R, jnp.minimum(1 + usable_R, params.limit - counts_R), 0)
-        places, computed_RT = assign_places(wanted_R, T, F)
         x_FD, buffer = run_layers(graph, config, decoder, ids_RT, places, past, lengths_R, buffer, counts_R)
         drawn_RT, logprobs_RT = draw(config, decoder, x_FD, params, places, counts_R)
-        new_R = jnp.where(active_R, accepted(ids_RT, drawn_RT, computed_RT), 0)
+        new_R = jnp.where(active_R, accepted(ids_RT, drawn_RT, wanted_R), 0)
         text_RX = write_rows(text_RX, drawn_RT, end_R + 1 + counts_R)
         sampled = Sampled(
             ids_RP=write_rows(sampled.ids_RP, drawn_RT, counts_R),

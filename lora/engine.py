@@ -30,8 +30,9 @@ from concurrent.futures import wait as wait_for
 import jax
 import numpy as np
 
+from lora.config import Config
 from lora.decoder import Decoder
-from lora.decoding import Speculation, Tile
+from lora.decoding import Tile
 from lora.flops import matmul_weights
 from lora.group import Group, How, Member, Outcome, Reply, Request, Session, prefill_prefix
 from lora.speculation import NOTHING
@@ -41,21 +42,30 @@ TILE, ACCELERATOR_TILE = Tile(positions=32, channels=16), Tile(positions=128, ch
 # Weights that a CPU's caches hold. A step of a larger model takes as long as reading them, almost whatever it computes:
 # its groups are wider, it verifies drafts, and a chunk ends when half of its rows are done.
 CACHED = 2**23
-# Drafts of a row in a step, where they are verified at all.
-DRAFTS = 3
+# Drafts of a row in a step: on accelerators, where a step reads much and computes little, and on a CPU whose caches do
+# not hold the model.
+DRAFTS, CPU_DRAFTS = 3, 1
+# Ids of a chunk. The keys and values of a longer one, computed or not, would be read and written at every step.
+CHUNK = 32
 # Ids of sessions that were closed, the latest, in which drafts are looked up.
 SEEN = 4096
+
+
+def default_drafts(config: Config, on_cpu: bool) -> int:
+    """Drafts of a row in a step, unless they are given."""
+    if not on_cpu:
+        return DRAFTS
+    return CPU_DRAFTS if matmul_weights(config) > CACHED else 0
 
 
 class Engine:
     """Sessions over one model, as laid out by `make_decoder`.
 
     A group has `rows` slots: all its rows decode even for a single request, and groups run concurrently, spread over
-    the devices. After `chunk` ids, or with `early` when half of its rows are done, a group's unfinished
-    rows let new requests join. On a CPU the defaults are 8 rows, 16 for a large model (half the slots if those are
-    fewer), and no chunking; on accelerators a group per device and 32 ids. Up to `drafts` ids of a row are guessed at
-    each step, and kept if they are the ones drawn (speculation.py): a CPU has places for as many drafts as rows, an
-    accelerator for all. `copies` are the same decoder on further devices (decoder.copy_to).
+    the devices. After `chunk` ids, or with `early` when half of its rows are done, a group's unfinished rows let new
+    requests join. On a CPU the default is 8 rows, 16 for a large model (half the slots if those are fewer); on
+    accelerators a group per device. Up to `drafts` ids of a row are guessed at each step, and kept if they are the ones
+    drawn (speculation.py). `copies` are the same decoder on further devices (decoder.copy_to).
 
     Every session begins with the ids of `prefix`, which count neither as its own nor towards `context`. `poll` raises
     ValueError for a model whose log-probabilities are not finite. What it takes in memory: footprint.py.
@@ -80,8 +90,8 @@ class Engine:
         longest, large = config.max_position_embeddings - len(prefix), not on_cpu or matmul_weights(config) > CACHED
         if rows is None:
             rows = min(16 if large else 8, -(-slots // 2)) if on_cpu else -(-slots // len(decoders))
-        chunk = min((max_new_tokens if on_cpu else 32) if chunk is None else chunk, max_new_tokens)
-        drafts = (DRAFTS if large else 0) if drafts is None else drafts
+        chunk = min(CHUNK if chunk is None else chunk, max_new_tokens)
+        drafts = default_drafts(config, on_cpu) if drafts is None else drafts
         if not 1 <= context <= longest or min(slots, max_new_tokens, rows, chunk, drafts + 1) < 1:
             raise ValueError(
                 f"Engine got slots={slots}, context={context}, max_new_tokens={max_new_tokens}, rows={rows}, "
@@ -98,7 +108,7 @@ class Engine:
             max_new_tokens=max_new_tokens,
             chunk=chunk,
             stops=frozenset(stop_ids),
-            speculation=Speculation(1 + drafts, rows * (1 + min(drafts, 1) if on_cpu else 1 + drafts)),
+            drafts=drafts,
             early=large if early is None else early,
         )
         groups = -(-slots // rows)

@@ -24,7 +24,7 @@ from lora.adapter import adapter_shapes
 from lora.attention import Implementation, best_implementation
 from lora.config import Config
 from lora.decoder import RolloutWeights
-from lora.engine import ACCELERATOR_TILE, CACHED, DRAFTS, TILE
+from lora.engine import ACCELERATOR_TILE, CACHED, CHUNK, TILE, default_drafts
 from lora.flops import matmul_weights
 from lora.group import SIZES, TILED_SIZES, WIDTHS
 from lora.linear import LARGE, LoRAConfig
@@ -169,10 +169,9 @@ def group_working(config: Config, how: Playing, device: Device, rows: int, conte
     and its rows' copy of a layer's cache; either holds base weights in another form.
     """
     on_cpu, width = device.platform == "cpu", playing_width(how, device)
-    drafts = DRAFTS if not on_cpu or matmul_weights(config) > CACHED else 0
+    drafts = default_drafts(config, on_cpu)
     H, V, D, N = config.num_attention_heads, config.vocab_size, config.hidden_size, config.num_hidden_layers
-    places = rows * (1 + (min(drafts, 1) if on_cpu else drafts))
-    chunk = how.max_new_tokens if on_cpu else min(32, how.max_new_tokens)
+    places, chunk = rows * (1 + drafts), min(CHUNK, how.max_new_tokens)
     tiled = on_cpu and how.rollout == "fp32" and D**2 >= LARGE
     batch = min(rows, max(1, 2 * max(TILED_SIZES if tiled else SIZES) // WIDTHS[0]))
     longest = max(how.prefixes)

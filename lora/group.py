@@ -29,7 +29,6 @@ from lora.decoding import (
     PrefillBatch,
     Sampled,
     SamplingParams,
-    Speculation,
     Tile,
     append,
     decode,
@@ -106,7 +105,7 @@ class How:
     max_new_tokens: int
     chunk: int
     stops: frozenset[int]
-    speculation: Speculation
+    drafts: int
     early: bool
 
     @property
@@ -252,7 +251,7 @@ class Group:
             params.seed[row] = request.seed
         reach = self._reach(each.session for each in members)
         past, text = [blocks[:reach] for blocks in self._cache], self._texts(members, seen)
-        static = {"chunk": how.chunk, "speculation": how.speculation, "early": how.early}
+        static = {"chunk": how.chunk, "drafts": how.drafts, "early": how.early}
         sampled, buffer = decode(how.graph, how.config, self.weights, past, lengths_R, params, *text, **static)
         for layer, fresh in enumerate(buffer):
             self._append(layer, fresh, np.arange(rows, dtype=np.int32), lengths_R, sampled.counts_R, params.limit)
@@ -260,13 +259,13 @@ class Group:
 
     def _texts(self, members: list[Member], seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What drafts are looked up in, [R, X], and where each row's last id is in it."""
-        how, width = self._how, self._how.speculation.width
-        seen, own = (seen, how.context) if width > 1 else (seen[:0], 1 + how.chunk)
+        how, drafts = self._how, self._how.drafts
+        seen, own = (seen, how.context) if drafts else (seen[:0], 1 + how.chunk)
         end_R = np.zeros(how.rows, np.int32)
-        text_RX = np.full((how.rows, len(seen) + own + width), NOTHING, np.int32)
+        text_RX = np.full((how.rows, len(seen) + own + 1 + drafts), NOTHING, np.int32)
         text_RX[:, : len(seen)] = seen
         for row, session, _ in members:
-            ids = session.ids[-own if width > 1 else -1 :]
+            ids = session.ids[-own if drafts else -1 :]
             end_R[row] = len(seen) + len(ids) - 1
             text_RX[row, len(seen) : len(seen) + len(ids)] = ids
         return text_RX, end_R

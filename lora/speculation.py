@@ -1,8 +1,7 @@
 """Drafts of the next ids, looked up in ids seen before, and which of them a decoding step verifies.
 
 Prompt lookup decoding (Saxena 2023) with the draws of `decoding.sample`: a draft is kept only where it is the very id
-that is drawn there, so the ids are those of decoding one by one, at any temperature. A step has a fixed number of
-places. Every active row gets one, for its last id; the others go to drafts: those of rows that are done cost nothing.
+that is drawn there, so the ids are those of decoding one by one, at any temperature.
 
 Shapes: R rows, X ids of text, T ids of a row in a step (its last id and T - 1 drafts), F places.
 """
@@ -60,28 +59,17 @@ class Places(NamedTuple):
         return x_RT[self.row_F, self.index_F]
 
 
-def assign_places(wanted_R: jax.Array, width: int, places: int) -> tuple[Places, jax.Array]:
-    """The places of a step, and whether a row's ids have one, [R, T].
-
-    `wanted_R`: how many of its ids a row would have computed. First ids come first, then first drafts, and so on.
-    """
-    R = len(wanted_R)
-    wanted_RT = jnp.arange(width) < wanted_R[:, None]
-    if places >= R * width:
-        row_F, index_F = np.divmod(np.arange(R * width), width)
-        return Places(row_F, index_F, R, width), wanted_RT
-    rank_TR = jnp.cumsum(wanted_RT.T.reshape(-1)).reshape(width, R) - 1
-    index_TR, row_TR = jnp.indices((width, R))
-    where_TR = jnp.where(wanted_RT.T, rank_TR, places)  # beyond the last place: dropped
-    row_F = jnp.full(places, R, jnp.int32).at[where_TR].set(row_TR, mode="drop")
-    index_F = jnp.zeros(places, jnp.int32).at[where_TR].set(index_TR, mode="drop")
-    return Places(row_F, index_F, R, width), (where_TR < places).T
+def every_place(rows: int, width: int) -> Places:
+    """A place for each of `width` ids of each row."""
+    row_F, index_F = np.divmod(np.arange(rows * width), width)
+    return Places(row_F, index_F, rows, width)
 
 
-def accepted(drafts_RT: jax.Array, drawn_RT: jax.Array, computed_RT: jax.Array) -> jax.Array:
+def accepted(drafts_RT: jax.Array, drawn_RT: jax.Array, wanted_R: jax.Array) -> jax.Array:
     """How many of the drawn ids of each row count [R]: the first, and each that follows a draft equal to its draw.
 
-    `drafts_RT` begins with the row's last id; `computed_RT` tells which of them had a place.
+    `drafts_RT` begins with the row's last id; `wanted_R` of them may count.
     """
-    right_RT = computed_RT[:, 1:] & (drafts_RT[:, 1:] == drawn_RT[:, :-1])
+    wanted_RT = jnp.arange(1, drafts_RT.shape[1]) < wanted_R[:, None]
+    right_RT = wanted_RT & (drafts_RT[:, 1:] == drawn_RT[:, :-1])
     return 1 + jnp.cumprod(right_RT, axis=1).sum(axis=1)

@@ -38,6 +38,9 @@ class Args:
     """Number of games."""
     tell_commands: bool = False
     """Append the list of commands to the first observation, as the flag of that name does in play."""
+    displaced: Annotated[float, Range(0, 1)] = 0.0
+    """Probability per turn of a random action, two in five of them refused, from which the player recovers. It is
+    marked as a mistake, which train_pg.py masks (--refinement)."""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Seeds the games and their order."""
 
@@ -49,13 +52,14 @@ def main(args: Args) -> None:
 
 
 def demonstrate(args: Args, stage: Stage) -> None:
-    corpus = CorpusArgs(generated=args.count, displaced=(0.0,), careless=(0.0,), seed=args.seed)
+    corpus = CorpusArgs(generated=args.count, displaced=(args.displaced,), careless=(0.0,), seed=args.seed)
     games = itertools.islice(alfworld.demonstrations(corpus), args.count)
     trajectories = []
     for index, game in enumerate(tqdm(games, total=args.count, unit="game")):
         opening = game.first_observation
         opening = told_commands(opening, COMMANDS["0.4"]) if args.tell_commands else opening
-        trajectories.append(msgspec.structs.replace(game, first_observation=opening, trial=index))
+        turns = [msgspec.structs.replace(t, errors=["logic"] * (t.action_by == "sampled")) for t in game.turns]
+        trajectories.append(msgspec.structs.replace(game, first_observation=opening, turns=turns, trial=index))
     write_file(args.out / "trajectories.jsonl", trajectories)
     stage.finish({"trajectories": len(trajectories), "success": sum(t.success for t in trajectories)})
     print(f"{len(trajectories)} demonstrations -> {args.out}")

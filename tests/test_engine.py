@@ -23,7 +23,6 @@ from lora.config import Config
 from lora.decoder import DecoderWeights, Graph, copy_to, make_decoder, without_adapter
 from lora.decoding import (
     SamplingParams,
-    Speculation,
     Tile,
     append,
     append_at_once,
@@ -40,7 +39,7 @@ from lora.load import load_model, save_model
 from lora.logprobs import token_logprobs
 from lora.model import CausalLM
 from lora.sharding import make_mesh
-from lora.speculation import assign_places, look_up_drafts
+from lora.speculation import accepted, look_up_drafts
 from lora.tokenizer import encode_piece, load_tokenizer
 from tests.support.helpers import trajectory, with_random_adapter
 
@@ -55,7 +54,7 @@ TINY = Config(
     max_position_embeddings=2048,
 )
 CONTEXT, STOP = 48, 5
-ONE_BY_ONE = {"speculation": Speculation(width=1, places=2), "early": False}
+ONE_BY_ONE = {"drafts": 0, "early": False}
 
 
 @pytest.fixture(autouse=True)
@@ -587,27 +586,21 @@ def test_drafts_are_what_followed_the_longest_match():
     assert (drafts[0, 0], usable.tolist()) == (6, [1])
 
 
-def test_places_go_to_last_ids_first():
-    places, computed = assign_places(jnp.array([3, 0, 1, 2]), width=3, places=5)
-    assert places.row_F.tolist() == [0, 2, 3, 0, 3] and places.index_F.tolist() == [0, 0, 0, 1, 1]
-    assert computed.tolist() == [[1, 1, 0], [0, 0, 0], [1, 0, 0], [1, 1, 0]]
-    assert places.by_row(jnp.arange(1, 6)).tolist() == [[1, 4, 0], [0, 0, 0], [2, 0, 0], [3, 5, 0]]
-    places, computed = assign_places(jnp.array([1, 0, 1, 0]), width=3, places=4)
-    assert places.row_F.tolist() == [0, 2, 4, 4]
-    places, computed = assign_places(jnp.array([2, 0]), width=2, places=4)
-    assert places.row_F.tolist() == [0, 0, 1, 1] and computed.tolist() == [[1, 1], [0, 0]]
-    assert places.by_row(jnp.arange(4)).tolist() == [[0, 1], [2, 3]]
+def test_only_right_drafts_that_were_wanted_count():
+    ids = jnp.array([[9, 1, 2], [9, 1, 2], [9, 1, 2], [9, 7, 2]])
+    drawn = jnp.array([[1, 2, 3], [1, 2, 3], [1, 5, 3], [1, 2, 3]])
+    assert accepted(ids, drawn, jnp.array([3, 2, 3, 3])).tolist() == [3, 2, 2, 1]
 
 
 def test_appending_at_once_equals_appending_by_row():
     random = np.random.default_rng(0)
     for case in range(50):
         P = int(random.integers(1, 9))
-        block = random.normal(size=(4, 2, 3, 16, 8)), random.normal(size=(4, 2, 3, 8, 16))
-        buffer = random.normal(size=(3, 2, 16, P)), random.normal(size=(3, 2, P, 16))
+        block = random.normal(size=(4, 2, 3, 16, 8)), random.normal(size=(4, 2, 4, 3, 8, 4))
+        fresh = random.normal(size=(3, P, 2, 16)), random.normal(size=(3, P, 2, 4, 4))
         rows, lengths = random.permutation(4)[:3], random.integers(0, 40, 3)
         where = 8 * (case % 3), rows, lengths, random.integers(0, P + 1, 3)
-        arrays = jax.tree.map(jnp.asarray, (block, buffer, *where))
+        arrays = jax.tree.map(jnp.asarray, (block, fresh, *where))
         one, other = (write(*arrays) for write in (append_at_once, append_by_row))
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
@@ -640,13 +633,13 @@ def test_nothing_of_the_size_of_the_cache_is_copied(monkeypatch):
     view = DecoderWeights(
         model().embed[...], model().norm[...], model().unembed().T, np.arange(61) == STOP, layers, [nothing] * 2
     )
-    block = (jnp.zeros((rows, 2, 16, C, 64)), jnp.zeros((rows, 2, 16, 64, C)))  # 1,024 places
+    block = (jnp.zeros((rows, 2, 16, C, 64)), jnp.zeros((rows, 2, 1, 16, 64, C)))  # 1,024 places
     size = sum(x.nbytes for x in block)
     ints = np.zeros(rows, np.int32)
     floats = ints.astype(np.float32)
     asked = SamplingParams(ints, ints, floats, floats, ints.astype(np.uint32))
     text = np.zeros((rows, T + 2), np.int32), ints
-    how = {"chunk": T, "speculation": Speculation(width=1, places=rows), "early": False}
+    how = {"chunk": T, "drafts": 0, "early": False}
     decoding = decode.lower(Graph(graph), TINY, view, [[block]] * 2, ints, asked, *text, **how).compile()
     scores = rows * H * 1024 * 4
     assert decoding.memory_analysis().temp_size_in_bytes < 4 * scores < size

@@ -310,6 +310,16 @@ def test_the_words_of_an_accepted_action_were_read_before_even_if_they_are_made_
     assert 0.2 < np.mean([walk.first_observation != told(walk.task_id) for walk in synthetic]) < 0.6
 
 
+def test_displaced_turns_of_a_demonstration_are_marked_and_the_player_recovers(tmp_path, generated_only):
+    demonstrations_stage.main(demonstrations_stage.Args(out=tmp_path / "demo", count=20, displaced=0.2))
+    rows = list(read_trajectories(tmp_path / "demo/trajectories.jsonl"))
+    turns = [turn for row in rows for turn in row.turns]
+    assert all(row.success for row in rows)
+    assert all(bool(turn.errors) == (turn.action_by == "sampled") for turn in turns)
+    assert 0.1 < np.mean([bool(turn.errors) for turn in turns]) < 0.3
+    assert any(not turn.valid for turn in turns) and all(turn.errors for turn in turns if not turn.valid)
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_demonstrations_are_a_finished_stage_of_successes_with_told_commands_if_asked(tmp_path, generated_only, told):
     demonstrations_stage.main(demonstrations_stage.Args(out=tmp_path / "demo", count=12, tell_commands=told))

@@ -1,0 +1,190 @@
+"""What do both papers bring a pretrained language model? SmolLM2-135M-Instruct, from its first words on.
+
+    python -m bench.pretrained                              # resumes; all of it takes days on a CPU
+    python -m bench.pretrained --experiments base bootstrap
+
+Each arm is a run of its own, made by the project's own commands. An arm that shares stages with another copies them.
+The model wins nothing by itself, so demonstrations stand in for the paper's prompted gpt-3.5: round 0 of every loop.
+Choices are made on valid-60; valid_seen-140 is played by arms that are fixed. Play to train on has 20 turns, an
+evaluation 50. After each command what can be kept of its stages (done.json, scores.json, metrics.jsonl, config.json) is
+copied to --results, so that a figure can be traced; prints a table of all that is there.
+"""
+
+from __future__ import annotations
+
+import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from artifacts.cli import Range, run_main
+from artifacts.json_io import read_json
+from artifacts.trajectory import read_trajectories
+
+ROOT = Path(__file__).parent.parent
+KEPT = ("config.json", "done.json", "scores.json", "metrics.jsonl")
+LONG = ("--max-turns", "50", "--context", "3072")  # an evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    runs: Path = Path("runs/pretrained")
+    """Folder for the runs, one per arm."""
+    results: Path = Path("bench/results")
+    """Folder for what is kept of them."""
+    model: Path = Path("models/smollm2")
+    """The pretrained base."""
+    count: Annotated[int, Range(1, 10**6)] = 300
+    """Demonstrations of round 0."""
+    limit: Annotated[int, Range(1, 600)] = 120
+    """Training tasks of a round, spread evenly over train-600."""
+    rounds: Annotated[int, Range(1, 100)] = 4
+    """Rounds of the loop, the demonstrations' included."""
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+    """Seed of every command."""
+
+
+def run(*words: object, **env: object) -> None:
+    """Runs a command of the project; raises CalledProcessError if it fails."""
+    command = [str(word) for word in words]
+    command = command if command[0].startswith("./") else [sys.executable, *command]
+    print("$", *(f"{key}={value}" for key, value in env.items()), *command, flush=True)
+    subprocess.run(command, check=True, env=os.environ | {key: str(value) for key, value in env.items()})
+
+
+def keep(settings: Settings, arm: str) -> None:
+    """Copies what is kept of an arm's finished stages, with paths relative to the project."""
+    for done in sorted((settings.runs / arm).glob("*/*/done.json")):
+        folder = settings.results / arm / done.parent.relative_to(settings.runs / arm)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            if (done.parent / name).exists():
+                text = (done.parent / name).read_text().replace(f"{ROOT}/", "")
+                (folder / name).write_text(text)
+
+
+def share(settings: Settings, arm: str, other: str, *stages: str) -> None:
+    """Copies finished stages of another arm, such as round_0 or round_1/rollout, unless they are there."""
+    for stage in stages:
+        target = settings.runs / arm / stage
+        if not target.exists():
+            shutil.copytree(settings.runs / other / stage, target)
+    shutil.copy(settings.runs / other / "run.json", settings.runs / arm / "run.json")
+
+
+def evaluate(settings: Settings, arm: str, *words: str, panel: str = "valid-60") -> None:
+    """Evaluates on a panel, valid-60 beside the other."""
+    name = () if panel == "valid_seen-140" else ("--name", panel)
+    where = "--run", settings.runs / arm, "--model", settings.model, "--seed", settings.seed
+    run("evaluate.py", *where, "--panels", panel, *LONG, *name, *words)
+    keep(settings, arm)
+
+
+def loop(settings: Settings, arm: str, *words: str, rounds: int) -> None:
+    """Plays the rounds of an arm with these flags, each evaluated on valid-60."""
+    how = ("--rollout.limit", settings.limit, "--evaluate.panels", "valid-60", "--name", "valid-60", *LONG)
+    where = {"RUN": settings.runs / arm, "MODEL": settings.model, "COUNT": settings.count, "SEED": settings.seed}
+    for count in range(1, rounds + 1):
+        run("./run.sh", "smollm2", *how, *words, **where, ROUNDS=count)
+        keep(settings, arm)
+
+
+# ---- A3T -------------------------------------------------------------------------------------------------------------
+
+
+def base(settings: Settings) -> None:
+    """The model by itself, and after the paper's one-shot prompt."""
+    evaluate(settings, "base", "--base", panel="valid_seen-140")
+    shot = ("--prompt", "prompts/alfworld_react.txt", "--name", "one-shot")
+    evaluate(settings, "base", "--base", *shot, panel="valid_seen-140")
+
+
+def bootstrap(settings: Settings) -> None:
+    """Round 0 alone, on a third of the demonstrations and on all."""
+    for count in (settings.count // 3, settings.count):
+        fewer = Settings(**{**vars(settings), "count": count})
+        loop(fewer, f"bootstrap-{count}", rounds=1)
+    evaluate(settings, f"bootstrap-{settings.count}", "--round", "0", panel="valid_seen-140")
+
+
+def a3t(settings: Settings) -> None:
+    """The loop of the paper: sampled actions, explained by ActRe."""
+    share(settings, "a3t", f"bootstrap-{settings.count}", "round_0")
+    loop(settings, "a3t", *EXPLAINED, rounds=settings.rounds)
+    evaluate(settings, "a3t", panel="valid_seen-140")
+
+
+def resampling(settings: Settings) -> None:
+    """The loop without sampled actions and ActRe: failed tasks again, at the same temperature."""
+    share(settings, "resampling", "a3t", "round_0", "round_1/rollout")
+    loop(settings, "resampling", "--actre.probability", "0", rounds=settings.rounds)
+    evaluate(settings, "resampling", panel="valid_seen-140")
+
+
+def success_only(settings: Settings) -> None:
+    """Round 1 of the paper's loop without its failures (R_f = 0)."""
+    share(settings, "success-only", "a3t", "round_0", "round_1/rollout", "round_1/actre")
+    loop(settings, "success-only", *EXPLAINED, "--train.failure-reward", "0", rounds=2)
+    evaluate(settings, "success-only", "--round", "1", panel="valid_seen-140")
+
+
+EXPLAINED = ("--actre.actre-prompt", "prompts/alfworld_actre.txt")
+EXPERIMENTS: dict[str, Callable[[Settings], None]] = {
+    "base": base,
+    "bootstrap": bootstrap,
+    "a3t": a3t,
+    "resampling": resampling,
+    "success-only": success_only,
+}
+
+
+# ---- what came out ---------------------------------------------------------------------------------------------------
+
+
+def describe(settings: Settings, folder: Path) -> str:
+    """How the attempts of an evaluation ended, and the share of refused actions; from the run, if it is there."""
+    path = settings.runs / folder.relative_to(settings.results) / "trajectories.jsonl"
+    if not path.exists():
+        return ""
+    played = list(read_trajectories(path))
+    turns = [turn for trajectory in played for turn in trajectory.turns]
+    ends = ", ".join(f"{end} {count}" for end, count in Counter(t.end for t in played).most_common())
+    return f"{ends}; {sum(not turn.valid for turn in turns) / max(1, len(turns)):.0%} of {len(turns)} actions refused"
+
+
+def table(settings: Settings) -> str:
+    """A row for each evaluation that was kept."""
+    rows = ["| arm | played | panel | success | n | 95 % interval | ends |", "|---" * 7 + "|"]
+    for path in sorted(settings.results.glob("*/*/*/scores.json")):
+        folder = path.parent
+        arm, subject, stage = folder.relative_to(settings.results).parts
+        for panel, score in read_json(path).items():
+            low, high = (100 * x for x in score["wilson95"])
+            rows.append(
+                f"| {arm} | {subject}/{stage} | {panel} | {100 * score['rate']:.1f} | {score['n']} | "
+                f"{low:.0f}-{high:.0f} | {describe(settings, folder)} |"
+            )
+    return "\n".join(rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(Settings):
+    experiments: tuple[Literal[tuple(EXPERIMENTS)], ...] = tuple(EXPERIMENTS)
+    """What to run, in this order."""
+
+
+def main(args: Args) -> None:
+    for name in args.experiments:
+        EXPERIMENTS[name](args)
+    print(table(args))
+
+
+if __name__ == "__main__":
+    run_main(main, Args, __doc__)
