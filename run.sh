@@ -9,7 +9,8 @@
 #   ./run.sh paper      A3T's configuration on Mistral-7B-Instruct-v0.2 (real games; MODEL=folder of the weights)
 #
 # More flags for a stage carry its name, override the ones above and may follow any of these: ./run.sh --rollout.limit 20
-# --train.rank 32. The names are rollout, actre, train, evaluate, and play for the three that play.
+# --train.rank 32. The names are rollout, actre, train, evaluate, play for the three that play, and, for smollm2,
+# demonstrations.
 #
 # Environment: RUN (directory of the run), ROUNDS (4), SEED (0), MODEL, BUDGET (compositions per failed task: 3; webshop: 20;
 # smollm2: 4; paper: 40), COUNT (synthetic trajectories: 2000; demonstrations: 300), SERVER (address of a vLLM server that
@@ -38,9 +39,9 @@ RUN=${RUN:-runs/a3t} ROUNDS=${ROUNDS:-4} SEED=${SEED:-0}
 common=(--run "$RUN" --seed "$SEED") first=() play=() compose=() train=()
 play+=(${SERVER:+--server.url "$SERVER" --server.model "${SERVER_MODEL:-base}" --server.api tokens})
 train+=(${SERVER:+--weights fp32}) # the base as it is served; paper serves the NF4 folder that it trains on
-more_play=() more_rollout=() more_actre=() more_train=() more_evaluate=() to=
+more_play=() more_rollout=() more_actre=() more_train=() more_evaluate=() more_demonstrations=() to=
 for word in "$@"; do
-  case "$word" in --play.* | --rollout.* | --actre.* | --train.* | --evaluate.*)
+  case "$word" in --play.* | --rollout.* | --actre.* | --train.* | --evaluate.* | --demonstrations.*)
     to=${word#--} to=${to%%.*} word=--${word#*.} ;;
   esac
   case "$to" in
@@ -49,9 +50,14 @@ for word in "$@"; do
     actre) more_actre+=("$word") ;;
     train) more_train+=("$word") ;;
     evaluate) more_evaluate+=("$word") ;;
+    demonstrations) more_demonstrations+=("$word") ;;
     *) echo "run.sh: got '$word', expected flags such as --rollout.limit 20 or --train.rank 32" >&2; exit 2 ;;
   esac
 done
+if [ "$what" != smollm2 ] && [ ${#more_demonstrations[@]} -gt 0 ]; then
+  echo "run.sh: got flags of demonstrations, which only smollm2 makes; expected flags of other stages" >&2
+  exit 2
+fi
 case "$what" in
   refine)
     common+=(--model "${MODEL:-models/tiny-neutral}")
@@ -83,7 +89,8 @@ case "$what" in
     play+=(--context 1664) # 20 turns of most games
     compose+=(--budget "${BUDGET:-4}")
     train+=(--row-length 1920 --learning-rate 1.5e-3 --epochs 1)
-    stage -m models.demonstrations --out "$RUN/round_0/rollout" --seed "$SEED" --count "${COUNT:-300}" ;;
+    stage -m models.demonstrations --out "$RUN/round_0/rollout" --seed "$SEED" --count "${COUNT:-300}" \
+      ${more_demonstrations[@]+"${more_demonstrations[@]}"} ;;
   paper)
     base="$RUN/base-nf4" # quantised once; every stage reads it instead of the 16-bit files
     [ -e "$base" ] ||

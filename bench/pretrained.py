@@ -135,6 +135,13 @@ def success_only(settings: Settings) -> None:
     evaluate(settings, "success-only", "--round", "1", panel="valid_seen-140")
 
 
+def displaced(settings: Settings) -> None:
+    """Round 0 on demonstrations with refused actions and recoveries, masked as AgentRefine masks mistakes."""
+    longer = ("--train.row-length", "2560")
+    loop(settings, "displaced", "--demonstrations.displaced", "0.15", *longer, rounds=1)
+    evaluate(settings, "displaced", "--round", "0", panel="valid_seen-140")
+
+
 EXPLAINED = ("--actre.actre-prompt", "prompts/alfworld_actre.txt")
 EXPERIMENTS: dict[str, Callable[[Settings], None]] = {
     "base": base,
@@ -142,6 +149,7 @@ EXPERIMENTS: dict[str, Callable[[Settings], None]] = {
     "a3t": a3t,
     "resampling": resampling,
     "success-only": success_only,
+    "displaced": displaced,
 }
 
 

@@ -1,13 +1,13 @@
-"""AgentRefine's experiment with a tiny base: what does tuning on mistakes and their corrections improve?
+"""AgentRefine's experiment on one base: what does tuning on mistakes and their corrections improve?
 
     python -m bench.refinement                    # all arms, seeds 0 1 2 of the main ones; hours on a CPU
     python -m bench.refinement --seeds 0 --limit 20
 
-One neutral base (models/tiny-neutral: random walks, no solutions) is tuned on ALFWorld demonstrations, on synthetic
-trajectories with mistakes (refine.py), on half of each, and on the synthetic ones under the paper's three controls.
-Each arm is evaluated on generated ALFWorld games in the original wording and five others, on synthetic worlds in seen
-and in unseen vocabulary, on BabyAI and on PDDL, with --tell-commands and greedy decoding. Runs the
-stages' commands, each of which resumes if it was killed; prints a table and, as the last line, JSON.
+A base (models/tiny-neutral: random walks, no solutions; or a pretrained model) is tuned on ALFWorld demonstrations, on
+synthetic trajectories with mistakes (refine.py), on half of each, and on the synthetic ones under the paper's three
+controls. Each arm is evaluated on generated ALFWorld games in the original wording and five others, on synthetic worlds
+in seen and in unseen vocabulary, on BabyAI and on PDDL, with --tell-commands and greedy decoding. Runs the stages'
+commands, each of which resumes if it was killed; prints a table and, as the last line, JSON.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from artifacts.cli import run_main
+from artifacts.cli import Range, run_main
 from artifacts.scores import WORDINGS, directory_name, read_scores, wilson
 
 MAIN = ("demo", "refine", "both")
@@ -52,6 +53,10 @@ class Args:
     """LoRA rank, on all linear layers; alpha is twice the rank."""
     learning_rate: float = 8e-3
     """Peak learning rate of Adam on the adapter."""
+    context: Annotated[int, Range(16, 10**7)] = 1536
+    """Maximum tokens of an attempt."""
+    row_length: Annotated[int, Range(2, 2**20)] = 1792
+    """Tokens per packed row."""
     limit: int = 60
     """Tasks per panel."""
 
@@ -97,7 +102,7 @@ def evaluate(args: Args, directory: Path, *subject: str) -> None:
             "--max-turns",
             turns,
             "--context",
-            1536,
+            args.context,
             "--tell-commands",
         )
 
@@ -127,7 +132,7 @@ def run_arm(args: Args, arm: str, seed: int) -> Path:
         "--learning-rate",
         args.learning_rate,
         "--row-length",
-        1792,
+        args.row_length,
         "--world-weight",
         0,
         "--seed",

@@ -103,6 +103,14 @@ def test_refine_passes_flags_on_and_refuses_those_of_stages_that_it_does_not_run
     assert (status, commands) == (2, []) and "rollout or actre, which refine does not run" in said
 
 
+def test_flags_of_the_demonstrations_go_to_them_alone_and_are_refused_where_there_are_none(run_sh):
+    status, [demonstrations, *others], _ = run_sh("smollm2", "--demonstrations.displaced", "0.1")
+    assert status == 0 and demonstrations.endswith("--count 300 --displaced 0.1")
+    assert not any("displaced" in command for command in others)
+    status, commands, error = run_sh("tiny", "--demonstrations.displaced", "0.1")
+    assert (status, commands) == (2, []) and "only smollm2" in error
+
+
 def test_a_run_survives_an_update_of_run_sh(run_sh, tmp_path):
     copy = tmp_path / "run.sh"
     copy.write_bytes((ROOT / "run.sh").read_bytes())
