@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -30,7 +31,6 @@ from artifacts.trajectory import read_trajectories
 
 ROOT = Path(__file__).parent.parent
 KEPT = ("config.json", "done.json", "scores.json", "metrics.jsonl")
-LONG = ("--max-turns", "50", "--context", "3072")  # an evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,15 @@ class Settings:
     """Training tasks of a round, spread evenly over train-600."""
     rounds: Annotated[int, Range(1, 100)] = 4
     """Rounds of the loop, the demonstrations' included."""
+    context: Annotated[int, Range(16, 10**7)] = 3072
+    """Maximum tokens of an attempt of an evaluation."""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Seed of every command."""
+
+    @property
+    def evaluation(self) -> tuple[str, ...]:
+        """The flags of every evaluation."""
+        return "--max-turns", "50", "--context", str(self.context)
 
 
 def run(*words: object, **env: object) -> None:
@@ -75,7 +82,10 @@ def share(settings: Settings, arm: str, other: str, *stages: str) -> None:
     for stage in stages:
         target = settings.runs / arm / stage
         if not target.exists():
-            shutil.copytree(settings.runs / other / stage, target)
+            part = target.with_name(f"{target.name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(settings.runs / other / stage, part)
+            part.rename(target)
     shutil.copy(settings.runs / other / "run.json", settings.runs / arm / "run.json")
 
 
@@ -83,13 +93,14 @@ def evaluate(settings: Settings, arm: str, *words: str, panel: str = "valid-60")
     """Evaluates on a panel, valid-60 beside the other."""
     name = () if panel == "valid_seen-140" else ("--name", panel)
     where = "--run", settings.runs / arm, "--model", settings.model, "--seed", settings.seed
-    run("evaluate.py", *where, "--panels", panel, *LONG, *name, *words)
+    run("evaluate.py", *where, "--panels", panel, *settings.evaluation, *name, *words)
     keep(settings, arm)
 
 
 def loop(settings: Settings, arm: str, *words: str, rounds: int) -> None:
     """Plays the rounds of an arm with these flags, each evaluated on valid-60."""
-    how = ("--rollout.limit", settings.limit, "--evaluate.panels", "valid-60", "--name", "valid-60", *LONG)
+    how = ("--rollout.limit", settings.limit, "--evaluate.panels", "valid-60", "--name", "valid-60")
+    how += settings.evaluation
     where = {"RUN": settings.runs / arm, "MODEL": settings.model, "COUNT": settings.count, "SEED": settings.seed}
     for count in range(1, rounds + 1):
         run("./run.sh", "smollm2", *how, *words, **where, ROUNDS=count)
@@ -109,8 +120,7 @@ def base(settings: Settings) -> None:
 def bootstrap(settings: Settings) -> None:
     """Round 0 alone, on a third of the demonstrations and on all."""
     for count in (settings.count // 3, settings.count):
-        fewer = Settings(**{**vars(settings), "count": count})
-        loop(fewer, f"bootstrap-{count}", rounds=1)
+        loop(dataclasses.replace(settings, count=count), f"bootstrap-{count}", rounds=1)
     evaluate(settings, f"bootstrap-{settings.count}", "--round", "0", panel="valid_seen-140")
 
 

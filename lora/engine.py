@@ -39,8 +39,8 @@ from lora.speculation import NOTHING
 
 # Tiles of the cache: of one or two lines of a CPU's cache, and of an accelerator's registers, which are 128 wide.
 TILE, ACCELERATOR_TILE = Tile(positions=32, channels=16), Tile(positions=128, channels=0)
-# Weights that a CPU's caches hold. A step of a larger model takes as long as reading them, almost whatever it computes:
-# its groups are wider, it verifies drafts, and a chunk ends when half of its rows are done.
+# Weights that a CPU's caches hold. A step of a larger model also reads them: its groups are wider, it verifies drafts,
+# and a chunk ends when half of its rows are done.
 CACHED = 2**23
 # Drafts of a row in a step: on accelerators, where a step reads much and computes little, and on a CPU whose caches do
 # not hold the model.
