@@ -8,7 +8,7 @@ bitsandbytes' NF4, or dense, which needs no decoding; ours is compared with the 
 (non-padding) tokens/s over all steps, achieved FLOP/s (4 per weight and real token), peak memory.
 
     JAX_PLATFORMS=cpu python -m bench.train                                      # 98 M parameters, on the CPU
-    JAX_PLATFORMS=cpu python -m bench.train --shape smollm2-135m --tokens 1920 --targets all --trajectories 16
+    JAX_PLATFORMS=cpu python -m bench.train --shape smollm2-135m --tokens 1920 --targets all --trajectories 18
     python -m bench.train --shape mistral-7b --tokens 4096 --targets all                 # on a GPU
     python -m bench.train --shape mistral-7b --tokens 2048 --remat full --peers          # only ours: its memory
 

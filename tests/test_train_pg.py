@@ -280,10 +280,10 @@ MISTAKES = {
 }
 
 
-def agent_text_by_weight(how: str) -> dict[float, str]:
+def agent_text_by_weight(how: str, **changes) -> dict[float, str]:
     """What the text of the packed trajectory is, by the weight that its tokens have."""
     tokenizer = byte_tokenizer()
-    example = Example(trajectory(**MISTAKES), 1.0, "f", 1)
+    example = Example(trajectory(**MISTAKES | changes), 1.0, "f", 1)
     packed = pack_examples([example], Args(refinement=how), CODEC)
     there = packed.segments_NL == 1
     ids, weights = packed.ids_NL[there], packed.weights_NL[there]
@@ -309,6 +309,12 @@ def test_mistakes_are_masked_and_the_controls_do_what_they_say(how, learnt):
     by_weight = agent_text_by_weight(how)
     assert set(by_weight) == {0.0, 1.0} and by_weight[1.0] == lines(*learnt)
     assert ("There is no box 9." in by_weight[0.0]) == (how != "drop-errors")
+
+
+def test_mistakes_marked_in_a_demonstration_are_masked_too_and_its_world_keeps_its_weight():
+    by_weight = agent_text_by_weight("mask-errors", source="demo")
+    assert by_weight[1.0] == lines(0, 3, 4) and "There is no box 9." in by_weight[0.0]
+    assert "Taken." in by_weight[float(np.float32(Args().world_weight))]
 
 
 @pytest.mark.parametrize("how", ["mask-errors", "no-mask"])
