@@ -1,9 +1,9 @@
 """Retries the agent's failed tasks with sampled actions, each with a reason that ActRe writes after the fact (A3T).
 
 The policy retries every task that this round's rollout did not solve. At each step, with the given --probability (and
-always after three invalid actions in a row), a sampled admissible action replaces its own; ActRe (the frozen base,
-given observation and action) then writes the reason. Round 0 composes nothing and leaves an empty file, since the paper
-keeps only the prompted agent's successes.
+always after three invalid actions in a row), a sampled admissible action replaces its own; ActRe, given observation and
+action, then writes the reason: the frozen base, or with --actre-adapter one that was trained to (train_pg.py --format
+actre). Round 0 composes nothing and leaves an empty file, since the paper keeps only the prompted agent's successes.
 
     python actre.py                          # the current round of runs/a3t
     python actre.py --reason empty           # compose without ActRe
@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 
 from agent.args import (
     PlayArgs,
+    Player,
     agent_facts,
     fit_memory,
     make_policy,
@@ -46,6 +47,7 @@ from artifacts.shards import adopt, finish_shards, open_shard, share
 from artifacts.stage import (
     Stage,
     adapter_of_round,
+    adapter_sha,
     current_round,
     joined_identity,
     require_done,
@@ -56,7 +58,7 @@ from artifacts.stage import (
 from artifacts.trajectory import FAULTS, Trajectory, Writer, read_trajectories, sort_file
 from envs.base import World
 from envs.panel import require_tasks
-from lora.checkpoint import base_facts
+from lora.checkpoint import adapter_weights, base_facts
 from lora.sharding import play_together
 
 
@@ -69,6 +71,8 @@ class Args(PlayArgs):
     actre_server: Server = Server()
     """An OpenAI-compatible server as ActRe, in place of the local base; its model may differ from the agent's (default:
     the base on the agent's server, if that takes token ids)."""
+    actre_adapter: Path | None = None
+    """Adapter of ActRe, in PEFT's layout (default: none, the frozen base)."""
     actre_prompt: Path | None = None
     """File with a few-shot example that precedes every session of ActRe (prompts/; paper: always)."""
     probability: Annotated[float, Range(0, 1)] = 0.1
@@ -84,6 +88,15 @@ class Args(PlayArgs):
     WebShop)."""
     temperature: Annotated[float, Range(0, 10)] = 1.0
     """Sampling temperature of the agent's own turns; 0 is greedy (not stated in the paper)."""
+
+    def check(self) -> None:
+        super().check()
+        if self.actre_adapter is not None:
+            if self.reason != "actre" or explaining_server(self).takes_text:
+                raise ValueError(
+                    "--actre-adapter: expected ActRe to be the base (--reason actre), not a server of text"
+                )
+            adapter_weights(self.actre_adapter)  # raises if it is none
 
 
 def explaining_server(args: Args) -> Server:
@@ -125,13 +138,12 @@ def compose(args: Args, round_index: int, failed: list[str], writer: Writer, ada
     if not jobs:
         return {"asked": {}, "rates": {}}
     folder = writer.path.parent
-    explainers = [(explaining_server(args), args.actre_prompt)] if args.reason == "actre" else []
-    args = fit_memory(args, adapter, (args.server, args.prompt), *explainers)
-    react = make_policy(args, args.server, folder / "replies.sqlite", adapter, args.prompt)
-    explainer = None
-    if args.reason == "actre":
-        replies = folder / "replies_actre.sqlite"
-        explainer = make_policy(args, explaining_server(args), replies, None, args.actre_prompt, beside=react)
+    player = Player(args.server, adapter, args.prompt)
+    explainers = [Player(explaining_server(args), args.actre_adapter, args.actre_prompt)] * (args.reason == "actre")
+    args = fit_memory(args, player, *explainers)
+    react, explainer = make_policy(args, player, folder / "replies.sqlite"), None
+    for each in explainers:
+        explainer = make_policy(args, each, folder / "replies_actre.sqlite", beside=react)
     rule = Compose(probability=args.probability, sample=args.sample, reason=args.reason)
     loop = PlayLoop(jobs, make_settings(args, "actre", round_index, rule), world_maker(args), react, explainer)
     started = set(jobs)
@@ -167,6 +179,7 @@ def main(args: Args) -> None:
         "world": world.facts,
         **agent_facts(args, adapter, prompt=args.prompt, actre_prompt=args.actre_prompt),
         "explainer": base_facts(args.model) if explains else None,
+        "actre_adapter": adapter_sha(args.actre_adapter),
     }
     whole = round_directory(args.run, round_index) / "actre"
     with open_shard(whole, args, facts, identity) as stage:

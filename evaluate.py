@@ -30,6 +30,7 @@ from typing import Annotated, Any, Literal
 
 from agent.args import (
     PlayArgs,
+    Player,
     agent_facts,
     fit_memory,
     make_policy,
@@ -145,8 +146,9 @@ def play(args: Args, tasks: dict[str, list[str]], adapter: Path | None, round_in
         unique = [*dict.fromkeys(task for ids in tasks.values() for task in ids)]
         jobs = [Job(task, trial) for task in share(unique, args.shard) for trial in range(args.best_of)]
         if jobs := [job for job in jobs if job not in writer.known]:
-            args = fit_memory(args, adapter, (args.server, args.prompt))
-            policy = make_policy(args, args.server, stage.directory / "replies.sqlite", adapter, args.prompt)
+            player = Player(args.server, adapter, args.prompt)
+            args = fit_memory(args, player)
+            policy = make_policy(args, player, stage.directory / "replies.sqlite")
             settings = make_settings(args, "evaluate", round_index)
             loop = PlayLoop(jobs, settings, world_maker(args, args.perturb), policy)
             for trajectory in loop:

@@ -20,6 +20,7 @@ from typing import Annotated
 
 from agent.args import (
     PlayArgs,
+    Player,
     agent_facts,
     fit_memory,
     make_policy,
@@ -87,8 +88,9 @@ def play(args: Args, round_index: int, world: World, tasks: list[str], adapter: 
         shards = {} if args.shard else adopt(stage, writer)
         jobs = [Job(task, trial) for task in share(tasks, args.shard) for trial in range(args.trials)]
         if jobs := [job for job in jobs if job not in writer.known]:
-            args = fit_memory(args, adapter, (args.server, args.prompt))
-            react = make_policy(args, args.server, stage.directory / "replies.sqlite", adapter, args.prompt)
+            player = Player(args.server, adapter, args.prompt)
+            args = fit_memory(args, player)
+            react = make_policy(args, player, stage.directory / "replies.sqlite")
             loop = PlayLoop(jobs, make_settings(args, "rollout", round_index), world_maker(args), react)
             for trajectory in loop:
                 writer.write(trajectory)

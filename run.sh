@@ -88,7 +88,7 @@ case "$what" in
     common+=(--model "$MODEL")
     play+=(--context 1664) # 20 turns of most games
     compose+=(--budget "${BUDGET:-4}")
-    train+=(--row-length 1920 --learning-rate 1.5e-3 --epochs 1)
+    train+=(--row-length 2176 --learning-rate 1.5e-3 --epochs 1)
     stage -m models.demonstrations --out "$RUN/round_0/rollout" --seed "$SEED" --count "${COUNT:-300}" \
       ${more_demonstrations[@]+"${more_demonstrations[@]}"} ;;
   paper)

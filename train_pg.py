@@ -49,6 +49,7 @@ from artifacts.packing import (
     token_weights,
 )
 from artifacts.preview import preview
+from artifacts.render import Form
 from artifacts.seeds import draw_seed, generator
 from artifacts.stage import (
     Stage,
@@ -89,6 +90,8 @@ class Args:
     inputs: tuple[Path, ...] = ()
     """Finished stage directories to train on instead of the run's rollout/ and actre/: demonstrations, synthetic
     trajectories of refine.py, rollouts of any run. Several are pooled."""
+    form: Form = "react"
+    """Form of the sessions: the agent's, or ActRe's, for --actre-adapter of actre.py (then add --world-weight 0)."""
     refinement: Literal["mask-errors", "mask-refined", "drop-errors", "no-mask"] = "mask-errors"
     """Mistakes marked in synthetic trajectories and demonstrations: masked (AgentRefine), masked with the turn that
     follows, dropped from the text, or imitated (the paper's three controls)."""
@@ -129,8 +132,7 @@ class Args:
     """AdamW's weight decay on the adapter (not stated in the paper)."""
     clip: Annotated[float, Range(0, 1e6, above=True)] = 1.0
     """Before Adam, scale down a step's gradient (of the objective, over all adapter weights) to this norm if it is
-    longer (not stated in the paper). The objective sums over a trajectory's tokens: norms of 1 to 40 are usual with the
-    tiny base, so most steps are scaled. metrics.jsonl has the norm before."""
+    longer (not stated in the paper): with the tiny base most steps are. metrics.jsonl has the norm before."""
     average: bool = True
     """Average the adapters at the end of each epoch (paper: rounds 1-3) instead of keeping the last one."""
     failure_reward: Annotated[float, Range(-10, 1)] = -0.5
@@ -139,22 +141,20 @@ class Args:
     floor: Annotated[float, Range(-1e6, 0)] = -20.0
     """Stop if a step's negative tokens have a mean log-probability below this: with R_f < 0 the loss has no bound."""
     fractional: bool = False
-    """Weight rollout and actre trajectories by the world's reward instead of binarising it."""
+    """Weight the agent's trajectories by the world's reward instead of binarising it."""
     threshold: Annotated[float, Range(0, 1e6)] = 1.0
     """Reward from which a trajectory counts as a success (paper: 1)."""
     positives: Annotated[int, Range(1, 10**6)] | None = None
     """Use at most this many successes (K) per task and round, in order of trial (default: all)."""
     world_weight: Annotated[float, Range(0, 10)] = 0.05
-    """Factor on the weight of tokens that the world wrote (paper: 1; 0 trains only on the agent's). At 1, a tiny model
-    spends its adapter on memorising the training rooms."""
+    """Factor on the weight of tokens that the world wrote (paper: 1, at which a tiny model learns rooms by heart)."""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Seeds LoRA's initial weights, dropout and the order of rows."""
     checkpoint_minutes: Annotated[float, Range(0, 1e6)] = 10.0
     """Minutes between checkpoints, from which a killed run goes on; there is also one after every epoch."""
     preview: Annotated[int, Range(0, 10**6)] = 0
     """Print this many packed trajectories with the weights of their tokens instead of training: those that the round
-    was trained on, whatever the other flags, or else those that it would be. Without --round: the round to train, if
-    its rollout and actre are finished, or else the one before."""
+    was trained on, or else would be. Without --round: the round to train, if it has data, or else the one before."""
 
     def check(self) -> None:
         for flag, value in (("--epochs", self.epochs), ("--targets", self.targets)):
@@ -253,7 +253,7 @@ def pack_examples(examples: list[Example], args: Args, codec: Codec) -> Packed:
     for trajectory, weight, file, line in examples:
         synthetic = trajectory.source == "refine"
         trajectory, masked = refined(trajectory, args.refinement)
-        tokens = tokens_of(trajectory, codec, f"{file}:{line}")
+        tokens = tokens_of(trajectory, codec, f"{file}:{line}", args.form)
         world_weight = 0.0 if synthetic else args.world_weight
         sequences.append((tokens.ids, token_weights(tokens, weight, world_weight=world_weight, masked=masked)))
     packed = pack(sequences, args.row_length)

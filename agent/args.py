@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from agent.attempt import AttemptSettings, Compose
 from agent.policy import Policy
@@ -148,19 +148,25 @@ def world_maker(args: PlayArgs, perturb: str = "none") -> Callable[[], World]:
     )
 
 
-def fit_memory(args: A, adapter: Path | None, *players: tuple[Server, Path | None]) -> A:
-    """The arguments with rollout weights and slots for all `players` that are local: their server, if any, and prompt;
-    the first plays with the adapter. Prints what they take of the device's memory. Raises ValueError, with what would
-    fit, for settings that do not."""
-    prompts = [read_prompt(prompt) for server, prompt in players if not server.url]
-    if not prompts:
+class Player(NamedTuple):
+    """Who plays: the base, local or on a server, with an adapter or without; or a server's own model."""
+
+    server: Server
+    adapter: Path | None
+    prompt: Path | None
+
+
+def fit_memory(args: A, *players: Player) -> A:
+    """The arguments with rollout weights and slots for all `players` that are local. Prints what they take of the
+    device's memory. Raises ValueError, with what would fit, for settings that do not."""
+    local = [(player.adapter, read_prompt(player.prompt)) for player in players if not player.server.url]
+    if not local:
         return args
     from agent.local import choose_memory  # on demand: a server needs no engine
 
     how = choose_memory(
         args.model,
-        None if players[0][0].url else adapter,
-        prompts,
+        local,
         weights=args.weights,
         rollout=args.rollout_weights,
         slots=args.slots,
@@ -179,17 +185,10 @@ def read_prompt(prompt: Path | None) -> str:
     return prompt.read_text(encoding="utf-8").rstrip("\n") + "\n\n" if prompt else ""
 
 
-def make_policy(
-    args: PlayArgs,
-    server: Server,
-    replies: Path,
-    adapter: Path | None,
-    prompt: Path | None,
-    beside: Policy | None = None,
-) -> Policy:
-    """The server's policy, with replies cached in the file `replies`, if `server` has a URL; else the local base, which
-    shares the arrays of a local policy `beside` it. A base, local or on a server of token ids, plays with an adapter or
-    without."""
+def make_policy(args: PlayArgs, player: Player, replies: Path, beside: Policy | None = None) -> Policy:
+    """The policy of a player: its server's, with replies cached in the file `replies`, or the local base, which without
+    an adapter shares the arrays of a local policy `beside` it."""
+    server, adapter, prompt = player
     example = read_prompt(prompt)
     if server.takes_text:
         return ServerPolicy(server, replies, prompt=example, top_p=args.top_p)

@@ -113,13 +113,13 @@ def load_decoders(
     return [decoder, *(copy_to(decoder, device) for device in jax.local_devices()[1:])]
 
 
-def choose_memory(model_dir: Path, adapter: Path | None, prompts: Sequence[str], **settings) -> Playing:
-    """The `settings` (lora.memory.Playing) with rollout weights and slots for a policy with each of the prompts, the
-    first with the adapter. Prints the plan; raises as `choose_playing` does."""
+def choose_memory(model_dir: Path, players: Sequence[tuple[Path | None, str]], **settings) -> Playing:
+    """The `settings` (lora.memory.Playing) with rollout weights and slots for policies with these adapters and prompts.
+    Prints the plan; raises as `choose_playing` does."""
     tokenizer, device = load_tokenizer(model_dir), this_device()
     how = Playing(
-        prefixes=tuple(len(prompt_ids(tokenizer, model_dir, prompt)) if prompt else 0 for prompt in prompts),
-        adapter=adapter_weights(adapter).stat().st_size if adapter else 0,
+        prefixes=tuple(len(prompt_ids(tokenizer, model_dir, prompt)) if prompt else 0 for _, prompt in players),
+        adapters=tuple(adapter_weights(adapter).stat().st_size if adapter else 0 for adapter, _ in players),
         devices=1 if device.platform == "cpu" else jax.local_device_count(),
         **settings,
     )

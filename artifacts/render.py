@@ -20,11 +20,12 @@ Left out: prompts and chat templates (agent/), ids and weights (packing.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
 from artifacts.trajectory import Trajectory, Turn
 
+Form = Literal["react", "actre"]
 FORM = 1  # version of this form: raise it whenever a record's text changes
 ACTION = "Action:"
 REASON = "Reason for the action:"
@@ -116,6 +117,9 @@ def actre_segments(trajectory: Trajectory) -> list[Segment]:
             segments.append(Segment(text=reason_line(turn.thought), agent=True, turn=index))
         segments.append(_observation(trajectory, index))
     return segments
+
+
+SEGMENTS: dict[Form, Callable[[Trajectory], list[Segment]]] = {"react": react_segments, "actre": actre_segments}
 
 
 def _opening(trajectory: Trajectory) -> Segment:

@@ -42,8 +42,9 @@ from envs.make import DEFAULTS
 HOW = {"concurrency", "timeout", "retries", "deadline", "turn_deadline", "processes", "url", "key", "slots"}
 HOW |= {"rollout_weights", "drafts", "mesh", "device_rows", "remat", "attention", "checkpoint_minutes", "preview"}
 # Settings whose meaning is in the facts: the content of files wherever they are, the tasks of a panel, the round.
-IN_FACTS = {"run", "round", "name", "model", "data", "panel", "panels", "limit", "prompt", "actre_prompt", "adapter"}
-IN_FACTS |= {"base", "inputs", "personas", "epochs", "verify", "out", "import_", "shard"}
+IN_FACTS = {"run", "round", "name", "model", "data", "panel", "panels", "limit", "prompt", "adapter"}
+IN_FACTS |= {"actre_prompt", "actre_adapter", "base", "inputs", "personas", "epochs", "verify", "out", "import_"}
+IN_FACTS |= {"shard"}
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy", "alfworld")
 ROOT = Path(__file__).parents[1]  # the project's folder
 

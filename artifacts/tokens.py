@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from artifacts.render import OK, act_line, parse_reply, react_segments, think_line
+import msgspec
+
+from artifacts.render import OK, SEGMENTS, Form, act_line, parse_reply, think_line
 from artifacts.trajectory import Trajectory
 from lora.config import Config
 from lora.tokenizer import encode_piece, line_of, load_tokenizer, newline_ids
@@ -53,20 +55,22 @@ class Tokens(NamedTuple):
     turn: list[int]
 
 
-def tokens_of(trajectory: Trajectory, codec: Codec, where: str = "") -> Tokens:
+def tokens_of(trajectory: Trajectory, codec: Codec, where: str = "", form: Form = "react") -> Tokens:
     """The trajectory's token ids, each with its author and turn.
 
     A text-only record is rendered and encoded segment by segment. A record with ids keeps them, up to its last turn:
     what the model sampled must read as the record's thought or action, however it is spelled, and end with its line;
     all other ids must be the encoding of the record's text. Raises ValueError, starting with `where` (default: task and
-    trial), if not.
+    trial), if not. In ActRe's form, every record is text, and only reasons count as the agent's.
     """
     where = where or f"{trajectory.task_id} trial {trajectory.trial}"
     if strange := [i for i in trajectory.ids if not 0 <= i < codec.vocabulary]:
         raise ValueError(f"{where}: got id {strange[0]}, but the base's are 0 to {codec.vocabulary - 1}; {ADVICE}")
     found = Tokens(ids=[], agent=[], turn=[])
+    if form == "actre":  # what the agent was sampled in is the other form
+        trajectory = msgspec.structs.replace(trajectory, ids=[], sampled=[])
     reader = Reader(ids=trajectory.ids, sampled=trajectory.sampled, codec=codec, found=found, where=where)
-    for segment in react_segments(trajectory):
+    for segment in SEGMENTS[form](trajectory):
         if segment.agent and reader.is_sampled():
             reader.take_reply(segment.text, segment.turn)
         else:

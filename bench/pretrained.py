@@ -118,8 +118,8 @@ def base(settings: Settings) -> None:
 
 
 def bootstrap(settings: Settings) -> None:
-    """Round 0 alone, on a third of the demonstrations and on all."""
-    for count in (settings.count // 3, settings.count):
+    """Round 0 alone, on all demonstrations and on a third."""
+    for count in (settings.count, settings.count // 3):
         loop(dataclasses.replace(settings, count=count), f"bootstrap-{count}", rounds=1)
     evaluate(settings, f"bootstrap-{settings.count}", "--round", "0", panel="valid_seen-140")
 
@@ -147,8 +147,7 @@ def success_only(settings: Settings) -> None:
 
 def displaced(settings: Settings) -> None:
     """Round 0 on demonstrations with refused actions and recoveries, masked as AgentRefine masks mistakes."""
-    longer = ("--train.row-length", "2560")
-    loop(settings, "displaced", "--demonstrations.displaced", "0.15", *longer, rounds=1)
+    loop(settings, "displaced", "--demonstrations.displaced", "0.15", rounds=1)
     evaluate(settings, "displaced", "--round", "0", panel="valid_seen-140")
 
 

@@ -120,21 +120,21 @@ class Playing:
     context: int = 1024
     max_new_tokens: int = 64
     prefixes: tuple[int, ...] = (0,)  # ids of the prompt of each policy that plays here
-    adapter: int = 0  # bytes of the first policy's adapter; the others play without
+    adapters: tuple[int, ...] = (0,)  # bytes of the adapter of each; 0: it plays without
     devices: int = 1  # that the slots are spread over; each holds the weights
 
 
 def plan_playing(config: Config, how: Playing, device: Device) -> Plan:
-    """The plan for policies that share a base. Every policy has its own cache; on a CPU, whose base has the adapter
-    added (fp32), those without it have their own base too."""
+    """The plan for policies of one base. Every policy has its own cache. A further policy shares the first one's base
+    if it plays without an adapter, unless the first one's adapter was added to it (fp32)."""
     on_cpu = device.platform == "cpu"
     width = playing_width(how, device)
     bits = nf4_bits() if how.rollout == "nf4" else 8 * width
     rows, groups, tile = layout(config, how, device)
-    base, bases = base_bytes(config, bits, width, heads=1), 1
-    if how.adapter and how.rollout == "fp32" and len(how.prefixes) > 1:
-        bases = 2
-    beside = 0 if how.rollout == "fp32" else how.adapter
+    base, merged = base_bytes(config, bits, width, heads=1), how.rollout == "fp32"
+    first, *others = how.adapters
+    bases = 1 + sum(bool(adapter or (merged and first)) for adapter in others)
+    beside = 0 if merged else sum(how.adapters)
     positions = groups * rows * -(-how.context // tile) * tile
     cache = cache_bytes(config, len(how.prefixes) * positions + sum(how.prefixes), width)
     # XLA:CPU runs groups concurrently, as many as it has cores; those of two policies are seldom at work together.
@@ -142,7 +142,7 @@ def plan_playing(config: Config, how: Playing, device: Device) -> Plan:
     working *= min(len(how.prefixes) * groups, device.cores) if on_cpu else 1
     if on_cpu:
         working += PLAYING_PROGRAMS[0] + PLAYING_PROGRAMS[1] * config.num_hidden_layers
-    loading = loading_bytes(config, how, device) + bases * base + how.adapter
+    loading = loading_bytes(config, how, device) + bases * base + sum(how.adapters)
     if bases > 1:  # the second is loaded beside the first policy's cache
         loading += cache // len(how.prefixes)
     return Plan(base=bases * base, adapter=beside, cache=cache, working=working, loading=loading, limit=device.limit)

@@ -256,7 +256,7 @@ def main(args: Args) -> None:
         how = Playing(
             context=args.context,
             prefixes=policies * (args.prefix,),
-            adapter=adapter_bytes(config, lora),
+            adapters=(adapter_bytes(config, lora), 0)[:policies],
             devices=args.devices,
         )
         show(stage, choose_playing, describe_playing, config, how, device)

@@ -12,7 +12,7 @@ from flax import nnx
 import agent.local
 import rollout
 import train_pg
-from agent.args import fit_memory
+from agent.args import Player, fit_memory
 from agent.local import LocalPolicy
 from agent.server import Server
 from artifacts.stage import Stage
@@ -30,8 +30,8 @@ from tests.support.helpers import TINY, write_tiny_model
 
 CPU = Device(platform="cpu", limit=16 * GIB, cores=2)
 LORA = LoRAConfig(rank=16, targets=("q", "v"))
-PAPER = Playing(context=1920, prefixes=(512,), adapter=adapter_bytes(MISTRAL_7B, LORA))
-BOTH = dataclasses.replace(PAPER, prefixes=(512, 512))  # ActRe beside the agent
+PAPER = Playing(context=1920, prefixes=(512,), adapters=(adapter_bytes(MISTRAL_7B, LORA),))
+BOTH = dataclasses.replace(PAPER, prefixes=(512, 512), adapters=(*PAPER.adapters, 0))  # ActRe beside the agent
 STEP = Training(dtype="bfloat16", lora=LORA, row_length=2048, batch_rows=16)
 
 
@@ -111,7 +111,7 @@ TRAINED = [
 
 @pytest.mark.parametrize("platform, config, form, slots, context, compiled", DECODED)
 def test_a_plan_of_playing_is_near_what_the_compilers_assign(platform, config, form, slots, context, compiled):
-    how = Playing(rollout=form, slots=slots, context=context, prefixes=(512,), adapter=adapter_bytes(config, LORA))
+    how = Playing(rollout=form, slots=slots, context=context, prefixes=(512,), adapters=(adapter_bytes(config, LORA),))
     plan = plan_playing(config, how, Device(platform=platform, limit=GIB))
     assert plan.running / GIB == pytest.approx(compiled, rel=0.15)
 
@@ -197,13 +197,13 @@ def test_a_stage_prints_its_plan_and_plays_with_what_it_chose(tmp_path, monkeypa
     args = rollout.Args(model=write_tiny_model(tmp_path / "base"), context=256)
     monkeypatch.setattr(agent.local, "this_device", lambda: Device(platform="cpu", limit=GIB, cores=2))
     (tmp_path / "prompt").write_text("look\n")
-    chosen = fit_memory(args, None, (args.server, tmp_path / "prompt"), (args.server, None))
+    chosen = fit_memory(args, Player(args.server, None, tmp_path / "prompt"), Player(args.server, None, None))
     assert (chosen.slots, chosen.rollout_weights) == (64, "fp32")
     assert "memory: base 0.0 GiB (fp32), cache 2 x 64 slots x 256 = 0.0 GiB, working" in capsys.readouterr().out
     remote = Server(url="http://localhost:1")
-    assert fit_memory(args, None, (remote, None)) is args and not capsys.readouterr().out
+    assert fit_memory(args, Player(remote, None, None)) is args and not capsys.readouterr().out
     with pytest.raises(ValueError, match=r"1000000 slots x 256 .* of 1.0 GiB\. That does not fit; expected --slots 64"):
-        fit_memory(dataclasses.replace(args, slots=10**6), None, (args.server, None))
+        fit_memory(dataclasses.replace(args, slots=10**6), Player(args.server, None, None))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import actre
 import evaluate
 import rollout
 import train_pg
-from agent.args import make_policy
+from agent.args import Player, make_policy
 from agent.scripted import ScriptedPolicy
 from artifacts.json_io import read_json, write_json
 from artifacts.scores import table
@@ -216,5 +216,5 @@ def test_a_prompt_that_cannot_be_read_or_does_not_fit_is_refused(tmp_path, model
     with pytest.raises(
         ValueError, match=r"20\d tokens of --prompt need more than the 4096 positions .* at most 38\d\d"
     ):
-        make_policy(args, args.server, tmp_path / "replies.sqlite", None, prompt)
+        make_policy(args, Player(args.server, None, prompt), tmp_path / "replies.sqlite")
     assert not (tmp_path / "run").exists()
