@@ -1,8 +1,8 @@
 """Retries the agent's failed tasks with sampled actions, each with a reason that ActRe writes after the fact (A3T).
 
 The policy retries every task that this round's rollout did not solve. At each step, with the given --probability (and
-always after three invalid actions in a row), a sampled admissible action replaces its own; ActRe, given observation and
-action, then writes the reason: the frozen base, or with --actre-adapter one that was trained to (train_pg.py --format
+after three invalid actions in a row), a sampled admissible action replaces its own; ActRe, given observation and
+action, then writes the reason: the frozen base, or with --actre-adapter one that was trained to (train_pg.py --form
 actre). Round 0 composes nothing and leaves an empty file, since the paper keeps only the prompted agent's successes.
 
     python actre.py                          # the current round of runs/a3t
@@ -77,6 +77,9 @@ class Args(PlayArgs):
     """File with a few-shot example that precedes every session of ActRe (prompts/; paper: always)."""
     probability: Annotated[float, Range(0, 1)] = 0.1
     """p, the probability of a sampled action at each step (the paper's value is not recoverable)."""
+    max_invalid: Annotated[int, Range(0, 10_000)] = 3
+    """Also sample an action after this many invalid ones of the agent in a row (paper: 3); 0: never, so that with
+    --probability 0 a failed task is merely tried again."""
     sample: Literal["commands", "verbs"] = "commands"
     """Sample uniformly over admissible commands, or first over verbs and then over the verb's commands."""
     reason: Literal["actre", "template", "empty"] = "actre"
@@ -144,7 +147,7 @@ def compose(args: Args, round_index: int, failed: list[str], writer: Writer, ada
     react, explainer = make_policy(args, player, folder / "replies.sqlite"), None
     for each in explainers:
         explainer = make_policy(args, each, folder / "replies_actre.sqlite", beside=react)
-    rule = Compose(probability=args.probability, sample=args.sample, reason=args.reason)
+    rule = Compose(probability=args.probability, max_invalid=args.max_invalid, sample=args.sample, reason=args.reason)
     loop = PlayLoop(jobs, make_settings(args, "actre", round_index, rule), world_maker(args), react, explainer)
     started = set(jobs)
     for trajectory in loop:

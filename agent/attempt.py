@@ -37,7 +37,6 @@ from envs.base import Observation, Result, World
 from envs.process import WorldProcess, call
 
 MAX_THOUGHTS = 3  # think lines per turn; a further one counts as the (invalid) action of the turn
-FORCE_AFTER = 3  # consecutive invalid actions of the policy after which A3T forces a sampled action
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +44,7 @@ class Compose:
     """A3T's sampling rule: when a sampled action replaces the agent's, and who writes its reason."""
 
     probability: float
+    max_invalid: int = 3  # after so many invalid actions of the agent in a row one is sampled; 0: never
     sample: Literal["commands", "verbs"] = "commands"
     reason: Literal["actre", "template", "empty"] = "actre"
 
@@ -138,8 +138,8 @@ Course = Generator[Waiting | WorldProcess, Any, Any]
 class Attempt:
     """One attempt at one task: `course` plays it and returns the trajectory; the other fields are its state.
 
-    With settings.compose, each action is sampled with that probability, and always after FORCE_AFTER invalid actions in
-    a row; its reason then comes from a session of `actre` over the same trajectory.
+    With settings.compose, each action is sampled with that probability, and always after max_invalid invalid ones in a
+    row; its reason then comes from a session of `actre` over the same trajectory.
     """
 
     def __init__(
@@ -184,9 +184,9 @@ class Attempt:
 
     def turn(self, index: int) -> Course:
         """Plays one turn. Returns how the attempt ended, or None if it continues."""
-        settings, rng = self.settings, generator(*self.address, index, "explore")
-        force = self.invalid_in_row >= FORCE_AFTER
-        sampled = settings.compose is not None and (rng.random() < settings.compose.probability or force)
+        settings, rng, compose = self.settings, generator(*self.address, index, "explore"), self.settings.compose
+        force = compose is not None and 0 < compose.max_invalid <= self.invalid_in_row
+        sampled = compose is not None and (rng.random() < compose.probability or force)
         thought, action = yield from (self.composed_turn(rng) if sampled else self.own_turn(index))
         result = self.result = yield from self.call_world("step", action)
         self.progress = max(self.progress, result.progress)

@@ -89,18 +89,25 @@ def share(settings: Settings, arm: str, other: str, *stages: str) -> None:
     shutil.copy(settings.runs / other / "run.json", settings.runs / arm / "run.json")
 
 
-def evaluate(settings: Settings, arm: str, *words: str, panel: str = "valid-60") -> None:
+def evaluate(settings: Settings, arm: str, *words: object, panel: str = "valid_seen-140") -> None:
     """Evaluates on a panel, valid-60 beside the other."""
-    name = () if panel == "valid_seen-140" else ("--name", panel)
+    name = ("--name", "valid-60") if panel == "valid-60" else ()
     where = "--run", settings.runs / arm, "--model", settings.model, "--seed", settings.seed
     run("evaluate.py", *where, "--panels", panel, *settings.evaluation, *name, *words)
     keep(settings, arm)
 
 
-def loop(settings: Settings, arm: str, *words: str, rounds: int) -> None:
-    """Plays the rounds of an arm with these flags, each evaluated on valid-60."""
-    how = ("--rollout.limit", settings.limit, "--evaluate.panels", "valid-60", "--name", "valid-60")
-    how += settings.evaluation
+def train(settings: Settings, arm: str, *words: object) -> None:
+    """Trains round 0 of an arm on given trajectories, as ./run.sh smollm2 does."""
+    where = "--run", settings.runs / arm, "--model", settings.model, "--seed", settings.seed, "--round", 0
+    run("train_pg.py", *where, "--row-length", 2176, "--learning-rate", 1.5e-3, "--epochs", 1, *words)
+    keep(settings, arm)
+
+
+def loop(settings: Settings, arm: str, *words: object, rounds: int, panel: str = "valid_seen-140") -> None:
+    """Plays the rounds of an arm with these flags, each evaluated on a panel."""
+    how = ("--rollout.limit", settings.limit, "--evaluate.panels", panel, *settings.evaluation)
+    how += ("--name", "valid-60") if panel == "valid-60" else ()
     where = {"RUN": settings.runs / arm, "MODEL": settings.model, "COUNT": settings.count, "SEED": settings.seed}
     for count in range(1, rounds + 1):
         run("./run.sh", "smollm2", *how, *words, **where, ROUNDS=count)
@@ -112,52 +119,75 @@ def loop(settings: Settings, arm: str, *words: str, rounds: int) -> None:
 
 def base(settings: Settings) -> None:
     """The model by itself, and after the paper's one-shot prompt."""
-    evaluate(settings, "base", "--base", panel="valid_seen-140")
-    shot = ("--prompt", "prompts/alfworld_react.txt", "--name", "one-shot")
-    evaluate(settings, "base", "--base", *shot, panel="valid_seen-140")
+    evaluate(settings, "base", "--base")
+    evaluate(settings, "base", "--base", "--prompt", "prompts/alfworld_react.txt", "--name", "one-shot")
 
 
 def bootstrap(settings: Settings) -> None:
     """Round 0 alone, on all demonstrations and on a third."""
     for count in (settings.count, settings.count // 3):
-        loop(dataclasses.replace(settings, count=count), f"bootstrap-{count}", rounds=1)
-    evaluate(settings, f"bootstrap-{settings.count}", "--round", "0", panel="valid_seen-140")
+        loop(dataclasses.replace(settings, count=count), f"bootstrap-{count}", rounds=1, panel="valid-60")
+
+
+def actre(settings: Settings) -> None:
+    """ActRe: the frozen model alone, after the one-shot prompt, and trained on a third of the demonstrations."""
+    shown, results = settings.runs / "displaced-actions", settings.results / "actre"
+    run("-m", "models.demonstrations", "--out", shown, "--count", 50, "--seed", settings.seed + 1, "--displaced", 0.25)
+    third = settings.runs / f"bootstrap-{settings.count // 3}" / "round_0/rollout"
+    train(settings, "actre", "--inputs", third, "--form", "actre", "--world-weight", 0)
+    adapter = settings.runs / "actre/round_0/train_pg/adapter"
+    how = {"frozen": (), "prompted": ("--prompt", "prompts/alfworld_actre.txt"), "trained": ("--adapter", adapter)}
+    for name, words in how.items():
+        out = ("--out", results / f"reasons-{name}.json")
+        run("-m", "bench.reasons", "--trajectories", shown, "--model", settings.model, *out, *words)
 
 
 def a3t(settings: Settings) -> None:
     """The loop of the paper: sampled actions, explained by ActRe."""
     share(settings, "a3t", f"bootstrap-{settings.count}", "round_0")
-    loop(settings, "a3t", *EXPLAINED, rounds=settings.rounds)
-    evaluate(settings, "a3t", panel="valid_seen-140")
+    loop(settings, "a3t", *explained(settings), rounds=settings.rounds)
 
 
 def resampling(settings: Settings) -> None:
     """The loop without sampled actions and ActRe: failed tasks again, at the same temperature."""
     share(settings, "resampling", "a3t", "round_0", "round_1/rollout")
-    loop(settings, "resampling", "--actre.probability", "0", rounds=settings.rounds)
-    evaluate(settings, "resampling", panel="valid_seen-140")
+    again = ("--actre.probability", 0, "--max-invalid", 0, "--reason", "empty")
+    loop(settings, "resampling", *again, rounds=settings.rounds)
 
 
 def success_only(settings: Settings) -> None:
     """Round 1 of the paper's loop without its failures (R_f = 0)."""
     share(settings, "success-only", "a3t", "round_0", "round_1/rollout", "round_1/actre")
-    loop(settings, "success-only", *EXPLAINED, "--train.failure-reward", "0", rounds=2)
-    evaluate(settings, "success-only", "--round", "1", panel="valid_seen-140")
+    loop(settings, "success-only", *explained(settings), "--train.failure-reward", 0, rounds=2)
+
+
+def demonstrations(settings: Settings) -> None:
+    """Round 1 of the paper's loop with as many further demonstrations as it has won compositions in their place."""
+    won = read_json(settings.runs / "a3t/round_1/actre/done.json")["success"]
+    more, a3t = settings.runs / "more-demonstrations", settings.runs / "a3t"
+    run("-m", "models.demonstrations", "--out", more, "--count", won, "--seed", settings.seed + 2)
+    train(settings, "demonstrations", "--inputs", a3t / "round_0/rollout", a3t / "round_1/rollout", more)
+    evaluate(settings, "demonstrations", "--round", 0)
 
 
 def displaced(settings: Settings) -> None:
     """Round 0 on demonstrations with refused actions and recoveries, masked as AgentRefine masks mistakes."""
-    loop(settings, "displaced", "--demonstrations.displaced", "0.15", rounds=1)
-    evaluate(settings, "displaced", "--round", "0", panel="valid_seen-140")
+    loop(settings, "displaced", "--demonstrations.displaced", 0.15, rounds=1)
 
 
-EXPLAINED = ("--actre.actre-prompt", "prompts/alfworld_actre.txt")
+def explained(settings: Settings) -> tuple[object, ...]:
+    """The flags of compositions with ActRe."""
+    return "--actre.actre-adapter", settings.runs / "actre/round_0/train_pg/adapter"
+
+
 EXPERIMENTS: dict[str, Callable[[Settings], None]] = {
     "base": base,
     "bootstrap": bootstrap,
+    "actre": actre,
     "a3t": a3t,
     "resampling": resampling,
     "success-only": success_only,
+    "demonstrations": demonstrations,
     "displaced": displaced,
 }
 

@@ -26,6 +26,7 @@ from agent.args import read_prompt, require_file
 from agent.local import LocalPolicy
 from agent.policy import Ask
 from artifacts.cli import Range, run_main
+from artifacts.json_io import write_json
 from artifacts.render import REASON, act_line, actre_turn_text, observation_text, opening_text, parse_reason
 from artifacts.trajectory import Trajectory, read_trajectories
 
@@ -61,6 +62,8 @@ class Args:
     """Maximum number of trajectories."""
     context: Annotated[int, Range(16, 10**7)] = 1664
     """Maximum tokens of a session."""
+    out: Path | None = None
+    """File for the shares, as JSON."""
     examples: Annotated[int, Range(0, 10**6)] = 8
     """Reasons to print."""
 
@@ -119,7 +122,10 @@ def main(args: Args) -> None:
     reasons = explain(policy, trajectories)
     for reason in reasons[: args.examples]:
         print(f"{reason.action:40} {reason.line.strip()}")
-    print(f"{len(reasons)} reasons: " + ", ".join(f"{name} {share:.0%}" for name, share in shares(reasons).items()))
+    found = shares(reasons)
+    print(f"{len(reasons)} reasons: " + ", ".join(f"{name} {share:.0%}" for name, share in found.items()))
+    if args.out is not None:
+        write_json(args.out, {"reasons": len(reasons), **found})
 
 
 if __name__ == "__main__":

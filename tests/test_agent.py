@@ -302,6 +302,9 @@ def test_three_invalid_actions_force_a_sampled_one_explained_by_actre():
     assert [x.action_by for x in t.turns] == ["react"] * 3 + ["sampled", "react"]
     assert t.turns[3].thought == "Because." and t.turns[3].thought_by == "actre" and t.turns[3].valid
     assert t.source == "actre" and t.success
+    never = Compose(probability=0.0, max_invalid=0, reason="empty")  # mere resampling
+    (t,) = run([" act[no]\n"] * 5 + [" act[win]\n"], compose=never)
+    assert [x.action_by for x in t.turns] == ["react"] * 6 and t.success
 
 
 def test_probability_one_samples_every_action_and_the_templates_need_no_actre():
