@@ -30,6 +30,7 @@ from artifacts.json_io import read_json
 from artifacts.trajectory import read_trajectories
 
 ROOT = Path(__file__).parent.parent
+BOOTSTRAP = ("round_0/rollout", "round_0/actre", "round_0/train_pg")
 KEPT = ("config.json", "done.json", "scores.json", "metrics.jsonl")
 
 
@@ -55,7 +56,7 @@ class Settings:
     @property
     def evaluation(self) -> tuple[str, ...]:
         """The flags of every evaluation."""
-        return "--max-turns", "50", "--context", str(self.context)
+        return "--max-turns", "50", "--context", str(self.context), "--slots", "32"
 
 
 def run(*words: object, **env: object) -> None:
@@ -131,33 +132,31 @@ def bootstrap(settings: Settings) -> None:
 
 def actre(settings: Settings) -> None:
     """ActRe: the frozen model alone, after the one-shot prompt, and trained on a third of the demonstrations."""
-    shown, results = settings.runs / "displaced-actions", settings.results / "actre"
-    run("-m", "models.demonstrations", "--out", shown, "--count", 50, "--seed", settings.seed + 1, "--displaced", 0.25)
     third = settings.runs / f"bootstrap-{settings.count // 3}" / "round_0/rollout"
     train(settings, "actre", "--inputs", third, "--form", "actre", "--world-weight", 0)
     adapter = settings.runs / "actre/round_0/train_pg/adapter"
     how = {"frozen": (), "prompted": ("--prompt", "prompts/alfworld_actre.txt"), "trained": ("--adapter", adapter)}
     for name, words in how.items():
-        out = ("--out", results / f"reasons-{name}.json")
-        run("-m", "bench.reasons", "--trajectories", shown, "--model", settings.model, *out, *words)
+        out = settings.results / "actre" / f"reasons-{name}.json"
+        run("-m", "bench.reasons", "--model", settings.model, "--out", out, *words)
 
 
 def a3t(settings: Settings) -> None:
     """The loop of the paper: sampled actions, explained by ActRe."""
-    share(settings, "a3t", f"bootstrap-{settings.count}", "round_0")
+    share(settings, "a3t", f"bootstrap-{settings.count}", *BOOTSTRAP)
     loop(settings, "a3t", *explained(settings), rounds=settings.rounds)
 
 
 def resampling(settings: Settings) -> None:
     """The loop without sampled actions and ActRe: failed tasks again, at the same temperature."""
-    share(settings, "resampling", "a3t", "round_0", "round_1/rollout")
+    share(settings, "resampling", "a3t", *BOOTSTRAP, "round_0/evaluate", "round_1/rollout")
     again = ("--actre.probability", 0, "--max-invalid", 0, "--reason", "empty")
     loop(settings, "resampling", *again, rounds=settings.rounds)
 
 
 def success_only(settings: Settings) -> None:
     """Round 1 of the paper's loop without its failures (R_f = 0)."""
-    share(settings, "success-only", "a3t", "round_0", "round_1/rollout", "round_1/actre")
+    share(settings, "success-only", "a3t", *BOOTSTRAP, "round_0/evaluate", "round_1/rollout", "round_1/actre")
     loop(settings, "success-only", *explained(settings), "--train.failure-reward", 0, rounds=2)
 
 

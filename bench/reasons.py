@@ -1,19 +1,19 @@
-"""Can a model be ActRe? The reasons that it writes for sampled actions, in the sessions of played trajectories.
+"""Can a model be ActRe? The reasons that it writes for sampled actions, in the sessions of displaced demonstrations.
 
-    python -m models.demonstrations --out /tmp/displaced --count 50 --seed 1 --displaced 0.25
-    python -m bench.reasons --trajectories /tmp/displaced --model models/smollm2
-    python -m bench.reasons --trajectories /tmp/displaced --model models/smollm2 --prompt prompts/alfworld_actre.txt
+    python -m bench.reasons
+    python -m bench.reasons --model models/smollm2 --prompt prompts/alfworld_actre.txt
 
-Every turn with a sampled action is asked for, after the turns before it as they were played, their reasons included.
-Prints examples and, over all reasons, the shares that are one line in brackets, name the object that the action is
-about (its first `NAME NUMBER`), say what the action does (a word for its verb), and repeat an earlier reason of their
-game for another action.
+Every random action in the demonstrations (models/corpus/alfworld.py) is asked for, after the turns before it as they
+were played, their reasons included. Prints examples and, over all reasons, the shares that are one line in brackets,
+name the object that the action is about (its first `NAME NUMBER`), say what the action does (a word for its verb), and
+repeat an earlier reason of their game for another action.
 """
 
 from __future__ import annotations
 
 import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
 
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,7 +28,9 @@ from agent.policy import Ask
 from artifacts.cli import Range, run_main
 from artifacts.json_io import write_json
 from artifacts.render import REASON, act_line, actre_turn_text, observation_text, opening_text, parse_reason
-from artifacts.trajectory import Trajectory, read_trajectories
+from artifacts.trajectory import Trajectory
+from models.corpus import alfworld
+from models.corpus.args import CorpusArgs
 
 # Words of which one tells what a command does.
 SAYS = {
@@ -50,16 +52,18 @@ SAYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    trajectories: Path
-    """Directory of a stage with sampled actions: displaced demonstrations, or an actre stage."""
     model: Path = Path("models/tiny-alfworld")
     """Base model."""
     adapter: Path | None = None
     """Adapter of ActRe (default: none, the frozen base)."""
     prompt: Path | None = None
     """File with a few-shot example that precedes every session (prompts/)."""
-    limit: Annotated[int, Range(1, 10**6)] = 50
-    """Maximum number of trajectories."""
+    count: Annotated[int, Range(1, 10**6)] = 50
+    """Number of demonstrations."""
+    displaced: Annotated[float, Range(0, 1, above=True)] = 0.25
+    """Probability of a random action per turn."""
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 1
+    """Seeds the demonstrations."""
     context: Annotated[int, Range(16, 10**7)] = 1664
     """Maximum tokens of a session."""
     out: Path | None = None
@@ -116,7 +120,8 @@ def shares(reasons: Iterable[Reason]) -> dict[str, float]:
 
 def main(args: Args) -> None:
     require_file("--prompt", args.prompt)
-    trajectories = list(read_trajectories(args.trajectories / "trajectories.jsonl"))[: args.limit]
+    corpus = CorpusArgs(displaced=(args.displaced,), careless=(0.0,), seed=args.seed)
+    trajectories = list(itertools.islice(alfworld.demonstrations(corpus), args.count))
     prompt = read_prompt(args.prompt)
     policy = LocalPolicy(args.model, args.adapter, slots=1, context=args.context, prompt=prompt)
     reasons = explain(policy, trajectories)

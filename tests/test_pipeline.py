@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import ml_dtypes
 import msgspec
 import numpy as np
 import pytest
@@ -21,11 +23,14 @@ import actre
 import evaluate
 import rollout
 import train_pg
+from agent.server import Server
 from artifacts.json_io import read_json
+from artifacts.render import reason_line
 from artifacts.scores import directory_name
 from artifacts.stage import StageError, round_directory
 from artifacts.trajectory import read_trajectories, to_line
 from lora.tokenizer import load_tokenizer
+from models import publish
 from tests.support.helpers import write_tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -233,6 +238,56 @@ def copy_inputs(run: Path, to: Path, number: int) -> None:
             directory.mkdir(parents=True)
             for name in ("trajectories.jsonl", "done.json"):
                 (directory / name).write_bytes((round_directory(run, earlier) / stage / name).read_bytes())
+
+
+def test_actre_is_tuned_to_its_form_and_explains_with_its_own_adapter(unbroken, tmp_path):
+    run = copy_of_round_0(unbroken, tmp_path / "run")
+    rows = [t for t in read_trajectories(run / "round_0/rollout/trajectories.jsonl") if t.success]
+    tuned = train_pg.Args(run=tmp_path / "actre", inputs=(run / "round_0/rollout",), form="actre", world_weight=0.0)
+    train_pg.main(dataclasses.replace(tuned, epochs=(1,), learning_rate=5e-2))
+    with np.load(tmp_path / "actre/round_0/train_pg/packed.npz") as packed:
+        learnt = load_tokenizer("models/tiny-alfworld").decode(packed["ids_NL"][packed["weights_NL"] > 0])
+    reasons = [reason_line(turn.thought) for row in rows for turn in row.turns if turn.thought]
+    assert sorted(learnt) == sorted("".join(reasons))
+    shutil.copytree(unbroken / "round_1/rollout", run / "round_1/rollout")
+    adapter = tmp_path / "actre/round_0/train_pg/adapter"
+    args = actre.Args(run=run, budget=1, probability=1.0, actre_adapter=adapter, **SMALL | {"max_turns": 4})
+    actre.main(args)
+    reasons = [turn.thought for t in read_trajectories(run / "round_1/actre/trajectories.jsonl") for turn in t.turns]
+    frozen = dataclasses.replace(args, actre_adapter=None)
+    with pytest.raises(StageError, match=r"facts\.actre_adapter: there .*, now None"):
+        actre.main(frozen)
+    shutil.rmtree(run / "round_1/actre")
+    actre.main(frozen)
+    assert reasons != [t.thought for r in read_trajectories(run / "round_1/actre/trajectories.jsonl") for t in r.turns]
+    for wrong in ({"reason": "empty"}, {"actre_server": Server(url="http://localhost:1", model="m")}):
+        with pytest.raises(ValueError, match="--actre-adapter: expected ActRe to be the base"):
+            dataclasses.replace(args, **wrong).check()
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors"):
+        dataclasses.replace(args, actre_adapter=tmp_path).check()
+
+
+def test_a_published_adapter_plays_and_its_card_says_where_it_comes_from(unbroken, tmp_path):
+    args = publish.Args(run=unbroken, round=1, out=tmp_path / "household")
+    publish.main(args)
+    folder = round_directory(unbroken, 1) / "train_pg"
+    before, after = (load_file(f / "adapter_model.safetensors") for f in (folder / "adapter", args.out))
+    assert before.keys() == after.keys()
+    for name, values in before.items():
+        np.testing.assert_array_equal(after[name], values.astype(ml_dtypes.bfloat16))
+    evaluate.main(evaluate.Args(run=tmp_path / "run", adapter=args.out, limit=6, **SMALL))
+    scores = tmp_path / "run/adapter/evaluate/scores.json"
+    publish.main(dataclasses.replace(args, scores=(scores,)))
+    card, score = (args.out / "README.md").read_text(), read_json(scores)["gen_valid-100"]
+    config, done = read_json(folder / "config.json"), read_json(folder / "done.json")
+    for fact in (
+        config["facts"]["base"],
+        config["git"]["commit"],
+        f"{done['sequences']} trajectories ({done['sequences_failed']} failures)",
+        "--batch-rows 2",
+        f"| gen_valid-100 | 6 | {100 * score['rate']:.1f} % [",
+    ):
+        assert fact in card, fact
 
 
 def test_a_killed_training_resumes_to_the_same_adapter(unbroken, tmp_path):
