@@ -58,7 +58,7 @@ class Args:
     """Adapter of ActRe (default: none, the frozen base)."""
     prompt: Path | None = None
     """File with a few-shot example that precedes every session (prompts/)."""
-    count: Annotated[int, Range(1, 10**6)] = 50
+    count: Annotated[int, Range(1, 10**6)] = 25
     """Number of demonstrations."""
     displaced: Annotated[float, Range(0, 1, above=True)] = 0.25
     """Probability of a random action per turn."""

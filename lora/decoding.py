@@ -278,6 +278,7 @@ def decode(
     params: SamplingParams,
     text_RX,
     end_R,
+    rows_R=None,
     *,
     chunk: int,
     drafts: int,
@@ -285,12 +286,14 @@ def decode(
 ) -> tuple[Sampled, list]:
     """Samples up to `params.limit` ids per row, at most `chunk`. Returns `Sampled` and the buffer.
 
-    `past` holds, per layer, the blocks that the rows reach into; it is only read. Draw t of a request uses
+    `past` holds, per layer, the blocks that the rows reach into; it is only read, in the rows `rows_R` (None: all,
+    without a copy). Draw t of a request uses
     fold_in(PRNGKey(seed), t). The last sampled id of a row is in neither the cache nor the buffer. A step computes it
     and `drafts` more, looked up in `text_RX` [R, X], which ends with the row's last id at `end_R`, and with room for
     what is sampled. With `early`, the chunk ends as soon as half of its rows are done.
     """
     R, T = len(lengths_R), 1 + drafts
+    past = past if rows_R is None else jax.tree.map(lambda x: x[rows_R], past)
     places = every_place(R, T)
     room = chunk + T  # positions after those that count hold what was computed in vain
 

@@ -9,7 +9,8 @@ recently used one is evicted, and is prefilled again at its next request.
 
 A row's samples depend only on its own ids, temperature, top_p and seed, on a CPU to the last bit: its prefill is split
 by its own length, cache blocks beyond its length add exact zeros, and attention and decoding always run on a whole
-group of slots. (An evicted session is prefilled where it was once decoded, which may change the last bits.)
+group of slots, or, with weights that give a row the same bits in any company, on a part of it. (An evicted session is
+prefilled where it was once decoded, which may change the last bits.)
 Left out: stop strings that are not a set of ids; a model that no single device holds.
 
     engine = Engine(make_decoder(model), slots=64, context=1024, max_new_tokens=64, stop_ids=[13])
@@ -61,11 +62,12 @@ def default_drafts(config: Config, on_cpu: bool) -> int:
 class Engine:
     """Sessions over one model, as laid out by `make_decoder`.
 
-    A group has `rows` slots: all its rows decode even for a single request, and groups run concurrently, spread over
-    the devices. After `chunk` ids, or with `early` when half of its rows are done, a group's unfinished rows let new
-    requests join. On a CPU the default is 8 rows, 16 for a large model (half the slots if those are fewer); on
-    accelerators a group per device. Up to `drafts` ids of a row are guessed at each step, and kept if they are the ones
-    drawn (speculation.py). `copies` are the same decoder on further devices (decoder.copy_to).
+    A group has `rows` slots: they decode together, all of them or, for few requests, a half or a quarter
+    (group.decoded_rows). Groups run concurrently, spread over the devices. After `chunk` ids, or with `early` when half
+    of its rows are done, a group's unfinished rows let new requests join. On a CPU the default is 8 rows, 16 for a
+    large model (half the slots if those are fewer); on accelerators a group per device. Up to `drafts` ids of a row are
+    guessed at each step, and kept if they are the ones drawn (speculation.py). `copies` are the same decoder on further
+    devices (decoder.copy_to).
 
     Every session begins with the ids of `prefix`, which count neither as its own nor towards `context`. `poll` raises
     ValueError for a model whose log-probabilities are not finite. What it takes in memory: footprint.py.

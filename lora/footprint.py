@@ -176,6 +176,8 @@ def group_working(config: Config, how: Playing, device: Device, rows: int, conte
     batch = min(rows, max(1, 2 * max(TILED_SIZES if tiled else SIZES) // WIDTHS[0]))
     longest = max(how.prefixes)
     decode = 4 * 4 * places * V
+    if tiled:  # half of the rows are taken out of the cache to be decoded alone
+        decode += cache_bytes(config, rows // 2 * context, width)
     prefill = 2 * 4 * batch * H * WIDTHS[0] * (context + longest) + cache_bytes(config, batch * context, width) // N
     prefill = max(prefill, 2 * 4 * H * longest**2)  # the prefix itself, in one piece
     layer = linear_weights(config) // N

@@ -46,6 +46,8 @@ WIDTHS = (128, 32, 8)
 # Ids of all rows in a prefill batch: the smallest size that holds them, or the largest that they fill. From 64 rows on,
 # a row of a matmul has the same bits whatever the number of rows; with tiled weights (linear.py), up to 128.
 SIZES, TILED_SIZES = (64, 96, 128, 192, 256, 1024), (16, 32, 64, 96, 128)
+# Rows of a chunk that a group with few requests decodes at least: fewer are hardly faster, and more to compile.
+FEWEST = 4
 
 
 class Reply(NamedTuple):
@@ -81,6 +83,14 @@ class Member(NamedTuple):
     row: int
     session: Session
     request: Request
+
+
+def decoded_rows(members: int, rows: int, tiled: bool) -> int:
+    """The rows of a chunk for so many members: with tiled weights, whose bits do not depend on them, half of the group
+    or a quarter if these have room, but at least `FEWEST`; else all."""
+    while tiled and rows % 2 == 0 and rows // 2 >= max(members, FEWEST):
+        rows //= 2
+    return rows
 
 
 class Outcome(NamedTuple):
@@ -173,7 +183,12 @@ class Group:
         if not members:
             return Outcome(replies, unfinished)
         computed = self._prefill(members)
-        sampled = Sampled(*(np.asarray(x) for x in self._decode(members, seen)))
+        rows = decoded_rows(len(members), how.rows, self.tiled)
+        rows_R = np.arange(rows, dtype=np.int32)
+        if rows < how.rows:
+            rows_R[: len(members)] = [each.row for each in members]
+            members = [each._replace(row=index) for index, each in enumerate(members)]
+        sampled = Sampled(*(np.asarray(x) for x in self._decode(rows_R, members, seen)))
         for row, session, request in members:
             count = int(sampled.counts_R[row])
             if not np.isfinite(sampled.logprobs_RP[row, :count]).all():
@@ -232,9 +247,9 @@ class Group:
         for (_, session, _), count in counts:
             session.cached += count
 
-    def _decode(self, members: list[Member], seen: np.ndarray) -> Sampled:
-        """Decodes a chunk."""
-        how, rows = self._how, self._how.rows
+    def _decode(self, rows_R: np.ndarray, members: list[Member], seen: np.ndarray) -> Sampled:
+        """Decodes a chunk in the group's rows `rows_R`; the members' rows are indices of these."""
+        how, rows = self._how, len(rows_R)
         params = SamplingParams(
             limit=np.zeros(rows, np.int32),
             drawn=np.zeros(rows, np.int32),
@@ -250,19 +265,20 @@ class Group:
             params.temperature[row], params.top_p[row] = request.temperature, request.top_p
             params.seed[row] = request.seed
         reach = self._reach(each.session for each in members)
-        past, text = [blocks[:reach] for blocks in self._cache], self._texts(members, seen)
+        past, text = [blocks[:reach] for blocks in self._cache], self._texts(rows, members, seen)
+        taken_R = rows_R if rows < how.rows else None
         static = {"chunk": how.chunk, "drafts": how.drafts, "early": how.early}
-        sampled, buffer = decode(how.graph, how.config, self.weights, past, lengths_R, params, *text, **static)
+        sampled, buffer = decode(how.graph, how.config, self.weights, past, lengths_R, params, *text, taken_R, **static)
         for layer, fresh in enumerate(buffer):
-            self._append(layer, fresh, np.arange(rows, dtype=np.int32), lengths_R, sampled.counts_R, params.limit)
+            self._append(layer, fresh, rows_R, lengths_R, sampled.counts_R, params.limit)
         return sampled
 
-    def _texts(self, members: list[Member], seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _texts(self, rows: int, members: list[Member], seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What drafts are looked up in, [R, X], and where each row's last id is in it."""
         how, drafts = self._how, self._how.drafts
         seen, own = (seen, how.context) if drafts else (seen[:0], 1 + how.chunk)
-        end_R = np.zeros(how.rows, np.int32)
-        text_RX = np.full((how.rows, len(seen) + own + 1 + drafts), NOTHING, np.int32)
+        end_R = np.zeros(rows, np.int32)
+        text_RX = np.full((rows, len(seen) + own + 1 + drafts), NOTHING, np.int32)
         text_RX[:, : len(seen)] = seen
         for row, session, _ in members:
             ids = session.ids[-own if drafts else -1 :]

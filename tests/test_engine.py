@@ -289,6 +289,7 @@ def test_draws_do_not_depend_on_slot_order_or_company(monkeypatch, rows, widths,
     monkeypatch.setattr(group_module, "WIDTHS", widths)
     if tiled:
         monkeypatch.setattr(linear, "LARGE", 0)
+        monkeypatch.setattr(group_module, "FEWEST", 1)  # one, two or four rows decode, as many as are asked
     asks = {name: (prompt(length, seed=9), 40 + length) for name, length in zip("abcd", lengths, strict=True)}
 
     def play(order: str, wasted_slots: int = 0) -> dict:
