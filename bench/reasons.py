@@ -111,7 +111,7 @@ def shares(reasons: Iterable[Reason]) -> dict[str, float]:
         things, words = re.findall(r"[a-z]+ \d+", reason.action), set(re.findall(r"[a-z]+", text.lower()))
         found["one line"].append(line.startswith("[") and line.endswith("]"))
         found["object"].append(not things or things[0] in text)
-        found["verb"].append(not words.isdisjoint(SAYS[reason.action.split()[0]].split()))
+        found["verb"].append(not words.isdisjoint(SAYS.get(reason.action.split()[0], reason.action.split()[0]).split()))
         actions = earlier.setdefault((reason.game, text), set())
         found["repeated"].append(bool(actions - {reason.action}))
         actions.add(reason.action)
