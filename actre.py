@@ -95,10 +95,8 @@ class Args(PlayArgs):
     def check(self) -> None:
         super().check()
         if self.actre_adapter is not None:
-            if self.reason != "actre" or explaining_server(self).takes_text:
-                raise ValueError(
-                    "--actre-adapter: expected ActRe to be the base (--reason actre), not a server of text"
-                )
+            if explaining_server(self).takes_text:
+                raise ValueError("--actre-adapter: expected ActRe to be the base, not a server of text")
             adapter_weights(self.actre_adapter)  # raises if it is none
 
 
@@ -182,7 +180,7 @@ def main(args: Args) -> None:
         "world": world.facts,
         **agent_facts(args, adapter, prompt=args.prompt, actre_prompt=args.actre_prompt),
         "explainer": base_facts(args.model) if explains else None,
-        "actre_adapter": adapter_sha(args.actre_adapter),
+        "actre_adapter": adapter_sha(args.actre_adapter) if explains else None,
     }
     whole = round_directory(args.run, round_index) / "actre"
     with open_shard(whole, args, facts, identity) as stage:

@@ -30,7 +30,7 @@ from artifacts.json_io import read_json
 from artifacts.trajectory import read_trajectories
 
 ROOT = Path(__file__).parent.parent
-BOOTSTRAP = ("round_0/rollout", "round_0/actre", "round_0/train_pg")
+BOOTSTRAP = ("actre", "round_0/rollout", "round_0/actre", "round_0/train_pg")
 KEPT = ("config.json", "done.json", "scores.json", "metrics.jsonl")
 
 
@@ -69,7 +69,7 @@ def run(*words: object, **env: object) -> None:
 
 def keep(settings: Settings, arm: str) -> None:
     """Copies what is kept of an arm's finished stages, with paths relative to the project."""
-    for done in sorted((settings.runs / arm).glob("*/*/done.json")):
+    for done in sorted((settings.runs / arm).rglob("done.json")):
         folder = settings.results / arm / done.parent.relative_to(settings.runs / arm)
         folder.mkdir(parents=True, exist_ok=True)
         for name in KEPT:
@@ -98,9 +98,9 @@ def evaluate(settings: Settings, arm: str, *words: object, panel: str = "valid_s
     keep(settings, arm)
 
 
-def train(settings: Settings, arm: str, *words: object) -> None:
-    """Trains round 0 of an arm on given trajectories, as ./run.sh smollm2 does."""
-    where = "--run", settings.runs / arm, "--model", settings.model, "--seed", settings.seed, "--round", 0
+def train(settings: Settings, arm: str, *words: object, round_index: int = 0) -> None:
+    """Trains one round of an arm with these flags, otherwise as ./run.sh smollm2 does."""
+    where = "--run", settings.runs / arm, "--model", settings.model, "--seed", settings.seed, "--round", round_index
     run("train_pg.py", *where, "--row-length", 2176, "--learning-rate", 1.5e-3, "--epochs", 1, *words)
     keep(settings, arm)
 
@@ -131,11 +131,9 @@ def bootstrap(settings: Settings) -> None:
 
 
 def actre(settings: Settings) -> None:
-    """ActRe: the frozen model alone, after the one-shot prompt, and trained on a third of the demonstrations."""
-    third = settings.runs / f"bootstrap-{settings.count // 3}" / "round_0/rollout"
-    train(settings, "actre", "--inputs", third, "--form", "actre", "--world-weight", 0)
-    adapter = settings.runs / "actre/round_0/train_pg/adapter"
-    how = {"frozen": (), "prompted": ("--prompt", "prompts/alfworld_actre.txt"), "trained": ("--adapter", adapter)}
+    """What ActRe writes: the frozen model alone, after the one-shot prompt, and tuned in the bootstrap."""
+    adapter = settings.runs / f"bootstrap-{settings.count}" / "actre/round_0/train_pg/adapter"
+    how = {"frozen": (), "prompted": ("--prompt", "prompts/alfworld_actre.txt"), "tuned": ("--adapter", adapter)}
     for name, words in how.items():
         out = settings.results / "actre" / f"reasons-{name}.json"
         run("-m", "bench.reasons", "--model", settings.model, "--out", out, *words)
@@ -144,7 +142,7 @@ def actre(settings: Settings) -> None:
 def a3t(settings: Settings) -> None:
     """The loop of the paper: sampled actions, explained by ActRe."""
     share(settings, "a3t", f"bootstrap-{settings.count}", *BOOTSTRAP)
-    loop(settings, "a3t", *explained(settings), rounds=settings.rounds)
+    loop(settings, "a3t", rounds=settings.rounds)
 
 
 def resampling(settings: Settings) -> None:
@@ -156,8 +154,9 @@ def resampling(settings: Settings) -> None:
 
 def success_only(settings: Settings) -> None:
     """Round 1 of the paper's loop without its failures (R_f = 0)."""
-    share(settings, "success-only", "a3t", *BOOTSTRAP, "round_0/evaluate", "round_1/rollout", "round_1/actre")
-    loop(settings, "success-only", *explained(settings), "--train.failure-reward", 0, rounds=2)
+    share(settings, "success-only", "a3t", *BOOTSTRAP, "round_1/rollout", "round_1/actre")
+    train(settings, "success-only", "--failure-reward", 0, round_index=1)
+    evaluate(settings, "success-only", "--round", 1)
 
 
 def demonstrations(settings: Settings) -> None:
@@ -172,11 +171,6 @@ def demonstrations(settings: Settings) -> None:
 def displaced(settings: Settings) -> None:
     """Round 0 on demonstrations with refused actions and recoveries, masked as AgentRefine masks mistakes."""
     loop(settings, "displaced", "--demonstrations.displaced", 0.15, rounds=1)
-
-
-def explained(settings: Settings) -> tuple[object, ...]:
-    """The flags of compositions with ActRe."""
-    return "--actre.actre-adapter", settings.runs / "actre/round_0/train_pg/adapter"
 
 
 EXPERIMENTS: dict[str, Callable[[Settings], None]] = {

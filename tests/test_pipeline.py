@@ -260,9 +260,8 @@ def test_actre_is_tuned_to_its_form_and_explains_with_its_own_adapter(unbroken, 
     shutil.rmtree(run / "round_1/actre")
     actre.main(frozen)
     assert reasons != [t.thought for r in read_trajectories(run / "round_1/actre/trajectories.jsonl") for t in r.turns]
-    for wrong in ({"reason": "empty"}, {"actre_server": Server(url="http://localhost:1", model="m")}):
-        with pytest.raises(ValueError, match="--actre-adapter: expected ActRe to be the base"):
-            dataclasses.replace(args, **wrong).check()
+    with pytest.raises(ValueError, match="--actre-adapter: expected ActRe to be the base"):
+        dataclasses.replace(args, actre_server=Server(url="http://localhost:1", model="m")).check()
     with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors"):
         dataclasses.replace(args, actre_adapter=tmp_path).check()
 

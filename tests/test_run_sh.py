@@ -42,7 +42,8 @@ LOOP = ["rollout.py", "actre.py", "train_pg.py", "evaluate.py"]
     [
         ("tiny", LOOP),
         ("webshop", LOOP),
-        ("smollm2", ["models.demonstrations", *LOOP[1:]]),
+        ("smollm2", ["models.demonstrations", "models.demonstrations", "train_pg.py", *LOOP[1:]]),
+        ("smollm2-webshop", ["models.demonstrations", "models.demonstrations", "train_pg.py", *LOOP[1:]]),
         ("paper", ["lora.convert", *LOOP]),
         ("refine", ["refine.py", "train_pg.py", *["evaluate.py"] * 3]),
     ],
@@ -72,7 +73,7 @@ def test_flags_with_a_stage_s_name_come_last_and_go_to_it_alone(run_sh):
         assert evaluate.endswith("--max-turns 2 --limit 3")
 
 
-@pytest.mark.parametrize("mode", ["tiny", "webshop", "smollm2", "paper", "refine"])
+@pytest.mark.parametrize("mode", ["tiny", "webshop", "smollm2", "smollm2-webshop", "paper", "refine"])
 def test_a_server_plays_in_every_stage_that_plays_and_the_base_is_trained_on_as_it_is_served(run_sh, mode):
     assert not any("--server" in command for command in run_sh(mode)[1])
     _, commands, _ = run_sh(mode, SERVER="http://localhost:8000/v1")
@@ -80,9 +81,9 @@ def test_a_server_plays_in_every_stage_that_plays_and_the_base_is_trained_on_as_
     playing = [command for command in commands if command.split()[0] in ("rollout.py", "actre.py", "evaluate.py")]
     assert playing and all(server in command for command in playing)
     assert sum("--server" in command for command in commands) == len(playing)
-    [train] = [command.split() for command in commands if command.startswith("train_pg.py")]
-    weights = [train[i + 1] for i, word in enumerate(train) if word == "--weights"]
-    assert weights[-1] == ("nf4" if mode == "paper" else "fp32")
+    for train in (command.split() for command in commands if command.startswith("train_pg.py")):
+        weights = [train[i + 1] for i, word in enumerate(train) if word == "--weights"]
+        assert weights[-1] == ("nf4" if mode == "paper" else "fp32")
     assert "--server.model other" in run_sh(mode, SERVER="http://x/v1", SERVER_MODEL="other")[1][-1]
 
 
@@ -104,8 +105,9 @@ def test_refine_passes_flags_on_and_refuses_those_of_stages_that_it_does_not_run
 
 
 def test_flags_of_the_demonstrations_go_to_them_alone_and_are_refused_where_there_are_none(run_sh):
-    status, [demonstrations, *others], _ = run_sh("smollm2", "--demonstrations.displaced", "0.1")
-    assert status == 0 and demonstrations.endswith("--count 300 --displaced 0.1")
+    status, [demonstrations, third, *others], _ = run_sh("smollm2", "--demonstrations.displaced", "0.1")
+    assert status == 0 and demonstrations.endswith("--count 300 --seed 0 --displaced 0.1")
+    assert third.endswith("--count 100 --seed 0 --displaced 0.1")
     assert not any("displaced" in command for command in others)
     status, commands, error = run_sh("tiny", "--demonstrations.displaced", "0.1")
     assert (status, commands) == (2, []) and "only smollm2" in error

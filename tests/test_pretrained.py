@@ -1,0 +1,78 @@
+"""The experiments on a pretrained model: the commands that they run are ones that the project has."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from artifacts.cli import parse
+from artifacts.json_io import write_json
+from bench import pretrained
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """The commands that experiments run, those of ./run.sh included, instead of running them."""
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$*"\n')
+    (tmp_path / "python").chmod(0o755)
+    ran = []
+
+    def run(command, *, check, env):
+        if command[0] == "./run.sh":
+            env = env | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+            done = subprocess_run(command, check=check, env=env, cwd=ROOT, capture_output=True, text=True)
+            ran.extend(shlex.split(line) for line in done.stdout.splitlines())
+        else:
+            ran.append(command[1:])
+
+    subprocess_run = subprocess.run
+    monkeypatch.setattr(pretrained.subprocess, "run", run)
+    return ran
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """A model that need not be made, and the stages that arms share."""
+    runs = tmp_path / "runs"
+    for arm, stages in {
+        "bootstrap-300": pretrained.BOOTSTRAP,
+        "a3t": ("round_0/evaluate", "round_1/rollout", "round_1/actre"),
+    }.items():
+        for stage in stages:
+            (runs / arm / stage).mkdir(parents=True)
+            write_json(runs / arm / stage / "done.json", {"success": 7})
+        write_json(runs / arm / "run.json", {"arm": arm})
+    (tmp_path / "base").mkdir()
+    return pretrained.Args(runs=runs, results=tmp_path / "results", model=tmp_path / "base")
+
+
+def test_every_command_of_every_experiment_parses(commands, settings):
+    pretrained.main(settings)
+    for words in commands:
+        for option, value in itertools.pairwise(words):
+            if option == "--actre-adapter":  # which the stage before writes
+                Path(value).mkdir(parents=True, exist_ok=True)
+                (Path(value) / "adapter_model.safetensors").touch()
+        module, rest = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
+        parse(importlib.import_module(module).Args, "", rest)
+    assert sum("--count 7" in " ".join(words) for words in commands) == 1  # in the place of the seven won compositions
+
+
+def test_arms_share_finished_stages_and_what_is_kept_names_no_path(commands, settings):
+    write_json(settings.runs / "a3t/round_1/actre/config.json", {"out": f"{pretrained.ROOT}/runs/a3t"})
+    pretrained.share(settings, "other", "a3t", "round_1/actre")
+    (settings.runs / "a3t/round_1/actre/done.json").unlink()
+    pretrained.share(settings, "other", "a3t", "round_1/actre")  # there already
+    pretrained.keep(settings, "other")
+    kept = settings.results / "other/round_1/actre"
+    assert sorted(path.name for path in kept.iterdir()) == ["config.json", "done.json"]
+    assert (kept / "config.json").read_text() == '{\n  "out": "runs/a3t"\n}\n'
+    assert (settings.runs / "other/run.json").read_bytes() == (settings.runs / "a3t/run.json").read_bytes()
