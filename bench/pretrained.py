@@ -159,6 +159,12 @@ def success_only(settings: Settings) -> None:
     evaluate(settings, "success-only", "--round", 1)
 
 
+def forced(settings: Settings) -> None:
+    """Round 1 with sampled actions only where three were refused in a row."""
+    share(settings, "forced", "a3t", *BOOTSTRAP, "round_0/evaluate", "round_1/rollout")
+    loop(settings, "forced", "--actre.probability", 0, rounds=2)
+
+
 def demonstrations(settings: Settings) -> None:
     """Round 1 of the paper's loop with as many further demonstrations as it has won compositions in their place."""
     won = read_json(settings.runs / "a3t/round_1/actre/done.json")["success"]
@@ -170,7 +176,22 @@ def demonstrations(settings: Settings) -> None:
 
 def displaced(settings: Settings) -> None:
     """Round 0 on demonstrations with refused actions and recoveries, masked as AgentRefine masks mistakes."""
-    loop(settings, "displaced", "--demonstrations.displaced", 0.15, rounds=1)
+    shown = settings.runs / "displaced-demonstrations"
+    how = ("--count", settings.count, "--seed", settings.seed, "--displaced", 0.15)
+    run("-m", "models.demonstrations", "--out", shown, *how)
+    train(settings, "displaced", "--inputs", shown)
+    evaluate(settings, "displaced", "--round", 0)
+
+
+# ---- WebShop ---------------------------------------------------------------------------------------------------------
+
+
+def webshop(settings: Settings) -> None:
+    """The loop on WebShop: 60 tasks a round, the first 100 of the test panel."""
+    where = {"RUN": settings.runs / "webshop", "MODEL": settings.model, "SEED": settings.seed}
+    for rounds in (1, 2):
+        run("./run.sh", "smollm2-webshop", "--rollout.limit", 60, "--evaluate.limit", 100, **where, ROUNDS=rounds)
+        keep(settings, "webshop")
 
 
 EXPERIMENTS: dict[str, Callable[[Settings], None]] = {
@@ -180,8 +201,10 @@ EXPERIMENTS: dict[str, Callable[[Settings], None]] = {
     "a3t": a3t,
     "resampling": resampling,
     "success-only": success_only,
+    "forced": forced,
     "demonstrations": demonstrations,
     "displaced": displaced,
+    "webshop": webshop,
 }
 
 

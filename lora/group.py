@@ -46,8 +46,11 @@ WIDTHS = (128, 32, 8)
 # Ids of all rows in a prefill batch: the smallest size that holds them, or the largest that they fill. From 64 rows on,
 # a row of a matmul has the same bits whatever the number of rows; with tiled weights (linear.py), up to 128.
 SIZES, TILED_SIZES = (64, 96, 128, 192, 256, 1024), (16, 32, 64, 96, 128)
-# Rows of a chunk that a group with few requests decodes at least: fewer are hardly faster, and more to compile.
+# Rows of a chunk that a part of a group decodes at least: fewer are hardly faster, and more to compile.
 FEWEST = 4
+# What a step of a chunk takes on a CPU, in the time that a row without a cache adds (bench.decode): rows that it takes
+# anyway, and positions in the cache that take a row's time again.
+STEP, POSITIONS = 4, 1500
 
 
 class Reply(NamedTuple):
@@ -85,12 +88,26 @@ class Member(NamedTuple):
     request: Request
 
 
-def decoded_rows(members: int, rows: int, tiled: bool) -> int:
-    """The rows of a chunk for so many members: with tiled weights, whose bits do not depend on them, half of the group
-    or a quarter if these have room, but at least `FEWEST`; else all."""
-    while tiled and rows % 2 == 0 and rows // 2 >= max(members, FEWEST):
+def decoded_rows(members: int, rows: int) -> int:
+    """The rows of a chunk for so many members: all of the group, or half of it or a quarter if these have room, but at
+    least `FEWEST`."""
+    while rows % 2 == 0 and rows // 2 >= max(members, FEWEST):
         rows //= 2
     return rows
+
+
+def parts(reaches: Sequence[int], rows: int) -> list[slice]:
+    """Cuts the members of a group of so many rows, which reach into so many positions, ascending, into the parts that
+    decode fastest one after the other: a row reads as far as the longest of its part."""
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for end in range(1, len(reaches) + 1):
+        costs = (STEP + decoded_rows(end - start, rows) * (1 + reaches[end - 1] / POSITIONS) for start in range(end))
+        best.append(min((best[start][0] + cost, start) for start, cost in enumerate(costs)))
+    cuts, end = [], len(reaches)
+    while end:
+        cuts.append(slice(best[end][1], end))
+        end = best[end][1]
+    return cuts[::-1]
 
 
 class Outcome(NamedTuple):
@@ -101,6 +118,10 @@ class Outcome(NamedTuple):
     prefilled: int = 0  # ids computed by prefill
     sampled: int = 0
     steps: int = 0  # steps of all rows
+
+    def plus(self, other: Outcome) -> Outcome:
+        """Both together, of different sessions."""
+        return Outcome(self.replies | other.replies, *(a + b for a, b in zip(self[1:], other[1:], strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,15 +196,22 @@ class Group:
 
         Raises ValueError for a model whose log-probabilities are not finite.
         """
-        how, unfinished = self._how, []
-        replies: dict[int, Reply | None] = {
-            each.request.session: None for each in members if len(each.session.ids) >= how.context
-        }
-        members = [each for each in members if each.request.session not in replies]
-        if not members:
-            return Outcome(replies, unfinished)
-        computed = self._prefill(members)
-        rows = decoded_rows(len(members), how.rows, self.tiled)
+        how = self._how
+        full = {each.request.session: None for each in members if len(each.session.ids) >= how.context}
+        members = [each for each in members if each.request.session not in full]
+        members.sort(key=lambda each: len(each.session.ids))  # those that compute together reach about as far
+        outcome = Outcome(full, [], prefilled=self._prefill(members) if members else 0)
+        cuts = [slice(None)] if members else []
+        if self.tiled:  # whose bits do not depend on how many rows there are
+            cuts = parts([[0, *self._ends][self._reach([each.session])] for each in members], how.rows)
+        for cut in cuts:
+            outcome = outcome.plus(self._decode_part(members[cut], seen))
+        return outcome
+
+    def _decode_part(self, members: list[Member], seen: np.ndarray) -> Outcome:
+        """Decodes a chunk for some members: in as few rows as they need, if the weights are tiled."""
+        how, outcome = self._how, Outcome({}, [])
+        rows = decoded_rows(len(members), how.rows) if self.tiled else how.rows
         rows_R = np.arange(rows, dtype=np.int32)
         if rows < how.rows:
             rows_R[: len(members)] = [each.row for each in members]
@@ -200,10 +228,10 @@ class Group:
             session.cached += count  # the last queued id and all sampled ids but the last
             ended = request.ids[-1] in how.stops or len(request.ids) == how.max_new_tokens
             if ended or len(session.ids) == how.context:
-                replies[request.session] = Reply(request.ids, request.logprobs)
+                outcome.replies[request.session] = Reply(request.ids, request.logprobs)
             else:
-                unfinished.append(request)
-        return Outcome(replies, unfinished, computed, int(sampled.counts_R.sum()), int(sampled.steps_R.sum()))
+                outcome.unfinished.append(request)
+        return outcome._replace(sampled=int(sampled.counts_R.sum()), steps=int(sampled.steps_R.sum()))
 
     def _prefill(self, members: list[Member]) -> int:
         """Prefills all ids but the last, split by each session's own length only. Returns how many were computed."""

@@ -647,3 +647,12 @@ def test_nothing_of_the_size_of_the_cache_is_copied(monkeypatch):
     writing = append.lower(block, empty_buffer(TINY, rows, T, jnp.float32), 0, ints, ints, ints).compile()
     assert writing.memory_analysis().alias_size_in_bytes >= size
     assert writing.memory_analysis().temp_size_in_bytes < size / 2
+
+
+def test_a_group_is_cut_where_its_rows_reach_unequally_far():
+    assert group_module.parts([256] * 16, 16) == [slice(0, 16)]
+    assert group_module.parts([512] * 8 + [3072] * 4, 16) == [slice(0, 8), slice(8, 12)]
+    assert group_module.parts([256, 3072], 16) == [slice(0, 2)]  # one row more costs less than a step more
+    for reaches in ([0], [256, 384, 512, 768, 1024, 1536, 2048, 3072, 3072]):
+        cuts = group_module.parts(reaches, 16)
+        assert [index for cut in cuts for index in range(len(reaches))[cut]] == [*range(len(reaches))]
