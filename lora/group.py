@@ -15,7 +15,8 @@ positions of the prefix, X ids of the text in which drafts are looked up.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ from lora.decoding import (
     look_up,
     prefill_layer,
 )
+from lora.flops import matmul_weights
 from lora.speculation import NOTHING
 
 # Positions in the first block of the cache; later blocks end at 1.5, 2, 3, 4, 6, ... times that, so that attention
@@ -49,8 +51,8 @@ SIZES, TILED_SIZES = (64, 96, 128, 192, 256, 1024), (16, 32, 64, 96, 128)
 # Rows of a chunk that a part of a group decodes at least: fewer are hardly faster, and more to compile.
 FEWEST = 4
 # What a step of a chunk takes on a CPU, in the time that a row without a cache adds (bench.decode): rows that it takes
-# anyway, and positions in the cache that take a row's time again.
-STEP, POSITIONS = 4, 1500
+# anyway, and positions in the cache that take a row's time again. And what a prefill batch takes anyway, in ids.
+STEP, POSITIONS, BATCH = 4, 1500, 8
 
 
 class Reply(NamedTuple):
@@ -96,18 +98,26 @@ def decoded_rows(members: int, rows: int) -> int:
     return rows
 
 
-def parts(reaches: Sequence[int], rows: int) -> list[slice]:
-    """Cuts the members of a group of so many rows, which reach into so many positions, ascending, into the parts that
-    decode fastest one after the other: a row reads as far as the longest of its part."""
+def cheapest_cuts(count: int, cost: Callable[[int, int], float]) -> list[slice]:
+    """Cuts a sequence of `count` into the parts whose costs, of (start, end), have the smallest sum."""
     best: list[tuple[float, int]] = [(0.0, 0)]
-    for end in range(1, len(reaches) + 1):
-        costs = (STEP + decoded_rows(end - start, rows) * (1 + reaches[end - 1] / POSITIONS) for start in range(end))
-        best.append(min((best[start][0] + cost, start) for start, cost in enumerate(costs)))
-    cuts, end = [], len(reaches)
+    for end in range(1, count + 1):
+        best.append(min((best[start][0] + cost(start, end), start) for start in range(end)))
+    cuts, end = [], count
     while end:
         cuts.append(slice(best[end][1], end))
         end = best[end][1]
     return cuts[::-1]
+
+
+def parts(reaches: Sequence[int], rows: int) -> list[slice]:
+    """Cuts the members of a group of so many rows, which reach into so many positions, ascending, into the parts that
+    decode fastest one after the other: a row reads as far as the longest of its part."""
+
+    def cost(start: int, end: int) -> float:
+        return STEP + decoded_rows(end - start, rows) * (1 + reaches[end - 1] / POSITIONS)
+
+    return cheapest_cuts(len(reaches), cost)
 
 
 class Outcome(NamedTuple):
@@ -235,23 +245,43 @@ class Group:
 
     def _prefill(self, members: list[Member]) -> int:
         """Prefills all ids but the last, split by each session's own length only. Returns how many were computed."""
-        computed, sizes = 0, TILED_SIZES if self.tiled else SIZES
+        computed = 0
         for width, narrower in zip(WIDTHS, (*WIDTHS[1:], 0), strict=True):
             while True:
                 left = [(each, len(each.session.ids) - 1 - each.session.cached) for each in members]
                 counts = [(each, min(width, ids)) for each, ids in left if ids > narrower]
                 if not counts:
                     break
-                size = prefill_size(sum(count for _, count in counts), sizes)
-                totals = itertools.accumulate(count for _, count in counts)
-                fitting = [each for each, total in zip(counts, totals, strict=True) if total <= size]
-                rows = min(self._how.rows, max(1, 2 * size // width))  # attention sees at most twice the ids
-                self._prefill_batch(fitting[:rows], rows, width, size)
-                computed += sum(count for _, count in fitting[:rows])
+                for cut in self._batches(counts, width):
+                    self._prefill_batch(counts[cut], width)
+                computed += sum(count for _, count in counts)
         return computed
 
-    def _prefill_batch(self, counts: list[tuple[Member, int]], rows: int, width: int, size: int) -> None:
-        """Prefills the next ids of at most `rows` members, at most `width` each and `size` in total."""
+    def _batches(self, counts: list[tuple[Member, int]], width: int) -> list[slice]:
+        """Cuts members and the numbers of their next ids, at most `width` each, into the batches that take least."""
+        config = self._how.config
+        ids = np.cumsum([0, *(count for _, count in counts)]).tolist()
+        reaches = [[0, *self._ends][self._reach([each.session])] for each, _ in counts]
+        heads = 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+        position = (
+            (width + 8) * heads / matmul_weights(config)
+        )  # in the time of an id; 8: taking a row out of the cache
+
+        def cost(start: int, end: int) -> float:
+            size, rows = self._batch_shape(ids[end] - ids[start], width)
+            fits = end - start <= rows and ids[end] - ids[start] <= size
+            return BATCH + size + rows * reaches[end - 1] * position if fits else math.inf
+
+        return cheapest_cuts(len(counts), cost)
+
+    def _batch_shape(self, ids: int, width: int) -> tuple[int, int]:
+        """Ids and rows of a prefill batch for so many ids; fewer if it cannot hold them."""
+        size = prefill_size(ids, TILED_SIZES if self.tiled else SIZES)
+        return size, min(self._how.rows, max(1, 2 * size // width))  # attention sees at most twice the ids
+
+    def _prefill_batch(self, counts: list[tuple[Member, int]], width: int) -> None:
+        """Prefills the next ids of some members, at most `width` each."""
+        size, rows = self._batch_shape(sum(count for _, count in counts), width)
         rows_B, lengths_B, counts_B = np.zeros((3, rows), np.int32)
         row_F, index_F = np.full(size, rows, np.int32), np.zeros(size, np.int32)
         batch = PrefillBatch(rows_B=rows_B, lengths_B=lengths_B, counts_B=counts_B, row_F=row_F, index_F=index_F)
