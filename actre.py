@@ -1,8 +1,8 @@
 """Retries the agent's failed tasks with sampled actions, each with a reason that ActRe writes after the fact (A3T).
 
 The policy retries every task that this round's rollout did not solve. At each step, with the given --probability (and
-after three invalid actions in a row), a sampled admissible action replaces its own; ActRe, given observation and
-action, then writes the reason: the frozen base, or with --actre-adapter one that was trained to (train_pg.py --form
+after --max-invalid invalid ones in a row), a sampled admissible action replaces its own; ActRe, given observation and
+action, then writes the reason: the frozen base, or with --actre-adapter the base tuned to it (train_pg.py --form
 actre). Round 0 composes nothing and leaves an empty file, since the paper keeps only the prompted agent's successes.
 
     python actre.py                          # the current round of runs/a3t

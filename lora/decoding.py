@@ -287,10 +287,10 @@ def decode(
     """Samples up to `params.limit` ids per row, at most `chunk`. Returns `Sampled` and the buffer.
 
     `past` holds, per layer, the blocks that the rows reach into; it is only read, in the rows `rows_R` (None: all,
-    without a copy). Draw t of a request uses
-    fold_in(PRNGKey(seed), t). The last sampled id of a row is in neither the cache nor the buffer. A step computes it
-    and `drafts` more, looked up in `text_RX` [R, X], which ends with the row's last id at `end_R`, and with room for
-    what is sampled. With `early`, the chunk ends as soon as half of its rows are done.
+    without a copy). Draw t of a request uses fold_in(PRNGKey(seed), t). The last sampled id of a row is in neither the
+    cache nor the buffer. A step computes it and `drafts` more, looked up in `text_RX` [R, X], which ends with the row's
+    last id at `end_R`, and with room for what is sampled. With `early`, the chunk ends as soon as half of its rows are
+    done.
     """
     R, T = len(lengths_R), 1 + drafts
     past = past if rows_R is None else jax.tree.map(lambda x: x[rows_R], past)

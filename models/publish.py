@@ -67,13 +67,14 @@ def flags(config: dict[str, Any]) -> str:
 
 
 def seconds(run: Path, last: int) -> float:
-    """What the stages of all rounds up to the last took that lead to its adapter."""
+    """What the stages took that lead to the adapter of the last round: all of its and earlier rounds, and ActRe's."""
     stages = [
         round_directory(run, index) / stage / "done.json"
         for index in range(last + 1)
         for stage in ("rollout", "actre", "train_pg")
     ]
-    return sum(read_json(path, dict[str, Any])["seconds"] for path in stages if path.exists())
+    done = [*(run / "actre").rglob("done.json"), *filter(Path.exists, stages)]
+    return sum(read_json(path, dict[str, Any])["seconds"] for path in done)
 
 
 def score_rows(paths: tuple[Path, ...]) -> list[str]:

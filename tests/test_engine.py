@@ -279,6 +279,7 @@ def test_greedy_ids_are_those_of_transformers_generate(tmp_path, monkeypatch, wi
         pytest.param(4, (128, 8), (97, 128, 21, 90), False, marks=pytest.mark.slow),
         pytest.param(1, (128, 8), (97, 128, 21, 3), True, marks=pytest.mark.slow),
         (4, (128, 8), (97, 128, 21, 3), True),
+        (16, (32, 8), (3, 21, 8, 13), True),
     ],
 )
 def test_draws_do_not_depend_on_slot_order_or_company(monkeypatch, rows, widths, lengths, tiled):
@@ -293,7 +294,7 @@ def test_draws_do_not_depend_on_slot_order_or_company(monkeypatch, rows, widths,
     asks = {name: (prompt(length, seed=9), 40 + length) for name, length in zip("abcd", lengths, strict=True)}
 
     def play(order: str, wasted_slots: int = 0) -> dict:
-        one = engine(model=model(wide=tiled), stop_ids=(), rows=rows, context=256)
+        one = engine(model=model(wide=tiled), stop_ids=(), rows=rows, slots=max(4, rows), context=256)
         assert one._groups[0].tiled == tiled
         for _ in range(wasted_slots):
             one.open()
