@@ -9,8 +9,8 @@ recently used one is evicted, and is prefilled again at its next request.
 
 A row's samples depend only on its own ids, temperature, top_p and seed, on a CPU to the last bit: its prefill is split
 by its own length, cache blocks beyond its length add exact zeros, and attention and decoding always run on a whole
-group of slots, or, with weights that give a row the same bits in any company, on a part of it. (An evicted session is
-prefilled where it was once decoded, which may change the last bits.)
+group of slots, or, with tiled weights, on a part of it. (Two things may change the last bits: an evicted session is
+prefilled where it was once decoded; and with tiled weights, company may change the rows of a prefill batch.)
 Left out: stop strings that are not a set of ids; a model that no single device holds.
 
     engine = Engine(make_decoder(model), slots=64, context=1024, max_new_tokens=64, stop_ids=[13])
