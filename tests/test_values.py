@@ -27,6 +27,7 @@ SENSIBLE = {
     "round": (0,),
     "preview": (0,),
     "patience": (0,),
+    "max_invalid": (0,),
     "drafts": (0,),
     "temperature": (0,),
     "probability": (0,),
