@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from artifacts.packing import Packed, Place
 from lora.tokenizer import load_tokenizer
@@ -24,17 +25,25 @@ GREY, GREEN, RED = (150, 150, 150), (0, 190, 0), (235, 40, 40)
 RESET = "\033[0m"
 
 
+def segment_of(packed: Packed, place: Place) -> tuple[np.ndarray, np.ndarray]:
+    """The ids [L] and weights [L] of one packed trajectory."""
+    inside = packed.segments_NL[place.row] == place.segment
+    return packed.ids_NL[place.row][inside], packed.weights_NL[place.row][inside]
+
+
+def weighted_text(ids: np.ndarray, weights: np.ndarray, tokenizer: Tokenizer) -> list[tuple[str, float]]:
+    """The text of ids [L] in pieces of one weight."""
+    runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(weights)) + 1) if len(ids) else []
+    return [(tokenizer.decode(ids[run].tolist(), skip_special_tokens=False), float(weights[run[0]])) for run in runs]
+
+
 def preview(packed: Packed, places: Sequence[Place], model_dir: Path, count: int) -> None:
     """Prints the first `count` trajectories, whose ids are those of a base's tokenizer."""
     tokenizer = load_tokenizer(model_dir)
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for place in places[:count]:
-        inside = packed.segments_NL[place.row] == place.segment
-        ids, weights = packed.ids_NL[place.row][inside], packed.weights_NL[place.row][inside]
-        runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(weights)) + 1)
-        pieces = [
-            (tokenizer.decode(ids[run].tolist(), skip_special_tokens=False), float(weights[run[0]])) for run in runs
-        ]
+        ids, weights = segment_of(packed, place)
+        pieces = weighted_text(ids, weights, tokenizer)
         where = f"row {place.row} segment {place.segment}: {place.file}:{place.line}"
         print(f"--- {where} weight {place.weight:+g}, {len(ids)} tokens")
         if coloured:

@@ -1,165 +1,396 @@
-"""A run's report: one HTML file with every score, its interval, and sample trajectories. evaluate.py writes it.
+"""The report: one HTML file that shows what runs did, compares them, and opens every trajectory. evaluate.py writes it.
 
-    python -m artifacts.report --run runs/a3t          # rewrite it from the run's files
+    python -m artifacts.report --run runs/a3t                       # runs/a3t/report.html, from what is there
+    python -m artifacts.report --run runs/a3t runs/resampling       # both in one page, and their differences printed
 
-The file is self-contained; only its links to trajectories.jsonl need the run's directory.
-Reads scores.json, trajectories.jsonl and evaluate_all*.json of finished evaluations; writes <run>/report.html.
-Left out: training curves (train_pg/metrics.jsonl).
+The file needs nothing beside it and no network. Reads what finished stages have left: scores.json, trajectories.jsonl,
+metrics.jsonl, packed.npz, config.json and done.json; what a run lacks is left out of its page.
+Left out: the charts (charts.py), the trajectories' form in the page (viewer.py), the differences (compare.py).
 """
 
 from __future__ import annotations
 
 import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
 
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import msgspec
 
 from artifacts.atomic import atomic_write
+from artifacts.charts import Line, chart
 from artifacts.cli import run_main
-from artifacts.json_io import read_json
-from artifacts.render import react_segments, text_of
-from artifacts.scores import PEOPLE, perturbation_table, read_scores, settings_notes, subjects
-from artifacts.trajectory import Trajectory, read_trajectories
+from artifacts.compare import comparison_table, differences, differing, points, settings
+from artifacts.html import folded, gallery, html_table, share
+from artifacts.json_io import parse_json, read_json
+from artifacts.scores import (
+    PAPER,
+    PEOPLE,
+    best_of_rounds,
+    evaluations,
+    perturbation_table,
+    read_scores,
+    settings_notes,
+)
+from artifacts.stage import current_round, read_run, round_directory, shown
+from artifacts.viewer import entries, packed_entries
 
 Perturbations = dict[str, dict[str, dict[str, dict[str, float]]]]  # of evaluate*_all*.json
+HERE = Path(__file__).parent
+NOTE = (
+    "Success in %, with 95 % intervals (Wilson's). A round plays the training tasks, composes successes for the failed "
+    "ones, and trains an adapter on all rounds so far; the row of a round is that adapter on the tasks of a panel. "
+    "base: no adapter. adapter: one from elsewhere. Reward and progress (the largest share of the goal reached) are "
+    "out of 100."
+)
 
-STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
-table { border-collapse: collapse; } th, td { padding: .2em .8em; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child, td:last-child { text-align: left; } pre { white-space: pre-wrap; background: #f6f6f6;
-padding: .8em; font-size: 13px; } summary { cursor: pointer; } .note { color: #666; }"""
+
+class Step(msgspec.Struct):
+    """What the curves show of a line of metrics.jsonl; a curve leaves out what is null."""
+
+    step: int
+    loss: float | None = None
+    logprob_positive: float | None = None
+    logprob_negative: float | None = None
+    tokens_per_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    run: Path = Path("runs/a3t")
-    """Directory of the run."""
+    run: tuple[Path, ...] = (Path("runs/a3t"),)
+    """Directory of the run, or of several: the first and those to compare with it."""
+    out: Path | None = None
+    """File to write (default: report.html in the run; of several, A-B.html beside the first)."""
 
 
-def evaluations(run: Path) -> list[str]:
-    """The names of a run's finished evaluations: evaluate, evaluate_P1, ..."""
-    return sorted(
-        {done.parent.name for folder in subjects(run).values() for done in folder.glob("evaluate*/done.json")}
+# ---- what the runs show ----------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """A run, as the page calls it."""
+
+    name: str
+    path: Path
+
+
+Scores = dict[str, dict[str, dict[str, Any]]]  # run's name -> subject -> panel -> score
+
+
+def panels_of(scores: Scores) -> list[str]:
+    return sorted({panel for subjects in scores.values() for by_panel in subjects.values() for panel in by_panel})
+
+
+def called(subject: str) -> str:
+    return f"round {subject}" if subject.isdecimal() else f"the {subject}"
+
+
+def interval(score: dict[str, Any]) -> str:
+    low, high = (100 * x for x in score["wilson95"])
+    return f"{100 * score['rate']:.1f} % [{low:.0f}, {high:.0f}]"
+
+
+def headline(name: str, by_subject: dict[str, dict[str, Any]], panel: str) -> str:
+    """One sentence on a panel: the first subject, and the last."""
+    found = [(subject, by_panel[panel]) for subject, by_panel in by_subject.items() if panel in by_panel]
+    (first, before), (last, after) = found[0], found[-1]
+    text = f"{name}, {panel}: {called(first)} solved {interval(before)} of {before['n']} attempts"
+    return text + (f", {called(last)} {interval(after)}" if len(found) > 1 else "")
+
+
+def success_chart(scores: Scores, panel: str) -> str | None:
+    """Success by round of each run, best of rounds for a single one, and the paper's line; None for a single point."""
+    found = {name: {s: p[panel] for s, p in subjects.items() if panel in p} for name, subjects in scores.items()}
+    order = sorted({s for by_subject in found.values() for s in by_subject}, key=lambda s: (s.isdecimal(), len(s), s))
+    ticks = [subject for subject in order if subject != "adapter"]
+    if len(ticks) < 2:
+        return None
+
+    def line(name: str, values: dict[str, float], **how: Any) -> Line:
+        known = [subject for subject in ticks if subject in values]
+        return Line(name=name, x=[ticks.index(s) for s in known], y=[100 * values[s] for s in known], **how)
+
+    lines = []
+    for colour, (name, by_subject) in enumerate(found.items()):
+        band = [tuple(100 * x for x in by_subject[subject]["wilson95"]) for subject in ticks if subject in by_subject]
+        lines.append(line(name, {s: score["rate"] for s, score in by_subject.items()}, band=band, colour=colour))
+    if len(scores) == 1:
+        best = {s: solved for s, (solved, _) in best_of_rounds(*scores.values(), panel).items()}
+        lines.append(line("best of rounds", best, colour=1, dashed=True))
+    lines.append(
+        line("the paper (7B)", {str(k): y / 100 for k, y in enumerate(PAPER.get(panel, ()))}, colour=None, dashed=True)
+    )
+    return chart(
+        f"{panel}: success in %", [each for each in lines if each.x], xlabel="round", ticks=ticks, percent=True
     )
 
 
-class Markup(str):
-    """HTML of our own; any other text is escaped."""
+NONE = {"success": 0, "n": 0}
+SCORES = ("run", "round", "success", "solved", "best of rounds %", "best of trials %", "reward", "progress", "turns")
+SCORES += ("refused %", "how attempts ended")
 
 
-def cells(values: Iterable[Any], tag: str = "td") -> str:
-    """A table row; every value but Markup is escaped."""
-    texts = (value if isinstance(value, Markup) else escape(str(value)) for value in values)
-    return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
+def score_rows(run: Run, evaluation: str, by_subject: dict[str, dict[str, Any]], panel: str) -> Iterator[list[Any]]:
+    best, notes = best_of_rounds(by_subject, panel), settings_notes(run.path, evaluation, by_subject)
+    for subject, s in ((subject, by_panel[panel]) for subject, by_panel in by_subject.items() if panel in by_panel):
+        trials = s["best_of"]
+        yield [
+            run.name,
+            subject + "*" * (subject in notes),
+            interval(s),
+            f"{s['success']}/{s['n']}",
+            f"{100 * best[subject][0]:.1f}" if subject in best else "-",
+            f"{100 * trials['rate']:.1f} (of {trials['trials']})" if trials else "-",
+            f"{100 * s['reward']:.1f}",
+            f"{100 * s['progress']:.1f}",
+            s["mean_turns"],
+            f"{100 * s['invalid_action_rate']:.1f}",
+            ", ".join(f"{end} {count}" for end, count in sorted(s["ends"].items())),
+        ]
 
 
-def interval_bar(rate: float, low: float, high: float) -> Markup:
-    """An SVG bar of a share and its interval, from 0 to 100 %."""
-    return Markup(
-        f'<svg width="120" height="12" role="img"><rect width="120" height="12" fill="#eee"/>'
-        f'<rect x="{120 * low:.1f}" width="{120 * (high - low):.1f}" height="12" fill="#9bd"/>'
-        f'<rect x="{120 * rate - 1:.1f}" width="2" height="12" fill="#036"/></svg>'
+def type_table(scores: Scores, panel: str) -> str:
+    """Success by task type; nothing for worlds without types."""
+    columns = [(n, s, p[panel]) for n, subjects in scores.items() for s, p in subjects.items() if panel in p]
+    types = {kind: None for _, _, score in columns for kind in score["types"]}
+    head = ["type", *(called(s) if len(scores) == 1 else f"{name} {called(s)}" for name, s, _ in columns)]
+    rows = [[kind, *(share(**score["types"].get(kind, NONE)) for _, _, score in columns)] for kind in types]
+    return html_table(head, rows) if rows else ""
+
+
+def evaluation_section(runs: Sequence[Run], evaluation: str) -> Iterator[str]:
+    scores = {run.name: read_scores(run.path, evaluation) for run in runs}
+    panels = panels_of(scores)
+    yield f"<h2>{escape(evaluation)}</h2>"
+    yield gallery(filter(None, (success_chart(scores, panel) for panel in panels)))
+    for panel in panels:
+        rows = [row for run in runs for row in score_rows(run, evaluation, scores[run.name], panel)]
+        yield f"<h3>{escape(panel)}</h3>{html_table(SCORES, rows)}{type_table(scores, panel)}"
+    for run in runs:
+        for subject, note in settings_notes(run.path, evaluation, scores[run.name]).items():
+            text = f"* {run.name}, {called(subject)}: played with other settings: {note}"
+            yield f'<p class="note">{escape(text)}</p>'
+    if evaluation.startswith("evaluate_webshop"):
+        yield f'<p class="note">{escape(PEOPLE)}</p>'
+
+
+def comparison_section(runs: Sequence[Run]) -> Iterator[str]:
+    first = runs[0]
+    for other in runs[1:]:
+        head = ["evaluation", "panel", "round", first.name, other.name, "difference in points", f"only {first.name}"]
+        head += [f"only {other.name}", "n", "p"]
+        rows = []
+        for found in differences(first.path, other.path):
+            counts: tuple[Any, ...] = ("-",) * 4
+            if found.paired is not None:
+                counts = found.paired.first_only, found.paired.second_only, found.paired.n, f"{found.paired.p:.3f}"
+            shares = f"{100 * found.first:.1f}", f"{100 * found.second:.1f}", points(found)
+            subject = found.subject + "*" * bool(found.note)
+            rows.append([found.evaluation, found.panel, subject, *shares, *counts])
+        yield f"<h2>{escape(f'{other.name} less {first.name}')}</h2>{html_table(head, rows)}"
+    yield (
+        "<p class=\"note\">Over the same tasks only. Intervals: Newcombe's, of paired shares; p: McNemar's exact test; "
+        "neither is corrected for their number. * played with settings that differ.</p>"
     )
+    rows = ([name, *values] for name, values in differing([run.path for run in runs]))
+    yield f"<h2>Settings that differ</h2>{html_table(('setting', *(run.name for run in runs)), rows)}"
 
 
-def score_table(scores: dict[str, dict[str, Any]], notes: dict[str, str]) -> str:
-    """An HTML table with one row per panel and subject; an asterisk marks the subjects in `notes`."""
-    head = (
-        "panel",
-        "round",
-        "success %",
-        "",
-        "95 % interval",
-        "n",
-        "reward",
-        "progress",
-        "best of trials",
-        "turns",
-        "invalid %",
-        "ends",
-    )
-    rows = [cells(head, "th")]
-    for panel in sorted({panel for by_panel in scores.values() for panel in by_panel}):
-        for subject, s in ((subject, by_panel[panel]) for subject, by_panel in scores.items() if panel in by_panel):
-            low, high = s["wilson95"]
-            best = s["best_of"]
-            rows.append(
-                cells(
-                    (
-                        panel,
-                        subject + "*" * (subject in notes),
-                        f"{100 * s['rate']:.1f}",
-                        interval_bar(s["rate"], low, high),
-                        f"{100 * low:.1f} to {100 * high:.1f}",
-                        s["n"],
-                        f"{100 * s['reward']:.1f}",
-                        f"{100 * s['progress']:.1f}",
-                        f"{100 * best['rate']:.1f} (of {best['trials']})" if best else "-",
-                        s["mean_turns"],
-                        f"{100 * s['invalid_action_rate']:.1f}",
-                        ", ".join(f"{end} {count}" for end, count in sorted(s["ends"].items())),
-                    )
+# ---- how it was trained ----------------------------------------------------------------------------------------------
+
+
+def done_of(run: Path, round_index: int, stage: str) -> dict[str, Any]:
+    path = round_directory(run, round_index) / stage / "done.json"
+    return read_json(path, dict[str, Any]) if path.exists() else {}
+
+
+def round_rows(run: Run) -> Iterator[list[Any]]:
+    for index in range(current_round(run.path)):
+        played, composed, trained = (done_of(run.path, index, stage) for stage in ("rollout", "actre", "train_pg"))
+        seconds = [str(round(done["seconds"])) if "seconds" in done else "-" for done in (played, composed, trained)]
+        yield [
+            run.name,
+            index,
+            share(played.get("success", 0), played.get("trajectories", 0)),
+            composed.get("failed_tasks", "-"),
+            share(composed.get("success", 0), composed.get("composed", 0)),
+            composed.get("solved_tasks", "-"),
+            composed.get("sampled_turns", "-"),
+            trained.get("sequences", "-"),
+            trained.get("sequences_failed", "-"),
+            trained.get("tokens", "-"),
+            trained.get("steps", "-"),
+            " / ".join(seconds),
+        ]
+
+
+ROUNDS = ("run", "round", "training tasks solved %", "tasks failed", "compositions won %", "of failed tasks solved")
+ROUNDS += ("sampled turns", "trained on", "of them failures", "tokens", "steps", "seconds: play / compose / train")
+
+
+def read_steps(run: Path, round_index: int) -> list[Step]:
+    path = round_directory(run, round_index) / "train_pg" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [parse_json(line, Step, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+
+
+CURVES = {
+    "loss": ("loss",),
+    "mean log-probability (failures dashed)": ("logprob_positive", "logprob_negative"),
+    "tokens per second": ("tokens_per_s",),
+}
+
+
+def curves(runs: Sequence[Run]) -> Iterator[str]:
+    """Loss, likelihood and speed by optimizer step: of one run a line for each round, of several a chart for each."""
+    groups: dict[str, dict[str, list[Step]]] = {}
+    for run in runs:
+        for index in range(current_round(run.path)):
+            title, name = ("", f"round {index}") if len(runs) == 1 else (f"round {index}: ", run.name)
+            groups.setdefault(title, {})[name] = read_steps(run.path, index)
+    for title, lines in groups.items():
+        for what, measures in CURVES.items():
+            drawn = [
+                Line(
+                    name=name if measure == measures[0] else "", x=x, y=y, colour=colour, dashed=measure != measures[0]
                 )
-            )
-    return f"<table>{''.join(rows)}</table>"
+                for colour, (name, steps) in enumerate(lines.items())
+                for measure in measures
+                for x, y in [points_of(steps, measure)]
+                if any(y)  # a round without failures has no likelihood of failures, and 0 stands for it
+            ]
+            if drawn:
+                yield chart(title + what, drawn, xlabel="optimizer step")
 
 
-def examples(path: Path) -> list[Trajectory]:
-    """The first success and the first other trajectory."""
-    found: dict[bool, Trajectory] = {}
-    for trajectory in read_trajectories(path):
-        found.setdefault(trajectory.success, trajectory)
-    return [found[won] for won in (True, False) if won in found]
+def points_of(steps: Sequence[Step], measure: str) -> tuple[list[int], list[float]]:
+    known = [(step.step, y) for step in steps if (y := getattr(step, measure)) is not None]
+    return [x for x, _ in known], [y for _, y in known]
 
 
-def sections(run: Path) -> Iterator[str]:
-    for name in evaluations(run):
-        scores = read_scores(run, name)
-        notes = settings_notes(run, name, scores)
-        yield f"<h2>{escape(name)}</h2>{score_table(scores, notes)}"
-        for subject, note in notes.items():
-            yield f'<p class="note">* round {escape(subject)} was played with other settings: {escape(note)}</p>'
-        if name.startswith("evaluate_webshop"):
-            yield f'<p class="note">{escape(PEOPLE)}</p>'
-        for subject in scores:
-            path = subjects(run)[subject] / name / "trajectories.jsonl"
-            link = escape(os.path.relpath(path, run))
-            yield f'<p>round {subject}: <a href="{link}">{link}</a></p>'
-            for example in examples(path):
-                title = f"{example.task_id}, trial {example.trial}: {example.task} ({example.end})"
-                text = text_of(react_segments(example))
-                yield f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
-    for path in sorted(run.glob("evaluate*_all*.json")):
-        yield f"<h2>{escape(path.stem)}</h2><pre>{escape(perturbation_table(read_json(path, Perturbations)))}</pre>"
+# ---- what it was made of ---------------------------------------------------------------------------------------------
 
 
-def write_report(run: Path) -> Path:
-    """Writes <run>/report.html, atomically, and returns its path."""
-    title = f"Evaluations of {escape(run.name)}"
-    note = (
-        "Intervals are Wilson's. round: the round that trained the adapter (base: no adapter; adapter: the one given "
-        "by --adapter). progress: the largest share of the goal reached. Reward and progress are out of 100."
+def identity_rows(run: Path) -> Iterator[tuple[str, str]]:
+    record = read_run(run)
+    for key in ("env", "model", "base", "tokenizer", "prompts"):
+        if key in record:
+            yield key, shown(record[key])
+    for panel, content in record.get("content", {}).items():
+        yield f"training tasks: {panel}", shown(content)
+    found: dict[str, set[str]] = {}
+    for path in sorted(run.glob("*/*/config.json")):
+        config = read_json(path, dict[str, Any])
+        git = config.get("git", {})
+        found.setdefault("commit", set()).add(f"{git.get('commit')}{' and changes' if git.get('dirty') else ''}")
+        found.setdefault("device", set()).add(str(config.get("device")))
+        found.setdefault("versions", set()).add(", ".join(f"{k} {v}" for k, v in config.get("versions", {}).items()))
+    for key, values in found.items():
+        yield key, "; ".join(sorted(values))
+
+
+def settings_section(runs: Sequence[Run]) -> Iterator[str]:
+    for run in runs:
+        yield f"<h3>{escape(run.name)}</h3>{html_table(('what', 'value'), identity_rows(run.path))}"
+        rows = ((key, shown(value)) for key, value in sorted(settings(run.path).items()))
+        title = "all settings that decide results, of the last round of each stage"
+        yield folded(title, html_table(("setting", "value"), rows))
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def headlines(runs: Sequence[Run], found: Sequence[str]) -> Iterator[str]:
+    for evaluation in found:
+        scores = {run.name: read_scores(run.path, evaluation) for run in runs}
+        for panel in panels_of(scores):
+            for name, by_subject in scores.items():
+                if any(panel in by_panel for by_panel in by_subject.values()):
+                    yield f"{headline(name, by_subject, panel)} ({evaluation})"
+
+
+def sections(runs: Sequence[Run]) -> Iterator[str]:
+    found = list(dict.fromkeys(name for run in runs for name in evaluations(run.path)))
+    lines = "".join(f"<li>{escape(line)}</li>" for line in headlines(runs, found))
+    yield f'<ul>{lines}</ul><p class="note">{NOTE}</p>'
+    if len(runs) > 1:
+        yield from comparison_section(runs)
+    for evaluation in found:
+        yield from evaluation_section(runs, evaluation)
+    for run in runs:
+        for path in sorted(run.path.glob("evaluate*_all*.json")):
+            text = perturbation_table(read_json(path, Perturbations))
+            yield f"<h2>{escape(f'{run.name}: {path.stem}')}</h2><pre>{escape(text)}</pre>"
+    rows = [row for run in runs for row in round_rows(run)]
+    if rows:
+        yield f"<h2>Rounds of training</h2>{html_table(ROUNDS, rows)}{gallery(curves(runs))}"
+    yield "<h2>What it was made of</h2>"
+    yield from settings_section(runs)
+
+
+VIEWER = """<h2 id="trajectories">Trajectories</h2>
+<p class="note">Every attempt of every finished stage. Choose one: attempts of other rounds at its task stand next to
+it. Where a round trained on it, its text is also there with the weight of every token.</p>
+<p class="note legend"><span class="thought">thought</span> <span class="action">&gt; action</span>
+<span class="action sampled">&#9670; sampled action</span> <span class="action mistake">&#10007; mistake, masked</span>
+<span class="action refused">&#8856; refused action</span> <span class="observation">observation</span>
+<span class="plus">trained towards</span> <span class="minus">trained away from</span></p>
+<form id="filters">
+<input type="search" name="text" placeholder="task, action or thought" aria-label="search">
+<select name="run" aria-label="run"></select><select name="stage" aria-label="stage"></select>
+<select name="type" aria-label="task type"></select><select name="source" aria-label="source"></select>
+<select name="end" aria-label="how it ended"></select><select name="trained" aria-label="training"></select>
+<output></output></form>
+<div id="viewer"><ol id="list"></ol><div id="shown"></div></div>"""
+
+
+def page(runs: Sequence[Run]) -> str:
+    title = " and ".join(run.name for run in runs)
+    found = list(entries([run.path for run in runs]))
+    head = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
+        f"<style>{(HERE / 'report.css').read_text()}</style></head>"
     )
-    body = "\n".join(sections(run))
-    path = run / "report.html"
-    page = (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>\n'
-        f'<h1>{title}</h1>\n<p class="note">{note}</p>\n{body}\n</html>\n'
-    )
-    with atomic_write(path) as temporary:
-        temporary.write_text(page, errors="replace")
-    return path
+    body = "\n".join(sections(runs))
+    if found:
+        names = msgspec.json.encode([run.name for run in runs]).decode().replace("<", "\\u003c")
+        body += (
+            f'{VIEWER}<script type="application/json" id="runs">{names}</script>'
+            f'<script type="application/gzip" id="data">{packed_entries(found)}</script>'
+            f"<script>{(HERE / 'report.js').read_text()}</script>"
+        )
+    return f"{head}\n<body><main><h1>{escape(title)}</h1>\n{body}</main></body></html>\n"
+
+
+def named(paths: Sequence[Path]) -> list[Run]:
+    """The runs by their folders' names, or by their paths if two folders have the same."""
+    names = [path.resolve().name for path in paths]
+    names = names if len(set(names)) == len(names) else [str(path) for path in paths]
+    return [Run(name=name, path=path) for name, path in zip(names, paths, strict=True)]
+
+
+def write_report(*paths: Path, out: Path | None = None) -> Path:
+    """Writes the report of runs atomically, and returns its path: `out`, <run>/report.html, or for several runs
+    A-B.html beside the first."""
+    together = "-".join(path.resolve().name for path in paths)
+    out = out or (paths[0] / "report.html" if len(paths) == 1 else paths[0].parent / f"{together}.html")
+    with atomic_write(out) as temporary:
+        temporary.write_text(page(named(paths)), encoding="utf-8", errors="replace")
+    return out
 
 
 def main(args: Args) -> None:
-    if not args.run.is_dir():
-        raise ValueError(f"no such run: {args.run}")
-    if not evaluations(args.run):
-        raise ValueError(f"{args.run} holds no finished evaluation; run: python evaluate.py --run {args.run}")
-    print(f"report -> {write_report(args.run)}")
+    for run in args.run:
+        if not run.is_dir():
+            raise ValueError(f"no such run: {run}")
+        if not evaluations(run):
+            raise ValueError(f"{run} holds no finished evaluation; run: python evaluate.py --run {run}")
+    if len(args.run) > 1:
+        print(comparison_table(args.run))
+    print(f"report -> {write_report(*args.run, out=args.out)}")
 
 
 if __name__ == "__main__":

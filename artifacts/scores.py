@@ -26,6 +26,12 @@ from envs.wording import PERTURBATIONS
 
 SHORT = dict(zip(TASK_TYPES, ("Pick", "Clean", "Heat", "Cool", "Examine", "PickTwo"), strict=True))
 WORDINGS = ("none", *PERTURBATIONS)
+# Success in % after rounds 0 to 3, one trial (A3T, the tables on ALFWorld and WebShop).
+PAPER = {
+    "valid_seen-140": (80, 87, 91, 93),
+    "valid_unseen-134": (86, 94, 96, 95),
+    "webshop_test-500": (45.4, 49.0, 48.0, 49.0),
+}
 PEOPLE = "people on WebShop's official test (arXiv 2207.01206): average reward 75.5, success 50.0; experts 82.1, 59.6"
 
 
@@ -56,6 +62,7 @@ class Score(msgspec.Struct):
     progress: float = math.nan
     best_of: BestOf | None = None
     content: str = ""
+    world: dict[str, Any] = {}
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -160,6 +167,13 @@ def subjects(run: Path) -> dict[str, Path]:
     return found | {str(index): round_directory(run, index) for index in range(current_round(run))}
 
 
+def evaluations(run: Path) -> list[str]:
+    """The names of a run's finished evaluations: evaluate, evaluate_P1, ..."""
+    return sorted(
+        {done.parent.name for folder in subjects(run).values() for done in folder.glob("evaluate*/done.json")}
+    )
+
+
 def read_scores(run: Path, name: str) -> dict[str, dict[str, Any]]:
     """{subject: {panel: score}} of the finished evaluations called `name`; progress is NaN where it was not scored."""
     found = {}
@@ -170,30 +184,42 @@ def read_scores(run: Path, name: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def settings_notes(run: Path, name: str, chosen: Iterable[str]) -> dict[str, str]:
-    """{subject: what differs} for the subjects whose evaluation `name` had other settings than the last one's.
+def settings_of(run: Path, name: str, subject: str) -> dict[str, Any]:
+    """What decided an evaluation's result, less what may differ in one table: the adapter and a server's model."""
+    config = read_json(subjects(run)[subject] / name / "config.json", dict[str, Any])
+    return {key: value for key, value in compared(config).items() if key not in ("facts.adapter", "args.server.model")}
 
-    What may differ in one table, since the subject says it: the adapter and a server's model.
-    """
-    settings = {}
-    for subject in chosen:
-        config = read_json(subjects(run)[subject] / name / "config.json", dict[str, Any])
-        settings[subject] = {
-            key: value for key, value in compared(config).items() if key not in ("facts.adapter", "args.server.model")
-        }
+
+def difference_of(these: dict[str, Any], others: dict[str, Any], word: str) -> str:
+    """The settings that differ, each with both values, the second after `word`."""
+    return "; ".join(
+        f"{key} {shown(these.get(key))} ({word} {shown(others.get(key))})"
+        for key in sorted({*these, *others})
+        if these.get(key) != others.get(key)
+    )
+
+
+def settings_notes(run: Path, name: str, chosen: Iterable[str]) -> dict[str, str]:
+    """{subject: what differs} for the subjects whose evaluation `name` had other settings than the last one's."""
+    settings = {subject: settings_of(run, name, subject) for subject in chosen}
     last = next(reversed(settings.values()), {})
-    differing = {
-        subject: [
-            f"{key} {shown(these.get(key))} (else {shown(last.get(key))})"
-            for key in sorted({*these, *last})
-            if these.get(key) != last.get(key)
-        ]
-        for subject, these in settings.items()
-    }
-    return {subject: "; ".join(found) for subject, found in differing.items() if found}
+    notes = {subject: difference_of(these, last, "else") for subject, these in settings.items()}
+    return {subject: note for subject, note in notes.items() if note}
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def best_of_rounds(by_subject: dict[str, dict[str, Any]], panel: str) -> dict[str, tuple[float, int]]:
+    """{round: (share of the panel's tasks that any round up to it solved, how many rounds these are)}."""
+    solved: set[str] = set()
+    found = {}
+    for subject, by_panel in by_subject.items():
+        if subject.isdecimal() and panel in by_panel:
+            entry = by_panel[panel]
+            solved |= set(entry["won_tasks"])
+            found[subject] = len(solved) / max(1, (entry["best_of"] or entry)["n"]), len(found) + 1
+    return found
 
 
 def table(run: Path, name: str) -> str:
@@ -208,17 +234,12 @@ def table(run: Path, name: str) -> str:
     header += f"{f'best of {trials}':>12}{'progress':>10}" if trials > 1 else ""
     lines = [f"{header}{'turns':>7}{'invalid':>9}  ends"]
     for panel in sorted({panel for by_panel in scores.values() for panel in by_panel}):
-        solved: set[str] = set()
-        rounds = 0
+        rounds = best_of_rounds(scores, panel)
         for subject, by_panel in scores.items():
             if (s := by_panel.get(panel)) is None:
                 continue
             best = s["best_of"] or s
-            of_rounds = "-"
-            if subject.isdecimal():
-                solved |= set(s["won_tasks"])
-                rounds += 1
-                of_rounds = f"{100 * len(solved) / max(1, best['n']):.1f} (k={rounds})"
+            of_rounds = f"{100 * rounds[subject][0]:.1f} (k={rounds[subject][1]})" if subject in rounds else "-"
             low, high = s["wilson95"]
             shares = (s["types"].get(short, {"n": 0}) for short in types)
             lines.append(
