@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,12 +13,12 @@ from artifacts import report
 from artifacts.charts import Line, chart
 from artifacts.json_io import write_json
 from artifacts.packing import Example, pack, save_packed
+from artifacts.pictures import find_browser
 from artifacts.scores import score
 from artifacts.trajectory import Trajectory, write_file
 from models.tokenizer import byte_tokenizer
 from tests.support.helpers import trajectory, turn
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
@@ -137,10 +136,10 @@ def test_a_run_without_evaluations_is_refused(tmp_path):
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api")
-    if BROWSER is None:
+    if (path := find_browser()) is None:
         pytest.skip("needs Chromium: apt install chromium")
     with playwright.sync_playwright() as started:
-        found = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        found = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield found
         found.close()
 
