@@ -183,6 +183,19 @@ def displaced(settings: Settings) -> None:
     evaluate(settings, "displaced", "--round", 0)
 
 
+# ---- AgentRefine -----------------------------------------------------------------------------------------------------
+
+
+def refinement(settings: Settings) -> None:
+    """AgentRefine's experiment (bench/refinement.py), with 600 trajectories an arm and 40 tasks a panel."""
+    arms = ("demo", "refine", "both", "drop-errors", "no-mask")
+    how = ("--count", 600, "--limit", 40, "--rank", 16, "--learning-rate", 1.5e-3, "--row-length", 2048)
+    where = ("--runs", settings.runs / "refinement", "--model", settings.model, "--seeds", settings.seed)
+    for count in range(1, len(arms) + 1):
+        run("-m", "bench.refinement", *where, *how, "--context", 2048, "--arms", *arms[:count])
+        keep(settings, "refinement")
+
+
 # ---- WebShop ---------------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +217,7 @@ EXPERIMENTS: dict[str, Callable[[Settings], None]] = {
     "forced": forced,
     "demonstrations": demonstrations,
     "displaced": displaced,
+    "refinement": refinement,
     "webshop": webshop,
 }
 
