@@ -78,7 +78,8 @@ class Group:
 class File:
     """The counts of one trajectories.jsonl."""
 
-    name: str
+    path: Path
+    name: str  # its folder, below the run
     whole: Group = field(default_factory=Group)
     types: dict[str, Group] = field(default_factory=dict)
     lost: dict[str, Group] = field(default_factory=dict)  # by type; without faults, which are nobody's failure
@@ -122,7 +123,7 @@ def count(run: Path) -> list[File]:
     elsewhere, openings, trained = evaluation_tasks(), {}, set()
     files = []
     for path in sorted(trajectory_files(run), key=is_evaluation, reverse=True):
-        found, played = File(name_of(path, run)), set()
+        found, played = File(path, name_of(path, run)), set()
         for trajectory in read_trajectories(path, partial=True):
             kind = type_of(trajectory)
             opening = hash((trajectory.first_observation, trajectory.task))
@@ -143,8 +144,8 @@ def count(run: Path) -> list[File]:
                 if not trajectory.success and trajectory.end not in FAULTS:
                     found.lost.setdefault(kind, Group()).add(trajectory)
         files.append(found)
-    order = [name_of(path, run) for path in trajectory_files(run)]
-    return sorted(files, key=lambda found: order.index(found.name))
+    order = trajectory_files(run)
+    return sorted(files, key=lambda found: order.index(found.path))
 
 
 def name_of(path: Path, run: Path) -> str:
