@@ -23,7 +23,7 @@ from artifacts.metrics import metrics_curves
 from artifacts.report import evaluations
 from artifacts.scores import read_scores
 from artifacts.stage import read_run
-from artifacts.trackers import Curves, Tracker, require_package
+from artifacts.trackers import PACKAGES, Curves, Tracker, require_package
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Args:
     """The tracker: tensorboard, wandb or trackio."""
 
     def check(self) -> None:
-        require_package("--to", self.to)
+        require_package(f"--to {self.to}", PACKAGES[self.to])
 
 
 def round_lines(run: Path) -> list[dict[str, Any]]:

@@ -43,15 +43,15 @@ class TrackArgs:
     run stay the same."""
 
     def check(self) -> None:
-        require_package("--track", self.track)
+        if self.track:
+            require_package(f"--track {self.track}", PACKAGES[self.track])
 
 
-def require_package(flag: str, tracker: Tracker | None) -> None:
-    """Raises ValueError, with the command that installs it, if the package of a tracker is missing."""
-    if tracker and importlib.util.find_spec(PACKAGES[tracker]) is None:
-        package = PACKAGES[tracker]
+def require_package(who: str, package: str) -> None:
+    """Raises ValueError, with the command that installs it, if the package that `who` needs is missing."""
+    if importlib.util.find_spec(package.replace("-", "_")) is None:
         raise ValueError(
-            f"{flag} {tracker} needs the package {package}, which is not installed; "
+            f"{who} needs the package {package}, which is not installed; "
             f"run: pip install --constraint requirements/tracking.txt {package}"
         )
 
