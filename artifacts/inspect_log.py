@@ -5,9 +5,9 @@
 
 One log per trajectories.jsonl, <run>/inspect/round_0_rollout.eval, written anew each time; a sample per trajectory, its
 epoch is the trial. The world speaks as the user, the agent as the assistant: a thought is its reasoning, an action its
-text. The metadata of each of its messages say who wrote thought and action (a sampled action's source is input), and
-whether the world accepted it or it is a marked mistake. Scores: success, reward, progress; an attempt that ended in a
-fault is a sample with an error and has none.
+text. A message's metadata say what the agent did not do by itself or not well: a thought or an action that is not its
+own (of a sampled action, the source is input too), an action that the world refused, a marked mistake. Scores: success,
+reward, progress; an attempt that ended in a fault is a sample with an error and has none.
 Left out: token ids.
 """
 
@@ -17,7 +17,7 @@ import artifacts.interrupts  # noqa: F401  first, so that it covers the other im
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +52,11 @@ def exchange(turn: Turn) -> list[ChatMessage]:
     from inspect_ai.model import ChatMessageAssistant, ChatMessageUser, ContentReasoning, ContentText
 
     thought = [ContentReasoning(reasoning=turn.thought)] if turn.thought else []
-    marks = {name: getattr(turn, name) for name in ("thought_by", "action_by", "valid", "errors")}
+    usual = {"thought_by": "react", "action_by": "react", "valid": True, "errors": []}
+    marks = {name: getattr(turn, name) for name, value in usual.items() if getattr(turn, name) != value}
     source = "generate" if turn.action_by == "react" else "input"
     return [
-        ChatMessageAssistant(content=[*thought, ContentText(text=turn.action)], source=source, metadata=marks),
+        ChatMessageAssistant(content=[*thought, ContentText(text=turn.action)], source=source, metadata=marks or None),
         ChatMessageUser(content=turn.observation),
     ]
 
@@ -117,27 +118,33 @@ def player(config: dict[str, Any]) -> str:
 def make_log(path: Path, name: str) -> EvalLog:
     """The log of one trajectories.jsonl; a line that is still being written is left out. Raises ValueError, with
     file:line, for one that is no trajectory."""
-    from inspect_ai.log import EvalConfig, EvalDataset, EvalLog, EvalRevision, EvalSpec
+    from inspect_ai.log import EvalConfig, EvalDataset, EvalLog, EvalRevision, EvalSpec, EvalStats
 
     settings = path.with_name("config.json")
     config = read_json(settings, dict[str, Any]) if settings.exists() else {}
     trajectories = list(read_trajectories(path, partial=True))
+    done = path.with_name("done.json")
+    ended = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    began = ended - timedelta(seconds=read_json(done, dict[str, Any]).get("seconds", 0) if done.exists() else 0)
+    tasks, trials = len({t.task_id for t in trajectories}), max((t.trial for t in trajectories), default=0) + 1
+    even = len(trajectories) == tasks * trials  # else the viewer would show fractions of samples
     commit, digest = config.get("git", {}).get("commit"), sha256(path)[:22]
     return EvalLog(
-        status="success" if path.with_name("done.json").exists() else "started",
+        status="success" if done.exists() else "started",
         eval=EvalSpec(
-            created=datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds"),
+            created=began.isoformat(timespec="seconds"),
             eval_id=digest,
             run_id=digest,
             task_id=digest,
             task=name,
             model=player(config),
-            dataset=EvalDataset(name=name, samples=len(trajectories)),
-            config=EvalConfig(epochs=max((t.trial for t in trajectories), default=0) + 1),
+            dataset=EvalDataset(name=name, samples=tasks if even else len(trajectories)),
+            config=EvalConfig(epochs=trials if even else 1),
             revision=EvalRevision(type="git", origin="", commit=commit) if commit else None,
             metadata=config.get("facts", {}),
         ),
         results=results(trajectories),
+        stats=EvalStats(started_at=began.isoformat(), completed_at=ended.isoformat()),
         samples=[sample(trajectory) for trajectory in trajectories],
     )
 

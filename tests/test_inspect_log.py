@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
+
 import pytest
 
 from artifacts import inspect_log
@@ -30,7 +32,7 @@ def stage(run, name: str, *rows, finished: bool = True):
     config = {"args": {"model": "models/tiny-alfworld", "server": {"url": None}}, "facts": facts}
     write_json(folder / "config.json", config | {"git": {"commit": "c" * 40, "dirty": False}})
     if finished:
-        write_json(folder / "done.json", {})
+        write_json(folder / "done.json", {"seconds": 60.0})
 
 
 def test_inspect_reads_every_trajectory_with_its_messages_marks_and_scores(tmp_path, read):
@@ -47,7 +49,9 @@ def test_inspect_reads_every_trajectory_with_its_messages_marks_and_scores(tmp_p
     log = read(path)
     assert path.name == "round_1_actre.eval" and log.status == "success" and log.eval.task == "round_1/actre"
     assert log.eval.model == "tiny-alfworld+ffffffff" and log.eval.revision.commit == "c" * 40
-    assert log.eval.metadata["panels"] == {"gen_valid-100": "e" * 64} and log.eval.config.epochs == 3
+    assert log.eval.metadata["panels"] == {"gen_valid-100": "e" * 64}
+    assert (log.eval.dataset.samples, log.eval.config.epochs) == (1, 3)
+    assert datetime.fromisoformat(log.stats.completed_at) - datetime.fromisoformat(log.eval.created) >= timedelta(0, 60)
     assert {each.name: each.metrics["mean"].value for each in log.results.scores} == {
         "success": 0.5,
         "reward": 0.625,
@@ -68,8 +72,8 @@ def test_inspect_reads_every_trajectory_with_its_messages_marks_and_scores(tmp_p
     assert [message.text for message in spoken] == ["look", "go to desk 1", "fly"]
     assert [message.text for message in shown] == ["You see a desk.", "You are there.", "Nothing happens."]
     assert [message.source for message in spoken] == ["generate", "input", "generate"]
-    assert spoken[1].metadata == {"thought_by": "actre", "action_by": "sampled", "valid": True, "errors": []}
-    assert spoken[2].metadata["errors"] == ["parameter", "logic"] and spoken[2].metadata["valid"] is False
+    assert spoken[0].metadata is None and spoken[1].metadata == {"thought_by": "actre", "action_by": "sampled"}
+    assert spoken[2].metadata == {"valid": False, "errors": ["parameter", "logic"]}
 
 
 def test_strange_text_comes_back_unchanged(tmp_path, read):

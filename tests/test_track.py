@@ -22,11 +22,9 @@ from artifacts.metrics import MetricsLog
 from artifacts.scores import score
 from artifacts.stage import compared
 from artifacts.trackers import PACKAGES, Curves, figures
-from tests.support.helpers import trajectory
-from tests.test_train_pg import adapter_bytes, base, killed, small, steps_of, unbroken  # noqa: F401  two are fixtures
+from tests.support.helpers import tensorboard_scalars, trajectory
 
 ROOT = Path(__file__).parent.parent
-NO_READER = "tensorboard, which reads what tensorboardX writes, is not installed (requirements/tracking.txt)"
 
 
 def needs(tracker: str) -> None:
@@ -39,14 +37,6 @@ def line(step: int, **more) -> dict:
 
 
 # ---- what a tracker's own files hold: {name: [(step, value), ...]} ---------------------------------------------------
-
-
-def in_tensorboard(run: Path, name: str) -> dict[str, list[tuple[int, float]]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found = EventAccumulator(str(run / "tensorboard" / name), size_guidance={"scalars": 0})
-    found.Reload()
-    return {tag: [(each.step, each.value) for each in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
 def wandb_records(path: Path) -> list[bytes]:
@@ -94,7 +84,7 @@ def in_trackio(run: Path, name: str) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-READ = {"tensorboard": in_tensorboard, "wandb": in_wandb, "trackio": in_trackio}
+READ = {"tensorboard": tensorboard_scalars, "wandb": in_wandb, "trackio": in_trackio}
 
 TRAIN = """
 import os, signal, sys
@@ -142,19 +132,6 @@ def test_a_run_killed_and_resumed_is_shown_with_every_step_once(tracker, tmp_pat
     assert found.keys() == {"loss", "logprob_positive", "tokens_per_s"}  # mfu was not known
     assert [step for step, _ in found["loss"]] == [1, 2, 3, 4, 5]
     assert [value for _, value in found["loss"]] == pytest.approx([line["loss"] for line in lines])
-
-
-def test_a_training_with_a_tracker_leaves_the_same_files(unbroken, base, tmp_path, monkeypatch):  # noqa: F811
-    needs("tensorboard")
-    args = small(tmp_path, base, checkpoint_minutes=0.0, track="tensorboard")
-    killed(args, monkeypatch, 3)
-    train_pg.main(args)
-    assert adapter_bytes(args.run) == adapter_bytes(unbroken) and steps_of(args.run) == [1, 2, 3, 4]
-    both = [run / "round_0/train_pg" for run in (args.run, unbroken)]
-    ours, theirs = ([json.loads(line)["loss"] for line in (each / "metrics.jsonl").open()] for each in both)
-    assert ours == theirs and {path.name for path in both[0].iterdir()} == {path.name for path in both[1].iterdir()}
-    assert [value for _, value in in_tensorboard(args.run, "round_0")["loss"]] == pytest.approx(ours)
-    train_pg.main(small(tmp_path, base, track=None))  # another tracker, or none, is no other training
 
 
 def test_a_tracker_is_no_setting_of_the_result():
@@ -276,7 +253,7 @@ def test_rounds_are_shown_by_the_names_of_their_files_and_sent_again_replace_the
     assert track.track_rounds(run, "tensorboard")
     write_run(run, {"1": 0.7})
     assert track.track_rounds(run, "tensorboard") and track.track_rounds(run, None)
-    found = in_tensorboard(run, "rounds")
+    found = tensorboard_scalars(run, "rounds")
     assert found["evaluate/panel/rate"] == [(0, pytest.approx(0.5)), (1, pytest.approx(0.7))]
     assert found["base/evaluate/panel/rate"] == [(0, pytest.approx(0.2))]
     assert found["rollout/success"] == [(0, 7), (1, 7)] and found["train_pg/steps"] == [(0, 4), (1, 4)]
@@ -307,7 +284,7 @@ def test_the_command_sends_every_round_and_leaves_out_a_line_that_is_being_writt
     (run / "round_1/train_pg/metrics.jsonl").write_text(json.dumps(line(1)) + "\n")
     track.main(track.Args(run=run, to="tensorboard"))
     assert "3 sets of curves" in capsys.readouterr().out
-    assert in_tensorboard(run, "round_0")["loss"] == in_tensorboard(run, "round_1")["loss"] == [(1, 1.0)]
+    assert tensorboard_scalars(run, "round_0")["loss"] == tensorboard_scalars(run, "round_1")["loss"] == [(1, 1.0)]
     (run / "round_1/train_pg/metrics.jsonl").write_text('{"step"\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"round_1/train_pg/metrics.jsonl:1 is not valid JSON"):
         track.main(track.Args(run=run, to="tensorboard"))
