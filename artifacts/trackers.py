@@ -36,7 +36,7 @@ UPLOAD_SECONDS = 60.0  # that W&B may take at the end, in which the stage waits;
 
 @dataclass(frozen=True, kw_only=True)
 class TrackArgs:
-    """Trackers."""
+    """Where figures are shown too."""
 
     track: Tracker | None = None
     """Also send figures to a tracker, as they come: tensorboard, wandb or trackio (docs/looking.md); the files of the
@@ -49,7 +49,8 @@ class TrackArgs:
 
 def require_package(who: str, package: str) -> None:
     """Raises ValueError, with the command that installs it, if the package that `who` needs is missing."""
-    if importlib.util.find_spec(package.replace("-", "_")) is None:
+    found = importlib.util.find_spec(package.replace("-", "_"))
+    if found is None or found.origin is None:  # or a mere folder of that name, such as the one that W&B makes
         raise ValueError(
             f"{who} needs the package {package}, which is not installed; "
             f"run: pip install --constraint requirements/tracking.txt {package}"

@@ -212,8 +212,9 @@ def test_a_server_that_cannot_be_reached_is_said_once(tmp_path, alone):
     assert len((directory / "metrics.jsonl").read_text().splitlines()) == 5
 
 
-def test_a_missing_package_is_named_with_the_command_before_anything_is_done(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+@pytest.mark.parametrize("spec", [None, SimpleNamespace(origin=None)], ids=["nothing", "a folder of its name"])
+def test_a_missing_package_is_named_with_the_command_before_anything_is_done(spec, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     said = r"^--track tensorboard needs the package tensorboardX.*pip install --constraint requirements/tracking.txt"
     with pytest.raises(ValueError, match=said):
         train_pg.Args(track="tensorboard").check()
