@@ -55,6 +55,7 @@ from artifacts.stage import (
     run_stage,
     sha256,
 )
+from artifacts.track import track_rounds
 from artifacts.trajectory import FAULTS, Trajectory, Writer, read_trajectories, sort_file
 from envs.base import World
 from envs.panel import require_tasks
@@ -187,6 +188,8 @@ def main(args: Args) -> None:
         if not stage.finished:
             compose_all(args, round_index, world, played, adapter, stage)
     finish_shards(whole, args.shard, lambda: main(dataclasses.replace(args, round=round_index, shard=None)))
+    if not args.shard:
+        track_rounds(args.run, args.track)
 
 
 def compose_all(args: Args, round_index: int, world: World, played: Path, adapter: Path | None, stage: Stage) -> None:

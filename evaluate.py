@@ -57,6 +57,7 @@ from artifacts.scores import (
 )
 from artifacts.shards import adopt, finish_shards, open_shard, share
 from artifacts.stage import Stage, StageError, adapter_of_round, current_round, run_stage
+from artifacts.track import track_rounds
 from artifacts.trajectory import Trajectory, Writer, sort_file
 from envs.base import World
 from envs.panel import default_panels, pick_tasks, require_tasks
@@ -205,6 +206,9 @@ def main(args: Args) -> None:
         write_json(args.run / f"{args.directory_name}.json", found)
         print(perturbation_table(found))
     print(f"report -> {write_report(args.run)}")
+    folders = [subjects(args.run)[subject] for subject, *_ in subjects_to_play]
+    if all((folder / each.directory_name / "done.json").exists() for folder in folders for each in wordings):
+        track_rounds(args.run, args.track)  # else another shard is still at work, and does it
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from artifacts.cli import Range
 from artifacts.scores import closing_notes, success_by_type
 from artifacts.shards import adopt, finish_shards, open_shard, share
 from artifacts.stage import Stage, adapter_of_round, current_round, round_directory, run_stage
+from artifacts.track import track_rounds
 from artifacts.trajectory import Writer, sort_file
 from envs.base import World
 from envs.panel import default_panels, pick_tasks, require_tasks
@@ -79,6 +80,8 @@ def main(args: Args) -> None:
         if not stage.finished:
             play(args, round_index, world, tasks, adapter, stage)
     finish_shards(whole, args.shard, lambda: main(dataclasses.replace(args, round=round_index, shard=None)))
+    if not args.shard:
+        track_rounds(args.run, args.track)
 
 
 def play(args: Args, round_index: int, world: World, tasks: list[str], adapter: Path | None, stage: Stage) -> None:

@@ -64,6 +64,7 @@ from artifacts.stage import (
     sha256,
 )
 from artifacts.tokens import Codec, read_codec, tokens_of
+from artifacts.trackers import TrackArgs
 from artifacts.trajectory import FAULTS, Trajectory
 from lora.adapter import adapter_name, save_adapter
 from lora.attention import Implementation, require_supported, segment_bounds
@@ -82,7 +83,7 @@ Devices = Annotated[int, Range(1, 10**6)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args:
+class Args(TrackArgs):
     run: Path = Path("runs/a3t")
     """Directory of the run."""
     round: Annotated[int, Range(0, 10_000)] | None = None
@@ -157,6 +158,7 @@ class Args:
     was trained on, or else would be. Without --round: the round to train, if it has data, or else the one before."""
 
     def check(self) -> None:
+        super().check()
         for flag, value in (("--epochs", self.epochs), ("--targets", self.targets)):
             if not value:
                 raise ValueError(f"{flag} needs at least one value")
@@ -251,10 +253,9 @@ def pack_examples(examples: list[Example], args: Args, codec: Codec) -> Packed:
     a record do not spell it (tokens_of)."""
     sequences = []
     for trajectory, weight, file, line in examples:
-        synthetic = trajectory.source == "refine"
         trajectory, masked = refined(trajectory, args.refinement)
         tokens = tokens_of(trajectory, codec, f"{file}:{line}", args.form)
-        world_weight = 0.0 if synthetic else args.world_weight
+        world_weight = 0.0 if trajectory.source == "refine" else args.world_weight
         sequences.append((tokens.ids, token_weights(tokens, weight, world_weight=world_weight, masked=masked)))
     packed = pack(sequences, args.row_length)
     if examples and not np.any(packed.weights_NL):
@@ -281,8 +282,7 @@ def objective(model, batch: Batch, trajectories: jax.Array, **forward):
 def batch_order(args: Args, round_index: int, epoch: int, rows: int) -> np.ndarray:
     """The row indices of each step of an epoch. The last step is padded with -1 (an empty row) to keep shapes fixed."""
     order = generator(args.seed, "train_pg", round_index, epoch).permutation(rows)
-    order = np.concatenate([order, np.full(-rows % args.batch_rows, -1, order.dtype)])
-    return order.reshape(-1, args.batch_rows)
+    return np.pad(order, (0, -rows % args.batch_rows), constant_values=-1).reshape(-1, args.batch_rows)
 
 
 def learning_rate(args: Args, steps: int) -> optax.Schedule:
@@ -324,7 +324,7 @@ def train(args: Args, round_index: int, packed: Packed, model, mesh: Mesh, direc
         f"Lower --learning-rate (now {args.learning_rate:g}) or raise --failure-reward (now {args.failure_reward:g}), "
         f"then remove {directory} and run again."
     )
-    with MetricsLog(directory, trainer.done, steps, active=is_first_process()) as log:
+    with MetricsLog(directory, trainer.done, steps, active=is_first_process(), track=args.track) as log:
         for line in trainer:
             check_step(line, args.floor, remedy)
             log.write(line)

@@ -17,6 +17,7 @@ from artifacts.cli import Range
 from artifacts.render import FORM
 from artifacts.shards import parse_shard
 from artifacts.stage import adapter_sha, base_of, sha256
+from artifacts.trackers import TrackArgs
 from envs.base import World
 from envs.make import DEFAULTS, make_world, require_base_for, require_world
 from lora.checkpoint import base_facts
@@ -50,7 +51,7 @@ class ModelArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlayArgs(ModelArgs):
+class PlayArgs(ModelArgs, TrackArgs):
     """Worlds, attempts and sampling; the same in every stage that plays."""
 
     env: str = "alfworld"
@@ -92,6 +93,7 @@ class PlayArgs(ModelArgs):
     """An OpenAI-compatible server as the agent, in place of the local model."""
 
     def check(self) -> None:
+        super().check()
         require_world(self.env)
         if self.shard:
             parse_shard(self.shard)

@@ -1,17 +1,19 @@
-"""metrics.jsonl: one flushed line per optimizer step, a progress bar with the same figures, and their limits."""
+"""metrics.jsonl: one flushed line per optimizer step, a progress bar and curves of the same figures, and limits."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 from tqdm import tqdm
 
 from artifacts.atomic import atomic_write
-from artifacts.json_io import parse_json
+from artifacts.json_io import parse_json, read_json
+from artifacts.trackers import Curves, Tracker
 
 
 class Line(msgspec.Struct):
@@ -24,19 +26,22 @@ class MetricsLog:
     """`with MetricsLog(directory, done, total) as log: log.write({"step": 1, "loss": 2.0, ...})`.
 
     A resumed run keeps the lines of its first `done` steps and drops those of later ones, which it repeats. With
-    active=False it writes and shows nothing, since only one of several processes logs.
+    active=False it writes and shows nothing, since only one of several processes logs. `track`: a tracker that is sent
+    every line too, those that were kept at once.
     """
 
-    def __init__(self, directory: Path, done: int, total: int, *, active: bool = True):
+    def __init__(self, directory: Path, done: int, total: int, *, active: bool = True, track: Tracker | None = None):
         path = directory / "metrics.jsonl"
         if active and path.exists():
             keep_steps(path, done)
+        self._curves = metrics_curves(track if active else None, directory)
         self._file = open(path if active else os.devnull, "a")
         self._bar = tqdm(total=total, initial=done, desc=directory.name, disable=not active)
 
     def write(self, line: dict) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        self._curves.add([line])
         self._bar.set_postfix(
             loss=f"{line['loss']:.2f}",
             positive=f"{line['logprob_positive']:.4f}",
@@ -51,6 +56,7 @@ class MetricsLog:
     def __exit__(self, *_) -> None:
         self._file.close()
         self._bar.close()
+        self._curves.close()
 
 
 def keep_steps(path: Path, done: int) -> None:
@@ -60,6 +66,20 @@ def keep_steps(path: Path, done: int) -> None:
     found = {parse_json(line, Line, f"{path}:{number}").step: line for number, line in enumerate(lines, 1)}
     with atomic_write(path) as temporary:
         temporary.write_bytes(b"".join(found[step] + b"\n" for step in sorted(found) if step <= done))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; none if it does not exist. Raises ValueError, with file:line, for one that
+    cannot be read."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [parse_json(line, dict[str, Any], f"{path}:{number}") for number, line in enumerate(lines, 1)]
+
+
+def metrics_curves(to: Tracker | None, directory: Path) -> Curves:
+    """The curves of a train_pg directory, with the steps that its metrics.jsonl has so far."""
+    config, lines = directory / "config.json", read_metrics(directory / "metrics.jsonl") if to else []
+    settings = read_json(config, dict[str, Any])["args"] if to and config.exists() else {}
+    return Curves(to, directory.parents[1], directory.parent.name, settings, lines)
 
 
 def check_step(line: dict, floor: float, remedy: str) -> None:

@@ -39,7 +39,7 @@ from artifacts.json_io import read_json, write_json
 from envs.make import DEFAULTS
 
 # Settings that say how a stage computes, asks and waits, not what for: it may resume with different values.
-HOW = {"concurrency", "timeout", "retries", "deadline", "turn_deadline", "processes", "url", "key", "slots"}
+HOW = {"concurrency", "timeout", "retries", "deadline", "turn_deadline", "processes", "url", "key", "slots", "track"}
 HOW |= {"rollout_weights", "drafts", "mesh", "device_rows", "remat", "attention", "checkpoint_minutes", "preview"}
 # Settings whose meaning is in the facts: the content of files wherever they are, the tasks of a panel, the round.
 IN_FACTS = {"run", "round", "name", "model", "data", "panel", "panels", "limit", "prompt", "adapter"}

@@ -7,6 +7,7 @@ text, packing.py into token ids and weights.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -64,15 +65,18 @@ _decoder = msgspec.json.Decoder(Trajectory)
 _encoder = msgspec.json.Encoder()
 
 
-def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
+def read_trajectories(path: str | Path, *, partial: bool = False) -> Iterator[Trajectory]:
     """Yields the trajectories of a JSONL file in order.
 
     Only the byte 0x0A ends a line: U+2028 and the like are ordinary text inside a string. Raises ValueError with
-    file:line for anything but a complete record of this schema, and for a second one of the same task and trial.
+    file:line for anything but a complete record of this schema, and for a second one of the same task and trial. With
+    partial=True a last line that is cut, as a stage leaves it that is at work or was killed, is left out.
     """
     known: set[tuple[str, int]] = set()
     with open(path, "rb") as file:
         for index, line in enumerate(file, 1):
+            if partial and not line.endswith(b"\n"):
+                return
             trajectory = parse_line(line, f"{path}:{index}")
             if trajectory.key in known:
                 raise ValueError(
@@ -81,6 +85,19 @@ def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
                 )
             known.add(trajectory.key)
             yield trajectory
+
+
+def trajectory_files(run: str | Path) -> list[Path]:
+    """Every trajectories.jsonl below a folder, round 10 after round 9. Those of shards only until they are joined."""
+
+    def natural(path: Path) -> list[tuple[str, int]]:
+        return [(text, int(number or 0)) for text, number in re.findall(r"([^0-9]*)([0-9]*)", str(path))]
+
+    def is_joined(path: Path) -> bool:
+        shards, name = path.parent.parent, re.sub(r"\.[0-9]+-of-[0-9]+$", "", path.parent.name)
+        return shards.name == "shards" and (shards.parent / name / path.name).exists()
+
+    return sorted((path for path in Path(run).glob("**/trajectories.jsonl") if not is_joined(path)), key=natural)
 
 
 def parse_line(line: bytes, where: str) -> Trajectory:

@@ -110,9 +110,9 @@ def test_sentences_are_joined_to_one_line(monkeypatch, capsys):
 
 def test_groups_are_own_flags_then_inherited_ones_then_nested_classes(monkeypatch, capsys):
     groups = groups_of(help_of(actre.Args, monkeypatch, capsys))
-    titles = ["options", "play options", "model options", "actre-server options", "server options"]
+    titles = ["options", "play options", "model options", "track options", "actre-server options", "server options"]
     assert list(groups) == titles
-    flags = ["--temperature", "--env", "--model", "--actre-server.url", "--server.url"]
+    flags = ["--temperature", "--env", "--model", "--track", "--actre-server.url", "--server.url"]
     for title, flag in zip(titles, flags, strict=True):
         assert [other for other in titles if f"{flag} " in groups[other]] == [title]
     assert groups["model options"].startswith("The local model")

@@ -33,7 +33,7 @@ from lora.logprobs import token_logprobs
 from lora.sharding import make_mesh
 from lora.train_step import Batch, initial_state, make_update, training_mesh
 from models.tokenizer import byte_tokenizer
-from tests.support.helpers import byte_codec, trajectory, write_tiny_model
+from tests.support.helpers import byte_codec, tensorboard_scalars, trajectory, write_tiny_model
 from train_pg import (
     Args,
     batch_order,
@@ -466,7 +466,11 @@ def adapter_bytes(run) -> bytes:
 
 
 def steps_of(run) -> list[int]:
-    return [json.loads(line)["step"] for line in (run / "round_0/train_pg/metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line)["step"] for line in metrics_of(run).splitlines()]
+
+
+def metrics_of(run) -> str:
+    return (run / "round_0/train_pg/metrics.jsonl").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -504,6 +508,22 @@ def test_a_run_that_is_killed_within_an_epoch_ends_with_the_same_bytes(
         killed(args, monkeypatch, at)
     main(args)
     assert adapter_bytes(args.run) == adapter_bytes(unbroken) and steps_of(args.run) == [1, 2, 3, 4]
+
+
+def test_a_training_with_a_tracker_leaves_the_same_files(unbroken, base, tmp_path, monkeypatch):
+    for package in ("tensorboardX", "tensorboard"):
+        pytest.importorskip(package, reason=f"{package} is not installed (requirements/tracking.txt)")
+    args = small(tmp_path, base, checkpoint_minutes=0.0, track="tensorboard")
+    killed(args, monkeypatch, 3)
+    main(args)
+    assert adapter_bytes(args.run) == adapter_bytes(unbroken) and steps_of(args.run) == [1, 2, 3, 4]
+    ours, theirs = ([json.loads(line)["loss"] for line in metrics_of(run).splitlines()] for run in (args.run, unbroken))
+    assert ours == theirs
+    files = [{path.name for path in (run / "round_0/train_pg").iterdir()} for run in (args.run, unbroken)]
+    assert files[0] == files[1]
+    shown = tensorboard_scalars(args.run, "round_0")["loss"]
+    assert [step for step, _ in shown] == [1, 2, 3, 4] and [value for _, value in shown] == pytest.approx(ours)
+    main(dataclasses.replace(args, track=None))  # another tracker, or none, makes no other training
 
 
 def test_a_run_goes_on_at_the_step_of_the_last_checkpoint(base, tmp_path, monkeypatch):

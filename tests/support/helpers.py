@@ -162,3 +162,12 @@ def next_line(policy: Policy, session: int, seed: int = 0, temperature: float = 
             assert of == session
             return line
     raise TimeoutError
+
+
+def tensorboard_scalars(run: Path, name: str) -> dict[str, list[tuple[int, float]]]:
+    """{tag: [(step, value), ...]} of the event files in <run>/tensorboard/<name>, by TensorBoard's own reader."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(run / "tensorboard" / name), size_guidance={"scalars": 0})
+    found.Reload()
+    return {tag: [(each.step, each.value) for each in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
