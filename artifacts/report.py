@@ -25,7 +25,8 @@ from artifacts.charts import Line, chart
 from artifacts.cli import run_main
 from artifacts.compare import comparison_table, differences, differing, points, settings
 from artifacts.html import folded, gallery, html_table, share
-from artifacts.json_io import parse_json, read_json
+from artifacts.json_io import read_json
+from artifacts.metrics import read_metrics
 from artifacts.scores import (
     PAPER,
     PEOPLE,
@@ -46,16 +47,6 @@ NOTE = (
     "base: no adapter. adapter: one from elsewhere. Reward and progress (the largest share of the goal reached) are "
     "out of 100."
 )
-
-
-class Step(msgspec.Struct):
-    """What the curves show of a line of metrics.jsonl; a curve leaves out what is null."""
-
-    step: int
-    loss: float | None = None
-    logprob_positive: float | None = None
-    logprob_negative: float | None = None
-    tokens_per_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,12 +221,6 @@ ROUNDS = ("run", "round", "training tasks solved %", "tasks failed", "compositio
 ROUNDS += ("sampled turns", "trained on", "of them failures", "tokens", "steps", "seconds: play / compose / train")
 
 
-def read_steps(run: Path, round_index: int) -> list[Step]:
-    path = round_directory(run, round_index) / "train_pg" / "metrics.jsonl"
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    return [parse_json(line, Step, f"{path}:{number}") for number, line in enumerate(lines, 1)]
-
-
 CURVES = {
     "loss": ("loss",),
     "mean log-probability (failures dashed)": ("logprob_positive", "logprob_negative"),
@@ -245,11 +230,13 @@ CURVES = {
 
 def curves(runs: Sequence[Run]) -> Iterator[str]:
     """Loss, likelihood and speed by optimizer step: of one run a line for each round, of several a chart for each."""
-    groups: dict[str, dict[str, list[Step]]] = {}
+    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for run in runs:
         for index in range(current_round(run.path)):
             title, name = ("", f"round {index}") if len(runs) == 1 else (f"round {index}: ", run.name)
-            groups.setdefault(title, {})[name] = read_steps(run.path, index)
+            groups.setdefault(title, {})[name] = read_metrics(
+                round_directory(run.path, index) / "train_pg" / "metrics.jsonl"
+            )
     for title, lines in groups.items():
         for what, measures in CURVES.items():
             drawn = [
@@ -265,8 +252,8 @@ def curves(runs: Sequence[Run]) -> Iterator[str]:
                 yield chart(title + what, drawn, xlabel="optimizer step")
 
 
-def points_of(steps: Sequence[Step], measure: str) -> tuple[list[int], list[float]]:
-    known = [(step.step, y) for step in steps if (y := getattr(step, measure)) is not None]
+def points_of(steps: Sequence[dict[str, Any]], measure: str) -> tuple[list[int], list[float]]:
+    known = [(step["step"], y) for step in steps if isinstance(y := step.get(measure), int | float)]
     return [x for x, _ in known], [y for _, y in known]
 
 

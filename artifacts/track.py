@@ -20,8 +20,7 @@ from typing import Any
 from artifacts.cli import run_main
 from artifacts.json_io import read_json
 from artifacts.metrics import metrics_curves
-from artifacts.report import evaluations
-from artifacts.scores import read_scores
+from artifacts.scores import evaluations, read_scores
 from artifacts.stage import read_run
 from artifacts.trackers import PACKAGES, Curves, Tracker, require_package
 

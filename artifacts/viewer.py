@@ -17,7 +17,7 @@ import msgspec
 from artifacts.packing import load_packed
 from artifacts.preview import segment_of, weighted_text
 from artifacts.stage import current_round, read_run, round_directory
-from artifacts.trajectory import Trajectory, read_trajectories
+from artifacts.trajectory import Trajectory, read_trajectories, trajectory_files
 from envs.alfworld.index import task_type
 from lora.tokenizer import load_tokenizer
 
@@ -42,12 +42,6 @@ class Entry(msgspec.Struct, kw_only=True, omit_defaults=True):
     opening: str
     turns: list[Any]
     trained: list[dict[str, Any]] = []
-
-
-def stage_files(run: Path) -> list[Path]:
-    """The trajectories.jsonl of a run's finished stages: its own (refine), those of its rounds, its evaluations."""
-    found = [*run.glob("*/trajectories.jsonl"), *run.glob("*/*/trajectories.jsonl")]
-    return sorted(path for path in found if (path.parent / "done.json").exists())
 
 
 def trained_pieces(run: Path) -> dict[tuple[str, int], list[dict[str, Any]]]:
@@ -84,7 +78,7 @@ def entries(runs: Sequence[Path]) -> Iterator[Entry]:
     """All trajectories of the finished stages of runs."""
     for index, run in enumerate(runs):
         trained = trained_pieces(run)
-        for path in stage_files(run):
+        for path in (path for path in trajectory_files(run) if (path.parent / "done.json").exists()):
             for line, t in enumerate(read_trajectories(path), 1):
                 yield Entry(
                     run=index,
