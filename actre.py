@@ -58,6 +58,7 @@ from artifacts.stage import (
 from artifacts.track import track_rounds
 from artifacts.trajectory import FAULTS, Trajectory, Writer, read_trajectories, sort_file
 from envs.base import World
+from envs.make import world_name
 from envs.panel import require_tasks
 from lora.checkpoint import adapter_weights, base_facts
 from lora.sharding import play_together
@@ -147,7 +148,7 @@ def compose(args: Args, round_index: int, failed: list[str], writer: Writer, ada
     for each in explainers:
         explainer = make_policy(args, each, folder / "replies_actre.sqlite", beside=react)
     rule = Compose(probability=args.probability, max_invalid=args.max_invalid, sample=args.sample, reason=args.reason)
-    loop = PlayLoop(jobs, make_settings(args, "actre", round_index, rule), world_maker(args), react, explainer)
+    loop = PlayLoop(jobs, make_settings(args, "actre", round_index, compose=rule), world_maker(args), react, explainer)
     started = set(jobs)
     for trajectory in loop:
         writer.write(trajectory)
@@ -164,7 +165,7 @@ def main(args: Args) -> None:
     args = resolve(args)
     require_file("--actre-prompt", args.actre_prompt)
     round_index = current_round(args.run) if args.round is None else args.round
-    joined_identity(args.run, {"env": args.env})  # before tasks of another world are looked for
+    joined_identity(args.run, {"env": world_name(args.env)})  # before tasks of another world are looked for
     adapter = adapter_of_round(args.run, round_index)
     rollout = round_directory(args.run, round_index) / "rollout"
     require_done(rollout, f"python rollout.py --run {args.run} --round {round_index}")

@@ -43,7 +43,7 @@ from agent.args import (
 from agent.attempt import Job
 from agent.loop import PlayLoop
 from artifacts.cli import Range
-from artifacts.json_io import write_json
+from artifacts.json_io import read_json, write_json
 from artifacts.report import write_report
 from artifacts.scores import (
     WORDINGS,
@@ -56,11 +56,12 @@ from artifacts.scores import (
     table,
 )
 from artifacts.shards import adopt, finish_shards, open_shard, share
-from artifacts.stage import Stage, StageError, adapter_of_round, current_round, run_stage
+from artifacts.stage import Stage, StageError, adapter_of_round, current_round, round_directory, run_stage
 from artifacts.track import track_rounds
-from artifacts.trajectory import Trajectory, Writer, sort_file
+from artifacts.trajectory import Trajectory, Writer, read_trajectories, sort_file
 from envs.base import World
-from envs.panel import default_panels, pick_tasks, require_tasks
+from envs.make import world_name
+from envs.panel import NAMES, default_panels, panel_name, pick_tasks, require_tasks
 from envs.wording import Perturbed
 from lora.checkpoint import adapter_weights
 from lora.sharding import play_together
@@ -77,8 +78,9 @@ class Args(PlayArgs):
     adapter: Path | None = None
     """Evaluate the adapter in this folder (adapter_model.safetensors), from any run."""
     panels: tuple[str, ...] = ()
-    """Panels to play (default: those made for the world's data, such as valid_seen-140 and valid_unseen-134, or
-    gen_valid-100; `python -m envs.panel` lists all)."""
+    """Panels to play: of those that `python -m envs.panel` lists, files FILE.txt with sorted task ids, one per line, or
+    splits of the world (default: those made for the world's data, such as valid_seen-140 and valid_unseen-134, or
+    gen_valid-100; for a world of your own the split test)."""
     limit: Annotated[int, Range(1)] | None = None
     """Play at most this many tasks per panel, spread evenly over it (default: all)."""
     perturb: Literal["none", "P1", "P2", "P3", "P4", "P5", "all"] = "none"
@@ -103,7 +105,7 @@ class Args(PlayArgs):
 
     @property
     def directory_name(self) -> str:
-        return directory_name(self.env, self.perturb, self.best_of, self.name)
+        return directory_name(world_name(self.env), self.perturb, self.best_of, self.name)
 
 
 def evaluate(args: Args, subject: str, adapter: Path | None, round_index: int) -> bool:
@@ -112,10 +114,15 @@ def evaluate(args: Args, subject: str, adapter: Path | None, round_index: int) -
     Returns whether there was anything to do.
     """
     panels = args.panels or default_panels("evaluate", args.env, args.data)
-    tasks = {panel: pick_tasks(panel, args.limit) for panel in panels}
     world = world_maker(args, args.perturb)()
-    for ids, _ in tasks.values():
+    tasks = {panel_name(panel): pick_tasks(panel, args.limit, world) for panel in panels}
+    if len(tasks) < len(panels):
+        raise ValueError(f"got panels of one name, {' '.join(panels)}; expected different ones, to tell scores apart")
+    for panel in panels:
+        ids, _ = tasks[panel_name(panel)]
         require_tasks(world, ids)
+        if panel not in NAMES and subject.isdecimal():
+            require_unseen(args.run, round_index, panel, ids)
     facts = {
         "panels": {panel: panel_hash for panel, (_, panel_hash) in tasks.items()},
         "tasks": {panel: len(ids) for panel, (ids, _) in tasks.items()},
@@ -137,6 +144,23 @@ def evaluate(args: Args, subject: str, adapter: Path | None, round_index: int) -
     unfinished, alone = not (whole / "done.json").exists(), dataclasses.replace(args, shard=None)
     finish_shards(whole, args.shard, lambda: evaluate(alone, subject, adapter, round_index))
     return played or unfinished
+
+
+def require_unseen(run: Path, round_index: int, panel: str, task_ids: list[str]) -> None:
+    """Raises ValueError if some tasks of a panel of the user's were played to train the round's adapter and others were
+    not, which no score could tell apart. If all were, the panel is meant: a score on training tasks."""
+    played: set[str] = set()
+    for index in range(round_index + 1):
+        folder = round_directory(run, index)
+        inputs = read_json(folder / "train_pg" / "config.json", dict[str, Any])["args"]["inputs"]
+        for path in (Path(each) / "trajectories.jsonl" for each in inputs or [folder / "rollout"]):
+            played |= {trajectory.task_id for trajectory in read_trajectories(path)} if path.exists() else set()
+    if 0 < (count := len(played & set(task_ids))) < len(task_ids):
+        seen = next(task_id for task_id in task_ids if task_id in played)
+        raise ValueError(
+            f"{count} of {len(task_ids)} tasks of {panel} were played to train round {round_index}, such as {seen}; "
+            "expected none of them, or all, for a score on the training tasks: take them out"
+        )
 
 
 def play(args: Args, tasks: dict[str, list[str]], adapter: Path | None, round_index: int, stage: Stage) -> dict:
@@ -196,13 +220,14 @@ def main(args: Args) -> None:
     wordings = [dataclasses.replace(args, perturb=w) for w in (WORDINGS if args.perturb == "all" else (args.perturb,))]
     panel = (args.panels or default_panels("evaluate", args.env, args.data))[0]
     for perturbed in (each for each in wordings if each.perturb != "none"):  # before any attempt
-        Perturbed(world_maker(args)(), perturbed.perturb).require_change(pick_tasks(panel, args.limit)[0])
+        world = world_maker(args)()
+        Perturbed(world, perturbed.perturb).require_change(pick_tasks(panel, args.limit, world)[0])
     played = [evaluate(each, *subject) for subject in subjects_to_play for each in wordings]
     if not any(played):
         print("nothing to play: all of these evaluations are finished")
     print(table(args.run, wordings[0].directory_name))
     if args.perturb == "all":
-        found = perturbations(args.run, args.env, args.best_of, args.name)
+        found = perturbations(args.run, world_name(args.env), args.best_of, args.name)
         write_json(args.run / f"{args.directory_name}.json", found)
         print(perturbation_table(found))
     print(f"report -> {write_report(args.run)}")

@@ -2,6 +2,7 @@
 
     python rollout.py                        # the current round of runs/a3t
     python rollout.py --run runs/x --panel train-600 --temperature 0.7
+    python rollout.py --run runs/x --env world.py:World --script player.py:Player     # demonstrations of a world
 
 Writes <run>/round_<k>/rollout/trajectories.jsonl. A killed run resumes with the same command, and retries attempts that
 ended as env_error, llm_error or timeout.
@@ -32,6 +33,7 @@ from agent.args import (
 )
 from agent.attempt import Job
 from agent.loop import PlayLoop
+from agent.scripted import DemonstratorScript, ScriptedPolicy
 from artifacts.cli import Range
 from artifacts.scores import closing_notes, success_by_type
 from artifacts.shards import adopt, finish_shards, open_shard, share
@@ -39,7 +41,8 @@ from artifacts.stage import Stage, adapter_of_round, current_round, round_direct
 from artifacts.track import track_rounds
 from artifacts.trajectory import Writer, sort_file
 from envs.base import World
-from envs.panel import default_panels, pick_tasks, require_tasks
+from envs.own import Script, load_own
+from envs.panel import default_panels, panel_name, pick_tasks, require_tasks, require_trainable
 from lora.sharding import play_together
 
 
@@ -50,22 +53,35 @@ class Args(PlayArgs):
     round: Annotated[int, Range(0, 10_000)] | None = None
     """Round to play (default: the first untrained round)."""
     panel: str | None = None
-    """Panel of training tasks (default: the one made for the world's data, such as train-600 or gen_train-120; `python
-    -m envs.panel` lists all)."""
+    """Panel of training tasks: one that `python -m envs.panel` lists, a file FILE.txt with sorted task ids, one per
+    line, or a split of the world (default: the one made for the world's data, such as train-600 or gen_train-120; for
+    a world of your own the split train)."""
     limit: Annotated[int, Range(1)] | None = None
     """Play at most this many tasks, spread evenly over the panel (default: all)."""
     trials: Annotated[int, Range(1, 10_000)] = 1
     """Attempts per task (paper: 1)."""
+    script: str | None = None
+    """A scripted player in place of the model, FILE.py:CLASS (docs/your-own-world.md): demonstrations, of which
+    train_pg.py keeps the successes."""
+
+    def check(self) -> None:
+        super().check()
+        if self.script and (self.server.url or self.prompt):
+            raise ValueError(f"--script {self.script} plays without a model; expected no --server.url and no --prompt")
+        if self.script:
+            load_own(self.script, Script)  # raises if it is none
 
 
 def main(args: Args) -> None:
     args = resolve(args)
     round_index = current_round(args.run) if args.round is None else args.round
-    adapter = adapter_of_round(args.run, round_index)
+    adapter = None if args.script else adapter_of_round(args.run, round_index)
     panel = args.panel or default_panels("train", args.env, args.data)[0]
-    tasks, panel_hash = pick_tasks(panel, args.limit)
     world = world_maker(args)()
+    tasks, panel_hash = pick_tasks(panel, args.limit, world)
+    require_trainable(panel, args.env, tasks)
     require_tasks(world, tasks)
+    panel = panel_name(panel)
     identity = world_identity(args, world, panel, tasks)
     facts = {
         "panel": panel,
@@ -73,6 +89,7 @@ def main(args: Args) -> None:
         "tasks": len(tasks),
         "content": identity["content"],
         "world": world.facts,
+        "script": load_own(args.script, Script).facts if args.script else None,
         **agent_facts(args, adapter, prompt=args.prompt),
     }
     whole = round_directory(args.run, round_index) / "rollout"
@@ -91,10 +108,15 @@ def play(args: Args, round_index: int, world: World, tasks: list[str], adapter: 
         shards = {} if args.shard else adopt(stage, writer)
         jobs = [Job(task, trial) for task in share(tasks, args.shard) for trial in range(args.trials)]
         if jobs := [job for job in jobs if job not in writer.known]:
-            player = Player(args.server, adapter, args.prompt)
-            args = fit_memory(args, player)
-            react = make_policy(args, player, stage.directory / "replies.sqlite")
-            loop = PlayLoop(jobs, make_settings(args, "rollout", round_index), world_maker(args), react)
+            if args.script:
+                script = load_own(args.script, Script).cls
+                react = ScriptedPolicy(functools.partial(DemonstratorScript, player=script), args.slots or 64)
+            else:
+                player = Player(args.server, adapter, args.prompt)
+                args = fit_memory(args, player)
+                react = make_policy(args, player, stage.directory / "replies.sqlite")
+            how = make_settings(args, "rollout", round_index, player="demo" if args.script else "react")
+            loop = PlayLoop(jobs, how, world_maker(args), react)
             for trajectory in loop:
                 writer.write(trajectory)
             counts = {"asked": react.counts, "rates": loop.rates.summary(), "sampler": sampler(args)}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from agent.attempt import AttemptSettings, Compose
+from agent.attempt import AttemptSettings
 from agent.policy import Policy
 from agent.server import Server, ServerPolicy
 from agent.vllm import TokensPolicy
@@ -19,7 +19,7 @@ from artifacts.shards import parse_shard
 from artifacts.stage import adapter_sha, base_of, sha256
 from artifacts.trackers import TrackArgs
 from envs.base import World
-from envs.make import DEFAULTS, make_world, require_base_for, require_world
+from envs.make import DEFAULTS, UNSEEN, make_world, own_world, require_base_for, require_world, world_name
 from lora.checkpoint import base_facts
 
 A = TypeVar("A", bound="PlayArgs")
@@ -55,10 +55,11 @@ class PlayArgs(ModelArgs, TrackArgs):
     """Worlds, attempts and sampling; the same in every stage that plays."""
 
     env: str = "alfworld"
-    """World: alfworld, webshop, synthetic, pddl, babyai, scienceworld, jericho."""
+    """World: alfworld, webshop, synthetic, pddl, babyai, scienceworld, jericho, or one of your own, FILE.py:CLASS
+    (docs/your-own-world.md)."""
     data: str | None = None
     """Folder with the world's data (default: $ALFWORLD_DATA, $WEBSHOP_DATA or $JERICHO_GAMES if set; else generated
-    data, where the world has a generator)."""
+    data, where the world has a generator). One of your own is made by CLASS(data=...)."""
     engine: Literal["ours", "textworld"] = "ours"
     """(ALFWorld) Game engine; textworld is the slow reference."""
     mode: Literal["text", "text_rich"] = "text"
@@ -117,13 +118,13 @@ def resolve(args: A) -> A:
     model = base_of(args.run, args.model, args.env)
     if not args.server.takes_text:
         require_base_for(args.env, model)
-    return dataclasses.replace(args, model=model, context=args.context or DEFAULTS[args.env].context)
+    return dataclasses.replace(args, model=model, context=args.context or DEFAULTS.get(args.env, UNSEEN).context)
 
 
-def make_settings(args: PlayArgs, stage: str, round_index: int, compose: Compose | None = None) -> AttemptSettings:
-    """The settings shared by all attempts of a stage."""
+def make_settings(args: PlayArgs, stage: str, round_index: int, **how: Any) -> AttemptSettings:
+    """The settings shared by all attempts of a stage. `how`: `compose` or `player` (AttemptSettings)."""
     return AttemptSettings(
-        env=args.env,
+        env=world_name(args.env),
         stage=stage,
         round=round_index,
         seed=args.seed,
@@ -133,18 +134,20 @@ def make_settings(args: PlayArgs, stage: str, round_index: int, compose: Compose
         deadline=args.deadline,
         turn_deadline=args.turn_deadline,
         processes=args.processes,
-        compose=compose,
+        **how,
     )
 
 
 def world_maker(args: PlayArgs, perturb: str = "none") -> Callable[[], World]:
     """Returns a picklable function that makes a world, in this process or a subprocess."""
+    own = own_world(args.env)
     return functools.partial(
         make_world,
         args.env,
         data=args.data,
         engine=args.engine,
         mode=args.mode,
+        file=own.sha256 if own else None,
         perturb=perturb,
         tell_commands=args.tell_commands,
     )
@@ -242,4 +245,4 @@ def run_identity(args: PlayArgs) -> dict[str, Any]:
 def world_identity(args: PlayArgs, world: World, panel: str, tasks: Sequence[str]) -> dict[str, Any]:
     """What a stage that plays training tasks knows of its run (Stage): the world, and the content of the tasks."""
     content = {f"{panel} ({len(tasks)} tasks)": world.fingerprint(tasks)}
-    return run_identity(args) | {"env": args.env, "world": world.facts, "content": content}
+    return run_identity(args) | {"env": world_name(args.env), "world": world.facts, "content": content}

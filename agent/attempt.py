@@ -65,6 +65,7 @@ class AttemptSettings:
     turn_deadline: float = 60.0
     processes: int | None = None
     compose: Compose | None = None
+    player: Literal["react", "demo"] = "react"  # demo: a script
 
 
 # ---- the sampling rule -----------------------------------------------------------------------------------------------
@@ -194,8 +195,8 @@ class Attempt:
             thought=thought,
             action=action,
             observation=result.observation,
-            thought_by="actre" if sampled else "react",
-            action_by="sampled" if sampled else "react",
+            thought_by="actre" if sampled else settings.player,
+            action_by="sampled" if sampled else settings.player,
             valid=result.valid,
         )
         self.turns.append(turn)
@@ -273,7 +274,7 @@ class Attempt:
             trial=self.job.trial,
             round=self.settings.round,
             seed=self.settings.seed,
-            source="actre" if self.settings.compose else "react",
+            source="actre" if self.settings.compose else self.settings.player,
             first_observation=self.opening.text,
             turns=self.turns,
             reward=self.result.reward if self.result else 0.0,

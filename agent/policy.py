@@ -27,7 +27,7 @@ class Ask(NamedTuple):
 
 
 class NoReply(Exception):
-    """A server gave no usable reply after all retries: the trajectory ends as llm_error."""
+    """A server gave no usable reply after all retries, or a script failed: the trajectory ends as llm_error."""
 
 
 # The reply to an Ask: the line with its newline, None if the context is full, or why there is no line.

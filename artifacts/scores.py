@@ -146,7 +146,7 @@ def closing_notes(trajectories: Iterable[Trajectory], directory: Path, grammar: 
     ends = Counter(t.end for t in trajectories if t.end in FAULTS)
     named = ", ".join(f"{end}: {count}" for end, count in sorted(ends.items()))
     notes = [f"not the agent's failures: {named}; to play them again, remove {directory}/done.json"] if ends else []
-    if grammar:
+    if grammar and all(t.env == "alfworld" for t in trajectories):
         refused = (turn.action for t in trajectories for turn in t.turns if not turn.valid)
         notes += filter(None, [other_grammar(refused, grammar)[1]])
     return "".join(f"\n  {note}" for note in notes)

@@ -36,13 +36,14 @@ from typing import Any
 from artifacts.atomic import lock
 from artifacts.cli import run_main
 from artifacts.json_io import read_json, write_json
-from envs.make import DEFAULTS
+from envs.make import DEFAULTS, UNSEEN
 
 # Settings that say how a stage computes, asks and waits, not what for: it may resume with different values.
 HOW = {"concurrency", "timeout", "retries", "deadline", "turn_deadline", "processes", "url", "key", "slots", "track"}
 HOW |= {"rollout_weights", "drafts", "mesh", "device_rows", "remat", "attention", "checkpoint_minutes", "preview"}
-# Settings whose meaning is in the facts: the content of files wherever they are, the tasks of a panel, the round.
-IN_FACTS = {"run", "round", "name", "model", "data", "panel", "panels", "limit", "prompt", "adapter"}
+# Settings whose meaning is in the facts: the content of files wherever they are, the tasks of a panel, the round, the
+# world (by its facts and the content of its tasks).
+IN_FACTS = {"run", "round", "name", "model", "env", "data", "panel", "panels", "limit", "prompt", "adapter", "script"}
 IN_FACTS |= {"actre_prompt", "actre_adapter", "base", "inputs", "personas", "epochs", "verify", "out", "import_"}
 IN_FACTS |= {"shard"}
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy", "alfworld")
@@ -131,7 +132,7 @@ def base_of(run: Path, given: Path | None, env: str | None = None) -> Path:
     Raises StageError if the run's base is no longer where it was."""
     record = read_run(run)
     if given is not None or "model" not in record:
-        return given or DEFAULTS[env or record.get("env", "alfworld")].model
+        return given or DEFAULTS.get(env or record.get("env", "alfworld"), UNSEEN).model
     if not Path(record["model"]).exists():
         raise StageError(f"the base of {run} was {record['model']}, which is not there; give its folder by --model")
     return Path(record["model"])

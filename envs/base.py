@@ -25,6 +25,9 @@ class Observation:
     text: str
     task: str
 
+    def __post_init__(self):
+        _require_types(self, text=str, task=str)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -32,7 +35,8 @@ class Result:
 
     `observation`: the world's text, verbatim. `reward`: the world's own score, 0..1. `progress`: the largest share of
     the goal reached so far, 0..1, never decreasing. `success`: the task is solved. `done`: the task accepts no more
-    actions. `valid`: the world accepted the action; a rejected action leaves the state unchanged.
+    actions. `valid`: the world accepted the action; a rejected action leaves the state unchanged. Raises TypeError for
+    a value of another type, ValueError for a number outside its range.
     """
 
     observation: str
@@ -42,9 +46,23 @@ class Result:
     done: bool
     valid: bool
 
+    def __post_init__(self):
+        _require_types(self, observation=str, reward=float, progress=float, success=bool, done=bool, valid=bool)
+        if not (0 <= self.reward <= 1 and 0 <= self.progress <= 1):
+            raise ValueError(f"got reward {self.reward} and progress {self.progress}; expected both from 0 to 1")
+
+
+def _require_types(values: Any, **types: type) -> None:
+    """Raises TypeError unless the fields have exactly these types; an int passes for a float."""
+    for name, expected in types.items():
+        found = type(getattr(values, name))
+        if found is not expected and (found, expected) != (int, float):
+            raise TypeError(f"{type(values).__name__}.{name} is {found.__name__}; expected {expected.__name__}")
+
 
 class World(Protocol):
-    """A text world. Not thread-safe: one player per world.
+    """A text world. Not thread-safe: one player per world. docs/your-own-world.md has one to copy; `python -m
+    envs.check` tells whether a world keeps this contract.
 
     `isolated`: third-party code that may be slow, hang or crash, so it runs in a subprocess (process.py). `facts`: what
     a score must state besides panel and split, such as the size of a catalogue.
@@ -84,6 +102,15 @@ class World(Protocol):
         """Templates of all commands of this task, accepted now or later, in the world's wording and a natural order:
         "take {object} from {receptacle}". Every action matches one. Raises RuntimeError before the first reset."""
         ...
+
+
+def require_return(method: str, value: Any) -> None:
+    """Raises TypeError unless a world's method may return this value."""
+    if expected := {"reset": Observation, "step": Result}.get(method):
+        if not isinstance(value, expected):
+            raise TypeError(f"{method} returned {value!r:.200}; expected an envs.base.{expected.__name__}")
+    elif method == "actions" and not (isinstance(value, list) and value and all(isinstance(a, str) for a in value)):
+        raise TypeError(f"actions returned {value!r:.200}; expected a list of one command or more")
 
 
 def content_hash(task_ids: Iterable[str], content: Callable[[str], bytes]) -> str:

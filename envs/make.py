@@ -1,11 +1,17 @@
-"""Make a world by name. The only file in `envs/` that knows every world.
+"""Make a world by name, or an own one by the address of its class. The only file in `envs/` that knows every world.
+
+    make_world("alfworld")
+    make_world("~/keys/world.py:Keys")     # FILE.py:CLASS or package.module:CLASS (own.py)
+    make_world("keys")                     # an entry point `keys` of the group a3t.worlds, in an installed package
 
 Each world is imported on demand, so that playing one does not require another's packages.
 """
 
 from __future__ import annotations
 
-import difflib
+import functools
+import re
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +19,10 @@ import msgspec
 
 from artifacts.json_io import read_json
 from envs.base import World
+from envs.own import Own, load_own, make_own, nearest
 from envs.wording import Perturbed, TellCommands
+
+GROUP = "a3t.worlds"  # of the entry points by which installed packages offer worlds
 
 
 class Defaults(NamedTuple):
@@ -36,11 +45,38 @@ DEFAULTS = {
 WORLDS = tuple(DEFAULTS)
 
 
+@functools.cache
+def own_world(env: str) -> Own | None:
+    """The class of an own world; None for one of the project's. Raises ValueError for an unknown name, for an address
+    as load_own does, and for a class whose `name` cannot stand for it in records and folders."""
+    if env in DEFAULTS:
+        return None
+    offered = {} if ":" in env else {point.name: point.value for point in entry_points(group=GROUP)}
+    if ":" not in env and env not in offered:
+        known = (*WORLDS, *sorted(offered))
+        raise ValueError(
+            f"unknown world {env!r}: {nearest(env, known)}expected one of {', '.join(known)}, or FILE.py:CLASS for one "
+            "of your own (docs/your-own-world.md)"
+        )
+    own = load_own(offered.get(env, env), World)
+    name = getattr(own.cls, "name", None)
+    if not (isinstance(name, str) and re.fullmatch("[a-z][a-z0-9-]*", name)) or name in DEFAULTS:
+        raise ValueError(
+            f"the class of {env} has the name {name!r}; expected `name = ...` with lower-case letters, digits and "
+            f"hyphens, and none of {', '.join(WORLDS)}: records and folders are called by it"
+        )
+    return own
+
+
 def require_world(env: str) -> None:
-    """Raises ValueError unless a world has that name."""
-    if env not in DEFAULTS:
-        near = [f"did you mean {name}? " for name in difflib.get_close_matches(env, WORLDS, n=1)]
-        raise ValueError(f"unknown world {env!r}: {''.join(near)}expected one of {', '.join(WORLDS)}")
+    """Raises ValueError unless `env` names a world, as own_world does."""
+    own_world(env)
+
+
+def world_name(env: str) -> str:
+    """What records, folders and run.json call a world: its name, which an own one's class states."""
+    own = own_world(env)
+    return own.cls.name if own else env
 
 
 class Training(msgspec.Struct):
@@ -61,7 +97,7 @@ def require_base_for(env: str, model: Path) -> None:
     if trained_on in DEFAULTS and trained_on != env:
         raise ValueError(
             f"{model} was trained from scratch on {trained_on} alone (its training.json) and knows no other words: "
-            f"expected another --model for {env}, such as {DEFAULTS[env].model}"
+            f"expected another --model for {env}, such as {DEFAULTS.get(env, UNSEEN).model}"
         )
 
 
@@ -76,10 +112,18 @@ def make_world(env: str, *, perturb: str = "none", tell_commands: bool = False, 
 
 
 def plain_world(
-    env: str, *, data: str | None = None, engine: str = "ours", grammar: str = "0.4", mode: str = "text"
+    env: str,
+    *,
+    data: str | None = None,
+    engine: str = "ours",
+    grammar: str = "0.4",
+    mode: str = "text",
+    file: str | None = None,
 ) -> World:
-    """The world in its own wording. `engine` and `grammar` belong to ALFWorld, `mode` to WebShop; see their classes."""
-    require_world(env)
+    """The world in its own wording. `engine` and `grammar` belong to ALFWorld, `mode` to WebShop; see their classes.
+    `file`: the sha256 that an own world's file must still have (default: any)."""
+    if own := own_world(env):
+        return make_own(own, data, file)
     if env == "alfworld":
         from envs.alfworld.world import AlfWorld
 

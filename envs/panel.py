@@ -1,7 +1,8 @@
 """Fixed lists of tasks, so that a score names exactly what was played.
 
 A panel is a file in envs/panels: sorted task ids, one per line. envs/panels/SHA256 records the sha256 of each file's
-bytes, in sha256sum's format; a panel that does not match is refused.
+bytes, in sha256sum's format; a panel that does not match is refused. --panel and --panels also take a file of the same
+form anywhere, FILE.txt, and the name of a split of the world, for all of its tasks; a stage records their sha256.
 
     python -m envs.panel                              # list and verify the panels
     python -m envs.panel --make                       # make them again; real ones from $ALFWORLD_DATA, $WEBSHOP_DATA
@@ -25,7 +26,9 @@ bytes, in sha256sum's format; a panel that does not match is refused.
 WebShop's official goals are identified by their position in the original's shuffle, so making their panels needs no
 data; other goals are identified by their hash.
 
-Demonstrations and base-model training never use a task of any panel: `excluded_ids()`.
+Demonstrations and base-model training never use a task of any of these: `excluded_ids()`. A panel of the user's has no
+part in that, so `require_trainable` keeps the project's evaluation out of what is trained on, and evaluate.py refuses a
+panel of the user's of which a part was trained on.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ from envs.alfworld.index import TASK_TYPES, cached_games, split_names, task_type
 from envs.alfworld.rooms import family, wheel_folder
 from envs.alfworld.world import data_root
 from envs.base import World
-from envs.make import require_world
+from envs.make import DEFAULTS, require_world
+from envs.own import nearest
 from envs.synthetic.world import Synthetic
 from envs.webshop.generate import ensure_catalogue
 from envs.webshop.goals import OFFICIAL
@@ -58,6 +62,7 @@ PANELS = Path(__file__).with_name("panels")
 # Counts by type, in the order of TASK_TYPES, that the paper draws from train's 3,553 games (A3T, appendix on ALFWorld).
 DRAWN = {"train-600": (135, 98, 74, 92, 59, 142), "valid-60": (12, 10, 7, 14, 8, 9)}
 WHOLE = {"valid_seen-140": "valid_seen", "valid_unseen-134": "valid_unseen"}
+FILE = ".txt"  # ends the name of a panel that is a file
 NAMED = 10  # tasks that an error names
 CHOOSE = "choose one by --panel or --panels (`python -m envs.panel` lists them)"
 GENERATED = {"gen_train-120": 120, "gen_valid-100": 100, "mini_train-120": 120, "mini_valid-100": 100}
@@ -74,6 +79,8 @@ HELD_OUT = {  # worlds never trained on
 }
 SYNTHETIC = {"syn_valid-60": "syn_valid", "syn_held-60": "syn_held"}
 NAMES = (*ALFWORLD, *WEBSHOP, *SYNTHETIC, *HELD_OUT.values())
+OF_WORLD = {"alfworld": ALFWORLD, "webshop": WEBSHOP, "synthetic": (*SYNTHETIC,)}
+OF_WORLD |= {env: (name,) for env, name in HELD_OUT.items()}
 
 
 def panel_path(name: str, folder: Path = PANELS) -> Path:
@@ -108,12 +115,71 @@ def read_panel(name: str, folder: Path = PANELS) -> list[str]:
     return content.decode().splitlines()
 
 
-def pick_tasks(name: str, limit: int | None = None) -> tuple[list[str], str]:
-    """The panel's ids and its sha256; with a limit, that many ids spread evenly over the panel (sorted by type)."""
-    task_ids = read_panel(name)
+def panel_name(panel: str) -> str:
+    """What facts and scores call a panel: its name, that of its file without the ending, or that of the split. Raises
+    ValueError for a file that is called like a panel of the project."""
+    name = Path(panel).stem if panel.endswith(FILE) else panel
+    if panel.endswith(FILE) and name in NAMES:
+        raise ValueError(f"{panel} is called like a panel of the project; expected another name, to tell scores apart")
+    return name
+
+
+def pick_tasks(panel: str, limit: int | None = None, world: World | None = None) -> tuple[list[str], str]:
+    """The ids and the sha256 of a panel: one of the project's, a file FILE.txt, or a split of the world. With a limit,
+    that many ids spread evenly over it (sorted by type). Raises ValueError."""
+    if panel in NAMES or (world is None and not panel.endswith(FILE)):
+        task_ids, digest = read_panel(panel), panel_sha256(panel)
+    else:
+        task_ids = read_ids(Path(panel).expanduser()) if panel.endswith(FILE) else split_ids(panel, world)
+        digest = hashlib.sha256("".join(f"{task_id}\n" for task_id in task_ids).encode()).hexdigest()
     if limit is not None and limit < len(task_ids):
         task_ids = [task_ids[i] for i in np.linspace(0, len(task_ids) - 1, limit).round().astype(int)]
-    return task_ids, panel_sha256(name)
+    return task_ids, digest
+
+
+def read_ids(path: Path) -> list[str]:
+    """The task ids of a panel file of the user's. Line ends may be those of Windows, and change nothing. Raises
+    ValueError, with the line, unless they are sorted and each there once."""
+    try:
+        task_ids = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"the panel {path} cannot be read as text ({error}); expected a task id per line") from error
+    for number, (task_id, before) in enumerate(zip(task_ids, ["", *task_ids], strict=False), 1):
+        if not task_id or task_id != task_id.strip():
+            raise ValueError(f"{path}:{number}: got {task_id!r}; expected a task id, without blanks around it")
+        if task_id <= before:
+            got = f"{task_id} a second time" if task_id == before else f"{task_id} after {before}"
+            raise ValueError(f"{path}:{number}: got {got}; expected sorted ids: LC_ALL=C sort -u -o {path} {path}")
+    return task_ids
+
+
+def split_ids(split: str, world: World) -> list[str]:
+    """All tasks of a split. Raises ValueError, with what a panel may be, if the world has no such split."""
+    try:
+        task_ids = list(world.tasks(split))
+    except (ValueError, LookupError) as error:
+        known = () if "own" in world.facts else NAMES
+        raise ValueError(
+            f"{split!r} is no panel: {nearest(split, known)}expected one that `python -m envs.panel` lists, a file "
+            f"FILE{FILE} of task ids, or a split of the world ({error}); give it by --panel or --panels"
+        ) from error
+    if strange := [task_id for task_id in task_ids if not str(task_id).startswith(f"{split}/")]:
+        raise ValueError(f"the split {split} has a task {strange[0]!r}; expected ids that begin with {split}/")
+    if not task_ids:
+        raise ValueError(f"the split {split} has no task; expected another, or a file FILE{FILE} of task ids")
+    return task_ids
+
+
+def require_trainable(panel: str, env: str, task_ids: Sequence[str]) -> None:
+    """Raises ValueError if a panel of the user's, to be trained on, has tasks of one that the project evaluates on."""
+    if panel in NAMES:
+        return  # chosen by its name
+    for name in OF_WORLD.get(env, ()):
+        if "train-" not in name and (shared := sorted(set(task_ids) & set(read_panel(name)))):
+            raise ValueError(
+                f"{len(shared)} tasks of {panel} are in the panel {name}, such as {shared[0]}, on which this project "
+                "evaluates; leave them out, since what is trained on cannot be evaluated on"
+            )
 
 
 def require_tasks(world: World, task_ids: Iterable[str]) -> None:
@@ -139,9 +205,12 @@ def default_panels(purpose: str, env: str, data: str | None) -> tuple[str, ...]:
     Real ALFWorld games (`data` or $ALFWORLD_DATA): train-600; valid_seen-140, and valid_unseen-134 if its games exist.
     Generated games: gen_train-120; gen_valid-100 (mini_* without the alfworld wheel). WebShop: the panels of the
     catalogue in `data` or $WEBSHOP_DATA, official, small or generated. Synthetic and held-out worlds: evaluation only.
+    Own worlds: their splits train and test.
     Raises ValueError if there is none, FileNotFoundError if there is no such data.
     """
     require_world(env)
+    if env not in DEFAULTS:
+        return ("train",) if purpose == "train" else ("test",)
     if env == "alfworld":
         return _house_panels(purpose, data)
     if env == "webshop":

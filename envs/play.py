@@ -1,4 +1,5 @@
 """Play any world from the shell, or list its tasks: one action per line on stdin, one JSON object per line on stdout.
+With --human it is played by a person: text, the admissible commands by number, and `quit`.
 
 The first object is the reset, then one follows per action: {"observation", "reward", "success", "done", "valid",
 "actions"}. The first `observation` is the whole opening; `actions` are the next actions, none once the task is done. An
@@ -10,6 +11,7 @@ Left out: turn limits and thoughts.
 Run:  python -m envs.play --env alfworld --tasks --split valid_seen
       python -m envs.play --env webshop --tasks --split gen_valid
       printf 'look\\ninventory\\n' | python -m envs.play --env alfworld --task valid_seen/<task>/<trial>
+      python -m envs.play --human --env webshop
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from __future__ import annotations
 import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
 
 import json
+import re
+import shutil
 import sys
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated
@@ -25,16 +30,18 @@ from typing import Annotated
 import tyro
 
 from artifacts.cli import run_main
-from envs.base import World
+from envs.base import Result, World
 from envs.make import make_world
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
     env: str = "alfworld"
-    """World to play."""
+    """World to play: a name, or FILE.py:CLASS for one of your own (docs/your-own-world.md)."""
     task: str | None = None
     """Id of the task to play."""
+    human: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Play by hand at a terminal; without --task, the first task of the panel that evaluate.py would play."""
     list_tasks: Annotated[bool, tyro.conf.arg(name="tasks"), tyro.conf.FlagCreatePairsOff] = False
     """List the task ids of --split, one per line, instead of playing."""
     split: str = "valid_seen"
@@ -55,8 +62,10 @@ class Args:
     """Append the list of the world's commands to the opening."""
 
     def check(self) -> None:
-        if self.list_tasks == bool(self.task):
-            raise ValueError("expected either --task ID (play it) or --tasks (list the ids of --split)")
+        if self.list_tasks == bool(self.task or self.human):
+            raise ValueError(
+                "expected --task ID (play it), --human (play by hand) or --tasks (list the ids of --split)"
+            )
 
 
 def say(**fields: object) -> None:
@@ -84,6 +93,52 @@ def play(world: World, task_id: str) -> None:
             return
 
 
+def play_by_hand(world: World, task_id: str) -> None:
+    """Play `task_id` with what a person types, until `quit` or the end of the input or the task."""
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")
+    print(f"{task_id} (type a command, its number, or quit)\n\n{world.reset(task_id).text}")
+    results: list[Result] = []
+    while not (results and results[-1].done) and (action := choose(world.actions())) is not None:
+        results.append(world.step(action))
+        print(f"\n{results[-1].observation}{'' if results[-1].valid else ' (not accepted)'}")
+    if results:
+        last = results[-1]
+        how = "Solved" if last.success else "Over, not solved" if last.done else "Left, not solved"
+        print(f"\n{how}: reward {last.reward:g}, progress {last.progress:g}, commands {len(results)}.")
+
+
+def choose(actions: list[str]) -> str | None:
+    """Lists the commands and returns what a person types: one by its number, or any words. None for `quit`, or at the
+    end of the input."""
+    # Blanks within a command do not break.
+    commands = [f"{number} {action}".replace(" ", "\xa0") for number, action in enumerate(actions, 1)]
+    print("\n" + textwrap.fill("   ".join(commands), shutil.get_terminal_size().columns).replace("\xa0", " "))
+    while True:
+        typed = ask("> ")
+        if typed in (None, "quit"):
+            return None
+        if re.fullmatch("[0-9]{1,6}", typed) and typed not in actions:
+            if not 1 <= int(typed) <= len(actions):
+                print(f"{typed} is no command's number; expected 1 to {len(actions)}, a command in words, or quit")
+                continue
+            typed = actions[int(typed) - 1]
+        if typed in actions and typed.endswith("["):
+            words = ask(f"{typed} ")
+            typed = f"{typed}{words.removesuffix(']')}]" if words else ""
+        if typed:
+            return typed
+
+
+def ask(prompt: str) -> str | None:
+    """A line without blanks around it; None at the end of the input."""
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        print()
+        return None
+
+
 def list_tasks(world: World, split: str) -> None:
     """Print the ids of a split, and on stderr how many tasks are left out and why."""
     for task_id in world.tasks(split):
@@ -105,8 +160,17 @@ def main(args: Args) -> None:
     )
     if args.list_tasks:
         list_tasks(world, args.split)
+    elif args.human:
+        play_by_hand(world, args.task or first_task(world, args))
     else:
         play(world, args.task)
+
+
+def first_task(world: World, args: Args) -> str:
+    # On demand: a program that plays a task needs no panel.
+    from envs.panel import default_panels, pick_tasks
+
+    return pick_tasks(default_panels("evaluate", args.env, args.data)[0], 1, world)[0][0]
 
 
 if __name__ == "__main__":

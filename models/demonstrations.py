@@ -7,7 +7,8 @@ The scripted demonstrator plays generated games and, if the data is available, r
 reward, from the real catalogue or else the generated one. No task is in a panel. In the place of a run's
 round_0/rollout, they are what round 0 trains on (`./run.sh smollm2`).
 
-Left out: ActRe, careless players (models/pretrain.py trains on both).
+Left out: ActRe, careless players (models/pretrain.py trains on both); demonstrations of a panel, or of a world of the
+user's (rollout.py --script).
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-import shlex
 import subprocess
 from pathlib import Path
 
@@ -13,24 +12,11 @@ import pytest
 
 from artifacts.cli import parse
 from tests.support.imports import imports_of, python_files
+from tests.support.page import save_files, shell_commands
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
 SCRIPTS = [file for file in python_files(ROOT) if re.search(r"^class \w*Args\b", (ROOT / file).read_text(), re.M)]
-
-
-def shell_commands(page: Path) -> list[list[str]]:
-    """Every `python ...` command of a page's bash blocks, as words."""
-    found = []
-    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S):
-        for line in block.replace("\\\n", " ").split("\n"):
-            for command in line.split("#")[0].split("&&"):
-                words = shlex.split(command)
-                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-                    words.pop(0)
-                if words[:1] == ["python"] and words[1] != "-c":
-                    found.append(words[1:])
-    return found
 
 
 def test_the_readme_has_the_loop():
@@ -39,8 +25,18 @@ def test_the_readme_has_the_loop():
     assert "make run" in (ROOT / "README.md").read_text() and "make test" in (ROOT / "README.md").read_text()
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> str:
+    """A home with the files that pages say to save there."""
+    home = tmp_path_factory.mktemp("home")
+    for page in PAGES:
+        save_files(page, home)
+    return f"{home}/"
+
+
 @pytest.mark.parametrize("words", [words for page in PAGES for words in shell_commands(page)], ids=" ".join)
-def test_commands_parse(words):
+def test_commands_parse(words, home):
+    words = [re.sub("^~/", home, word) for word in words]
     module, rest = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
     parse(importlib.import_module(module).Args, "", rest)
 

@@ -1,4 +1,4 @@
-"""The contract that every world keeps (`envs/base.py`), and the shell player (`envs/play.py`) over each of them.
+"""Every world keeps the contract (`envs/check.py`), and the shell player (`envs/play.py`) plays each of them.
 
 A new world adds one line to CASES: how to make it from a temporary folder, and a split of it. ALFWorld is a case under
 each perturbation of its wording too (`envs/wording.py`).
@@ -6,11 +6,9 @@ each perturbation of its wording too (`envs/wording.py`).
 
 from __future__ import annotations
 
-import inspect
+import functools
 import json
 import os
-import pickle
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -18,15 +16,16 @@ from pathlib import Path
 import pytest
 
 from envs.alfworld.index import NO_RECORD
-from envs.base import Observation, Result, World
+from envs.base import World
+from envs.check import PROPERTIES, Case, complete, ending
 from envs.make import DEFAULTS, WORLDS, make_world, require_base_for, require_world
 from envs.panel import default_panels
-from envs.wording import PERTURBATIONS, form, numbered
+from envs.wording import PERTURBATIONS
 from tests.support.hand_game import GOALS, write_game
 from tests.support.hand_shop import write_shop
 
 ROOT = Path(__file__).parents[1]
-BAD_TEXTS = ["", " ", "\n", "\x00", "think: I look", "\u2028\u2029", "\ud800", "é" * 3, "go " * 5000, "{0}%s", "[]"]
+PLAYS = 200  # of a small world at random, one of which solves it
 
 
 def hand_written_house(folder: Path) -> dict[str, str]:
@@ -57,12 +56,6 @@ CASES = {
     "babyai": (needs("minigrid"), "babyai_easy"),
 }
 PROCESSES = ("scienceworld", "jericho")  # worlds of others, each in a process of its own, that have tests of their own
-WORDS = ("chair", "bench", "red oak", "black tea")  # complete an open action
-
-
-def complete(action: str, word: str = WORDS[0]) -> str:
-    """The action itself, or, where it ends in an opening bracket, one that it stands for."""
-    return f"{action}{word}]" if action.endswith("[") else action
 
 
 @pytest.fixture(params=[*sorted(CASES), *(f"alfworld {name}" for name in PERTURBATIONS)])
@@ -77,19 +70,6 @@ def case(request, tmp_path, monkeypatch):
 @pytest.fixture
 def world(case) -> World:
     return make_world(case[0], **case[1])
-
-
-def random_play(world: World, task_id: str, steps: int, seed: int = 0) -> list[tuple[str, Result]]:
-    rng = random.Random(seed)
-    world.reset(task_id)
-    played = []
-    for _ in range(steps):
-        action = complete(rng.choice(world.actions()), rng.choice(WORDS))
-        action = rng.choice(BAD_TEXTS) if rng.random() < 0.2 else action
-        played.append((action, world.step(action)))
-        if played[-1][1].done:
-            break
-    return played
 
 
 def test_every_world_has_a_case():
@@ -126,147 +106,17 @@ def test_a_base_made_for_another_world_alone_is_refused_and_foreign_ones_never(t
     require_base_for("webshop", tmp_path / "nowhere")
 
 
-def test_signatures_are_those_of_the_protocol(world):
-    for name in ("tasks", "left_out", "fingerprint", "reset", "step", "actions", "commands"):
-        wanted = list(inspect.signature(getattr(World, name)).parameters)[1:]
-        assert list(inspect.signature(getattr(world, name)).parameters) == wanted
+@pytest.mark.parametrize("hold", PROPERTIES, ids=lambda hold: hold.__name__)
+def test_every_world_keeps_the_contract(case, hold):
+    env, options, split = case
+    make = functools.partial(make_world, env, **options)
+    tasks = make().tasks(split)
+    assert len(tasks) > 1 and make().left_out(split) == {}
+    assert hold(Case(make=make, tasks=tasks, plays=PLAYS)) is None  # nothing is wrong, and nothing was left unchecked
 
 
-def test_a_world_says_whether_it_needs_a_process_of_its_own(world):
-    assert world.isolated is False  # all that are ours; tests/test_process.py has one that is not
-
-
-def test_tasks_are_sorted_unique_and_stable(case, world):
-    ids = world.tasks(case[2])
-    assert len(ids) > 1 and list(ids) == sorted(set(ids))
-    assert make_world(case[0], **case[1]).tasks(case[2]) == ids
-
-
-def test_unknown_split_and_task_are_value_errors_that_name_them(case, world):
-    for call in (world.tasks, world.left_out):
-        with pytest.raises(ValueError, match="nosuchsplit"):
-            call("nosuchsplit")
-    for call in (world.reset, lambda task_id: world.fingerprint([task_id])):
-        with pytest.raises(ValueError, match="nosuchtask"):
-            call("nosuchtask")
-
-
-def test_a_fingerprint_is_of_tasks_in_any_order_and_needs_no_reset(case, world):
-    ids = world.tasks(case[2])
-    first = world.fingerprint(ids)
-    assert len(first) == 64 and make_world(case[0], **case[1]).fingerprint([*ids, *reversed(ids)]) == first
-    assert world.fingerprint(ids[1:]) not in (first, world.fingerprint(ids[:1])) and world.left_out(case[2]) == {}
-    random_play(world, ids[0], 5)
-    assert world.fingerprint(ids) == first
-
-
-def test_nothing_but_reset_comes_first(case, world):
-    for call in (lambda: world.step("look"), world.actions, world.commands):
-        with pytest.raises(RuntimeError, match="reset"):
-            call()
-
-
-def test_opening_states_the_task(case, world):
-    for task_id in world.tasks(case[2]):
-        opening = world.reset(task_id)
-        assert isinstance(opening, Observation) and opening.task and opening.task in opening.text
-
-
-def test_every_listed_action_is_accepted(case, world):
-    world.reset(world.tasks(case[2])[0])
-    rng = random.Random(3)
-    for _ in range(12):
-        actions = world.actions()
-        assert actions == sorted(set(actions))
-        for action in actions:
-            copy = pickle.loads(pickle.dumps(world))
-            assert copy.step(complete(action)).valid, action
-        if world.step(complete(rng.choice(actions))).done:
-            break
-
-
-def test_every_action_fits_a_command(case, world):
-    for task_id in world.tasks(case[2]):
-        world.reset(task_id)
-        commands = world.commands()
-        assert commands and len(set(commands)) == len(commands)
-        rng = random.Random(7)
-        for _ in range(30):
-            actions = [complete(action, rng.choice(WORDS)) for action in world.actions()]
-            for action in actions:
-                assert any(form(numbered(command)).fullmatch(action) for command in commands), action
-            if world.step(rng.choice(actions)).done:
-                break
-        assert world.commands() == commands
-
-
-@pytest.mark.parametrize("text", BAD_TEXTS)
-def test_bad_text_changes_nothing_and_never_raises(case, world, text):
-    world.reset(world.tasks(case[2])[0])
-    world.step(complete(world.actions()[0]))
-    before, state = world.actions(), pickle.dumps(world)
-    result = world.step(text)
-    assert not result.valid and not result.done and result.observation
-    assert world.actions() == before and pickle.dumps(world) == state
-
-
-def test_numbers_stay_in_range_and_progress_never_falls(case, world):
-    for task_id in world.tasks(case[2]):
-        progress = 0.0
-        for _, result in random_play(world, task_id, 60):
-            assert 0.0 <= result.reward <= 1.0 and progress <= result.progress <= 1.0
-            assert not result.success or (result.done and result.progress == 1.0)
-            progress = result.progress
-
-
-def test_same_actions_same_results_whatever_else_is_alive(case, world):
-    ids = world.tasks(case[2])
-    alone = [random_play(world, task_id, 25) for task_id in ids]
-    worlds = [make_world(case[0], **case[1]) for _ in ids]
-    for other, task_id in zip(worlds, ids, strict=True):
-        other.reset(task_id)
-    for turn in range(25):
-        for other, played in zip(worlds, alone, strict=True):
-            if turn < len(played):
-                assert other.step(played[turn][0]) == played[turn][1]
-
-
-def test_pickle_goes_on_where_it_was(case, world):
-    task_id = world.tasks(case[2])[0]
-    played = random_play(world, task_id, 20)
-    again = make_world(case[0], **case[1])
-    again.reset(task_id)
-    for action, result in played:
-        again = pickle.loads(pickle.dumps(again))
-        assert again.step(action) == result
-    assert pickle.loads(pickle.dumps(make_world(case[0], **case[1]))).tasks(case[2])  # before any reset too
-
-
-def test_reset_starts_afresh(case, world):
-    task_id = world.tasks(case[2])[0]
-    opening, actions = world.reset(task_id), world.actions()
-    random_play(world, task_id, 20)
-    assert (world.reset(task_id), world.actions()) == (opening, actions)
-
-
-def solve(world: World, task_id: str) -> list[str]:
-    """A solution by long random play, cut at its end; small worlds only."""
-    for seed in range(200):
-        played = random_play(world, task_id, 400, seed)
-        if played[-1][1].success:
-            return [action for action, result in played if result.valid]
-    raise AssertionError(f"{task_id} was never solved")
-
-
-def test_after_the_end_only_reset_goes_on(case, world):
-    task_id = world.tasks(case[2])[0]
-    solution = solve(world, task_id)
-    with pytest.raises(RuntimeError, match="over.*reset"):
-        world.step(solution[-1])
-    world.reset(task_id)
-    results = [world.step(action) for action in solution]
-    assert [r.success for r in results] == [False] * (len(results) - 1) + [True]
-    assert results[-1].done and results[-1].reward == results[-1].progress == 1.0
+def test_our_worlds_need_no_process_of_their_own(world):
+    assert world.isolated is False  # tests/test_process.py has one that does
 
 
 # ---- the shell player
@@ -284,7 +134,7 @@ def test_shell_player_says_what_the_world_says(case, world):
     listed = shell(*flags, "--tasks", "--split", split)
     assert listed.stdout.decode().split() == list(world.tasks(split))
     task_id = world.tasks(split)[0]
-    actions = [*solve(world, task_id), "look"]
+    actions = [*ending(world, task_id, PLAYS), "look"]
     actions[:0] = ["nonsense \u2028 \ud800", ""]
     done = shell(*flags, "--task", task_id, stdin="\n".join(actions))
     lines = [json.loads(line) for line in done.stdout.decode().splitlines()]
