@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,7 +36,9 @@ def home(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("words", [words for page in PAGES for words in shell_commands(page)], ids=" ".join)
-def test_commands_parse(words, home):
+def test_commands_parse(words, home, monkeypatch):
+    """Whether the optional packages of --track and the like are installed or not."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=name))
     words = [re.sub("^~/", home, word) for word in words]
     module, rest = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
     parse(importlib.import_module(module).Args, "", rest)
