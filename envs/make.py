@@ -51,8 +51,9 @@ def own_world(env: str) -> Own | None:
     as load_own does, and for a class whose `name` cannot stand for it in records and folders."""
     if env in DEFAULTS:
         return None
-    offered = {} if ":" in env else {point.name: point.value for point in entry_points(group=GROUP)}
-    if ":" not in env and env not in offered:
+    address = ":" in env or env.endswith(".py")
+    offered = {} if address else {point.name: point.value for point in entry_points(group=GROUP)}
+    if not address and env not in offered:
         known = (*WORLDS, *sorted(offered))
         raise ValueError(
             f"unknown world {env!r}: {nearest(env, known)}expected one of {', '.join(known)}, or FILE.py:CLASS for one "

@@ -54,7 +54,7 @@ class Own(NamedTuple):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ "did you mean X? ", or nothing if no known name is near."""
+    """A question after the known name that is nearest, "did you mean X? "; empty if none is near."""
     return "".join(f"did you mean {near}? " for near in difflib.get_close_matches(name, list(known), n=1))
 
 
