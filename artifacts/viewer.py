@@ -75,10 +75,11 @@ def type_of(trajectory: Trajectory) -> str:
 
 
 def entries(runs: Sequence[Path]) -> Iterator[Entry]:
-    """All trajectories of the finished stages of runs."""
+    """All trajectories of the finished stages of runs, evaluations first."""
     for index, run in enumerate(runs):
         trained = trained_pieces(run)
-        for path in (path for path in trajectory_files(run) if (path.parent / "done.json").exists()):
+        files = [path for path in trajectory_files(run) if (path.parent / "done.json").exists()]
+        for path in sorted(files, key=lambda path: not path.parent.name.startswith("evaluate")):
             for line, t in enumerate(read_trajectories(path), 1):
                 yield Entry(
                     run=index,
