@@ -25,6 +25,7 @@ from envs.alfworld.world import other_grammar
 from envs.wording import PERTURBATIONS
 
 SHORT = dict(zip(TASK_TYPES, ("Pick", "Clean", "Heat", "Cool", "Examine", "PickTwo"), strict=True))
+TYPED = ("babyai", "pddl", "scienceworld")  # worlds whose ids are <split>/<type>-<number>
 WORDINGS = ("none", *PERTURBATIONS)
 # Success in % after rounds 0 to 3, one trial (A3T, the tables on ALFWorld and WebShop).
 PAPER = {
@@ -78,13 +79,22 @@ def wilson(won: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def type_of(trajectory: Trajectory) -> str:
+    """The task's type, such as Heat, barman or GoToLocal; the world's name where tasks have none."""
+    if trajectory.env == "alfworld":
+        return SHORT[task_type(trajectory.task_id)]
+    if trajectory.env in TYPED:
+        return trajectory.task_id.rpartition("/")[2].rpartition("-")[0]
+    return trajectory.env
+
+
 def success_by_type(trajectories: Sequence[Trajectory]) -> dict[str, dict[str, int]]:
     """{"Pick": {"success": 3, "n": 5}, ...} over ALFWorld's six task types; empty for other worlds."""
     if any(trajectory.env != "alfworld" for trajectory in trajectories):
         return {}
     by_type = {name: {"success": 0, "n": 0} for name in SHORT.values()}
     for trajectory in trajectories:
-        counts = by_type[SHORT[task_type(trajectory.task_id)]]
+        counts = by_type[type_of(trajectory)]
         counts["success"] += trajectory.success
         counts["n"] += 1
     return by_type

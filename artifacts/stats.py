@@ -21,12 +21,10 @@ from pathlib import Path
 import tyro
 
 from artifacts.cli import run_main
-from artifacts.scores import SHORT
+from artifacts.scores import type_of
 from artifacts.trajectory import FAULTS, Trajectory, read_trajectories, trajectory_files
-from envs.alfworld.index import task_type
 from envs.panel import NAMES, read_panel
 
-TYPED = ("babyai", "pddl", "scienceworld")  # worlds whose ids are <split>/<type>-<number>
 PATTERNS = 8  # of refused actions, in the table
 WIDTH = 150  # of the lines that are wrapped
 
@@ -93,15 +91,6 @@ class File:
 
 def is_evaluation(path: Path) -> bool:
     return path.parent.name.startswith("evaluate")
-
-
-def type_of(trajectory: Trajectory) -> str:
-    """The task's type, such as Heat, barman or GoToLocal; the world's name where tasks have none."""
-    if trajectory.env == "alfworld":
-        return SHORT[task_type(trajectory.task_id)]
-    if trajectory.env in TYPED:
-        return trajectory.task_id.rpartition("/")[2].rpartition("-")[0]
-    return trajectory.env
 
 
 def pattern(action: str) -> str:

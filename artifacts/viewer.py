@@ -16,9 +16,9 @@ import msgspec
 
 from artifacts.packing import load_packed
 from artifacts.preview import segment_of, weighted_text
+from artifacts.scores import type_of
 from artifacts.stage import current_round, read_run, round_directory
-from artifacts.trajectory import Trajectory, read_trajectories, trajectory_files
-from envs.alfworld.index import task_type
+from artifacts.trajectory import read_trajectories, trajectory_files
 from lora.tokenizer import load_tokenizer
 
 Pieces = list[tuple[str, float]]
@@ -68,10 +68,6 @@ def trained_pieces(run: Path) -> dict[tuple[str, int], list[dict[str, Any]]]:
         ]
         for key, known in found.items()
     }
-
-
-def type_of(trajectory: Trajectory) -> str:
-    return task_type(trajectory.task_id) if trajectory.env == "alfworld" else ""
 
 
 def entries(runs: Sequence[Path]) -> Iterator[Entry]:
