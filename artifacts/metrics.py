@@ -70,9 +70,12 @@ def keep_steps(path: Path, done: int) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics.jsonl; none if it does not exist. Raises ValueError, with file:line, for one that
-    cannot be read."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [parse_json(line, dict[str, Any], f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    cannot be read or has no step."""
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
+        parse_json(line, Line, f"{path}:{number}")
+        found.append(parse_json(line, dict[str, Any], f"{path}:{number}"))
+    return found
 
 
 def metrics_curves(to: Tracker | None, directory: Path) -> Curves:

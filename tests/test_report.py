@@ -114,6 +114,15 @@ def test_rounds_curves_and_the_paper_s_line_are_drawn(tmp_path):
     assert html.count(">round 1</text>") == 2
 
 
+def test_a_damaged_line_of_metrics_is_named(tmp_path):
+    write_training(tmp_path, 0, [trajectory()], [1.0])
+    write_evaluation(tmp_path, "evaluate", [trajectory()], subject="round_0")
+    with open(tmp_path / "round_0/train_pg/metrics.jsonl", "a") as file:
+        file.write('{"loss": 1}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl:3: .*step"):
+        report.write_report(tmp_path)
+
+
 def test_several_runs_are_compared_in_one_page(tmp_path, capsys):
     for name, rows in {"first": [lost()], "second": [trajectory()]}.items():
         write_evaluation(tmp_path / name, "evaluate", rows, max_turns=len(name))
