@@ -6,8 +6,12 @@
 Each arm is a run of its own, made by the project's own commands. An arm that shares stages with another copies them.
 The model wins nothing by itself, so demonstrations stand in for the paper's prompted gpt-3.5: round 0 of every loop.
 Choices are made on valid-60; valid_seen-140 is played by arms that are fixed. Play to train on has 20 turns, an
-evaluation 50. After each command what can be kept of its stages (done.json, scores.json, metrics.jsonl, config.json) is
-copied to --results, so that a figure can be traced; prints a table of all that is there.
+evaluation 50. After each command what can be kept of its stages (config.json, done.json, scores.json, metrics.jsonl,
+the trajectories compressed) is copied to --results, so that a figure can be traced; prints a table of what is there.
+On another machine, or to look at the attempts, --restore lays what was kept back into --runs:
+
+    python -m bench.pretrained --restore --experiments
+    python -m artifacts.report --run runs/pretrained/a3t
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
 
 import dataclasses
+import gzip
 import os
 import shutil
 import subprocess
@@ -27,11 +32,11 @@ from typing import Annotated, Literal
 
 from artifacts.cli import Range, run_main
 from artifacts.json_io import read_json
-from artifacts.trajectory import read_trajectories
 
 ROOT = Path(__file__).parent.parent
-BOOTSTRAP = ("actre", "round_0/rollout", "round_0/actre", "round_0/train_pg")
+BOOTSTRAP = ("actre/demonstrations", "actre/round_0/train_pg", "round_0/rollout", "round_0/actre", "round_0/train_pg")
 KEPT = ("config.json", "done.json", "scores.json", "metrics.jsonl")
+TRAJECTORIES = "trajectories.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,26 +73,55 @@ def run(*words: object, **env: object) -> None:
 
 
 def keep(settings: Settings, arm: str) -> None:
-    """Copies what is kept of an arm's finished stages, with paths relative to the project."""
-    for done in sorted((settings.runs / arm).rglob("done.json")):
-        folder = settings.results / arm / done.parent.relative_to(settings.runs / arm)
+    """Copies what is kept of an arm's stages, with paths relative to the project; of one that is not finished, the
+    attempts that are."""
+    for config in sorted((settings.runs / arm).rglob("config.json")):
+        stage = config.parent
+        if not any((stage / name).exists() for name in ("done.json", TRAJECTORIES)):
+            continue  # training under way
+        folder = settings.results / arm / stage.relative_to(settings.runs / arm)
         folder.mkdir(parents=True, exist_ok=True)
         for name in KEPT:
-            if (done.parent / name).exists():
-                text = (done.parent / name).read_text().replace(f"{ROOT}/", "")
-                (folder / name).write_text(text)
+            if (stage / name).exists():
+                (folder / name).write_text((stage / name).read_text().replace(f"{ROOT}/", ""))
+        if (stage / TRAJECTORIES).exists():
+            packed = gzip.compress((stage / TRAJECTORIES).read_bytes(), mtime=0)  # the same bytes every time
+            (folder / f"{TRAJECTORIES}.gz").write_bytes(packed)
+    for identity in sorted((settings.runs / arm).rglob("run.json")):
+        copy = settings.results / identity.relative_to(settings.runs)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(identity, copy)
+
+
+def restore(settings: Settings) -> None:
+    """Lays what was kept back into the runs, where a stage is missing: it resumes there. An adapter is not kept: its
+    training is run again."""
+    for packed in sorted(settings.results.rglob(f"{TRAJECTORIES}.gz")):
+        folder = settings.runs / packed.parent.relative_to(settings.results)
+        if not folder.exists():
+            part = folder.with_name(f"{folder.name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(packed.parent, part)
+            (part / packed.name).unlink()
+            (part / TRAJECTORIES).write_bytes(gzip.decompress(packed.read_bytes()))
+            part.rename(folder)
+    for identity in sorted(settings.results.rglob("run.json")):
+        run = settings.runs / identity.parent.relative_to(settings.results)
+        if run.exists() and not (run / "run.json").exists():
+            shutil.copy(identity, run)
 
 
 def share(settings: Settings, arm: str, other: str, *stages: str) -> None:
-    """Copies finished stages of another arm, such as round_0 or round_1/rollout, unless they are there."""
+    """Copies finished stages of another arm, such as round_0 or round_1/rollout, unless they are there. One that the
+    other lacks is made by this arm."""
     for stage in stages:
-        target = settings.runs / arm / stage
-        if not target.exists():
+        source, target = settings.runs / other / stage, settings.runs / arm / stage
+        if (source / "done.json").exists() and not target.exists():
             part = target.with_name(f"{target.name}.part")
             shutil.rmtree(part, ignore_errors=True)
-            shutil.copytree(settings.runs / other / stage, part)
+            shutil.copytree(source, part)
             part.rename(target)
-    shutil.copy(settings.runs / other / "run.json", settings.runs / arm / "run.json")
+            shutil.copy(settings.runs / other / "run.json", settings.runs / arm / "run.json")
 
 
 def evaluate(settings: Settings, arm: str, *words: object, panel: str = "valid_seen-140") -> None:
@@ -225,28 +259,17 @@ EXPERIMENTS: dict[str, Callable[[Settings], None]] = {
 # ---- what came out ---------------------------------------------------------------------------------------------------
 
 
-def describe(settings: Settings, folder: Path) -> str:
-    """How the attempts of an evaluation ended, and the share of refused actions; from the run, if it is there."""
-    path = settings.runs / folder.relative_to(settings.results) / "trajectories.jsonl"
-    if not path.exists():
-        return ""
-    played = list(read_trajectories(path))
-    turns = [turn for trajectory in played for turn in trajectory.turns]
-    ends = ", ".join(f"{end} {count}" for end, count in Counter(t.end for t in played).most_common())
-    return f"{ends}; {sum(not turn.valid for turn in turns) / max(1, len(turns)):.0%} of {len(turns)} actions refused"
-
-
 def table(settings: Settings) -> str:
     """A row for each evaluation that was kept."""
-    rows = ["| arm | played | panel | success | n | 95 % interval | ends |", "|---" * 7 + "|"]
+    rows = ["| arm | played | panel | success | n | 95 % interval | actions refused | ends |", "|---" * 8 + "|"]
     for path in sorted(settings.results.glob("*/*/*/scores.json")):
-        folder = path.parent
-        arm, subject, stage = folder.relative_to(settings.results).parts
+        arm, subject, stage = path.parent.relative_to(settings.results).parts
         for panel, score in read_json(path).items():
             low, high = (100 * x for x in score["wilson95"])
+            ends = ", ".join(f"{end} {count}" for end, count in Counter(score["ends"]).most_common())
             rows.append(
                 f"| {arm} | {subject}/{stage} | {panel} | {100 * score['rate']:.1f} | {score['n']} | "
-                f"{low:.0f}-{high:.0f} | {describe(settings, folder)} |"
+                f"{low:.0f}-{high:.0f} | {100 * score['invalid_action_rate']:.0f} | {ends} |"
             )
     return "\n".join(rows)
 
@@ -254,12 +277,20 @@ def table(settings: Settings) -> str:
 @dataclass(frozen=True, kw_only=True)
 class Args(Settings):
     experiments: tuple[Literal[tuple(EXPERIMENTS)], ...] = tuple(EXPERIMENTS)
-    """What to run, in this order."""
+    """What to run, in this order; without a name nothing, only the table is printed."""
+    restore: bool = False
+    """Begin with what was kept: its play, compositions and evaluations are not made again, its training is."""
 
 
 def main(args: Args) -> None:
-    for name in args.experiments:
-        EXPERIMENTS[name](args)
+    if args.restore:
+        restore(args)
+    try:
+        for name in args.experiments:
+            EXPERIMENTS[name](args)
+    finally:  # of an interrupted stage too
+        for run in args.runs.glob("*/run.json"):
+            keep(args, run.parent.name)
     print(table(args))
 
 

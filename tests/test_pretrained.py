@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import os
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -66,13 +68,48 @@ def test_every_command_of_every_experiment_parses(commands, settings):
     assert sum("--count 7" in " ".join(words) for words in commands) == 1  # in the place of the seven won compositions
 
 
-def test_arms_share_finished_stages_and_what_is_kept_names_no_path(commands, settings):
-    write_json(settings.runs / "a3t/round_1/actre/config.json", {"out": f"{pretrained.ROOT}/runs/a3t"})
-    pretrained.share(settings, "other", "a3t", "round_1/actre")
-    (settings.runs / "a3t/round_1/actre/done.json").unlink()
-    pretrained.share(settings, "other", "a3t", "round_1/actre")  # there already
-    pretrained.keep(settings, "other")
-    kept = settings.results / "other/round_1/actre"
-    assert sorted(path.name for path in kept.iterdir()) == ["config.json", "done.json"]
-    assert (kept / "config.json").read_text() == '{\n  "out": "runs/a3t"\n}\n'
-    assert (settings.runs / "other/run.json").read_bytes() == (settings.runs / "a3t/run.json").read_bytes()
+def test_arms_share_finished_stages(settings):
+    (settings.runs / "a3t/round_0/evaluate/done.json").unlink()
+    for _ in range(2):  # the second time they are there already
+        pretrained.share(settings, "other", "a3t", "round_0/evaluate", "round_1/actre", "round_2/actre")
+        (settings.runs / "a3t/round_1/actre/done.json").unlink(missing_ok=True)
+    other = settings.runs / "other"
+    assert {str(path.relative_to(other)) for path in other.rglob("*.json")} == {"round_1/actre/done.json", "run.json"}
+
+
+def test_what_is_kept_names_no_path_and_is_laid_back_but_for_adapters(settings):
+    arm, trajectories = settings.runs / "a3t", b'{"task_id": "a"}\n{"task_id": "b"'
+    unfinished, training, started = arm / "round_1/rollout", arm / "round_1/train_pg", arm / "round_2/train_pg"
+    (unfinished / "done.json").unlink()
+    (unfinished / "trajectories.jsonl").write_bytes(trajectories)
+    for stage in (unfinished, training, started):
+        stage.mkdir(parents=True, exist_ok=True)
+        write_json(stage / "config.json", {"out": f"{pretrained.ROOT}/runs/a3t"})
+    write_json(training / "done.json", {})
+    (training / "adapter").mkdir()
+
+    pretrained.keep(settings, "a3t")
+    first = {path: path.read_bytes() for path in settings.results.rglob("*") if path.is_file()}
+    pretrained.keep(settings, "a3t")
+    assert first == {path: path.read_bytes() for path in settings.results.rglob("*") if path.is_file()}
+    assert {str(path.relative_to(settings.results / "a3t")) for path in first} == {
+        "run.json",
+        "round_1/rollout/config.json",
+        "round_1/rollout/trajectories.jsonl.gz",
+        "round_1/train_pg/config.json",
+        "round_1/train_pg/done.json",
+    }
+    kept = settings.results / "a3t/round_1/train_pg/config.json"
+    assert kept.read_text() == '{\n  "out": "runs/a3t"\n}\n'
+
+    shutil.rmtree(settings.runs)
+    pretrained.main(dataclasses.replace(settings, experiments=(), restore=True))
+    assert {str(path.relative_to(arm)) for path in arm.rglob("*") if path.is_file()} == {
+        "run.json",
+        "round_1/rollout/config.json",
+        "round_1/rollout/trajectories.jsonl",
+    }
+    assert (unfinished / "trajectories.jsonl").read_bytes() == trajectories
+    (unfinished / "trajectories.jsonl").write_bytes(b"played on")
+    pretrained.restore(settings)  # what is there is left as it is
+    assert (unfinished / "trajectories.jsonl").read_bytes() == b"played on"
