@@ -27,6 +27,7 @@ from agent.args import (
     PlayArgs,
     Player,
     agent_facts,
+    explaining,
     fit_memory,
     make_policy,
     make_settings,
@@ -121,7 +122,7 @@ def next_trials(args: Args, done: dict[int, bool]) -> list[int]:
 
 
 def failed_tasks(played: Path) -> list[str]:
-    """Tasks that the rollout did not solve, less those whose every attempt ended in a fault."""
+    """Tasks that the rollout did not solve, without those whose every attempt ended in a fault."""
     by_task: dict[str, list[Trajectory]] = defaultdict(list)
     for trajectory in read_trajectories(played):
         by_task[trajectory.task_id].append(trajectory)
@@ -161,6 +162,7 @@ def compose(args: Args, round_index: int, failed: list[str], writer: Writer, ada
     return {"asked": asked, "rates": loop.rates.summary(), "sampler": sampler(args)}
 
 
+@explaining
 def main(args: Args) -> None:
     args = resolve(args)
     require_file("--actre-prompt", args.actre_prompt)

@@ -13,7 +13,7 @@ round_<k>/. The last folder names what was played: evaluate (unchanged ALFWorld)
 evaluate_best_of_10, evaluate_hot. A finished evaluation of other settings is refused, never shown as the answer.
 Best-of-rounds counts a task that any round so far solved: an oracle that picks the right round, comparable only with
 pass@k.
-Finally writes <run>/report.html: all scores of the run, with sample trajectories (artifacts/report.py).
+Finally writes <run>/report.html: all scores of the run, and every attempt to read (artifacts/report.py).
 Left out: figures and tables (artifacts/scores.py).
 """
 
@@ -32,6 +32,7 @@ from agent.args import (
     PlayArgs,
     Player,
     agent_facts,
+    explaining,
     fit_memory,
     make_policy,
     make_settings,
@@ -214,6 +215,7 @@ def policies(args: Args) -> list[tuple[str, Path | None, int]]:
     return [(str(round_index), adapter_of_round(args.run, round_index + 1), round_index) for round_index in rounds]
 
 
+@explaining
 def main(args: Args) -> None:
     args = resolve(args)
     subjects_to_play = policies(args)

@@ -60,11 +60,14 @@ def chart(title: str, lines: Sequence[Line], *, xlabel: str, ticks: Sequence[str
         figure.patch.set_visible(False)
         axes = figure.subplots()
         axes.patch.set_visible(False)
+        named = {}
         for line in lines:
             colour = INK if line.colour is None else SERIES[line.colour % COLOURS]
             marker = "o" if len(line.x) <= 12 else None
             style = "--" if line.dashed else "-"
-            axes.plot(line.x, line.y, style, color=colour, marker=marker, markersize=3.5, lw=1.5, label=line.name)
+            (drawn,) = axes.plot(line.x, line.y, style, color=colour, marker=marker, markersize=3.5, lw=1.5)
+            if line.name:
+                named[line.name] = drawn
             if line.band:
                 axes.fill_between(line.x, *zip(*line.band, strict=True), color=colour, alpha=0.15, linewidth=0)
         axes.set_title(title, loc="left", fontsize=9)
@@ -75,8 +78,8 @@ def chart(title: str, lines: Sequence[Line], *, xlabel: str, ticks: Sequence[str
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if percent:
             axes.set_ylim(0, 100)
-        if len(lines) > 1:
-            axes.legend(loc="best")
+        if named:
+            axes.legend(list(named.values()), list(named), loc="best")  # a name may begin with _, which labels may not
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
     return for_page(text.getvalue(), title)

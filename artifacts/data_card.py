@@ -124,7 +124,7 @@ def origins(run: Path, files: list[File]) -> Iterator[str]:
     yield "\n| folder | panel, tasks (sha256) | adapter | seed | commit |\n|---|---|---|---|---|"
     for found in files:
         config = read_json(found.path.with_name("config.json"), dict[str, Any])
-        facts, args, git = config["facts"], config["args"], config.get("git", {})
+        facts, args, git = (config.get(part, {}) for part in ("facts", "args", "git"))
         panels = facts.get("panels") or {facts.get("panel"): facts.get("panel_sha256")}
         named = ", ".join(f"{name} ({str(digest)[:16]})" for name, digest in panels.items() if name) or "-"
         commit = f"{str(git.get('commit'))[:12]}{' and changes' if git.get('dirty') else ''}"

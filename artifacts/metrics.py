@@ -81,7 +81,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def metrics_curves(to: Tracker | None, directory: Path) -> Curves:
     """The curves of a train_pg directory, with the steps that its metrics.jsonl has so far."""
     config, lines = directory / "config.json", read_metrics(directory / "metrics.jsonl") if to else []
-    settings = read_json(config, dict[str, Any])["args"] if to and config.exists() else {}
+    settings = read_json(config, dict[str, Any]).get("args", {}) if to and config.exists() else {}
     return Curves(to, directory.parents[1], directory.parent.name, settings, lines)
 
 

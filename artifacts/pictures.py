@@ -16,11 +16,12 @@ from pathlib import Path
 from artifacts.cli import run_main
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+VIEWER = "#trajectories"  # the section that a report without trajectories lacks
 # Picture: width and height in CSS pixels, pixels of the picture for each, and what to scroll to.
 PICTURES = {
     "report-desktop": (1280, 900, 1, "h1"),
     "report-phone": (390, 844, 2, "h1"),
-    "report-trajectories": (1280, 900, 1, "#trajectories"),
+    "report-trajectories": (1280, 900, 1, VIEWER),
 }
 
 
@@ -37,6 +38,10 @@ def find_browser() -> str | None:
     return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
+def has_trajectories(report: Path) -> bool:
+    return f'id="{VIEWER.removeprefix("#")}"' in report.read_text(encoding="utf-8", errors="replace")
+
+
 def main(args: Args) -> None:
     if not args.report.is_file():
         raise ValueError(f"no such report: {args.report}; python -m artifacts.report --run RUN writes one")
@@ -44,13 +49,18 @@ def main(args: Args) -> None:
 
     if (browser := find_browser()) is None:
         raise ValueError(f"found none of {', '.join(BROWSERS)}; on Debian: apt install chromium")
+    has_viewer = has_trajectories(args.report)
     args.out.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as started:
         chromium = started.chromium.launch(executable_path=browser, args=["--no-sandbox"])
         for name, (width, height, scale, place) in PICTURES.items():
+            if place == VIEWER and not has_viewer:
+                print(f"{name}.png is left out: {args.report} has no trajectories")
+                continue
             page = chromium.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale)
             page.goto(args.report.resolve().as_uri())
-            page.wait_for_selector("#list button")
+            if has_viewer:
+                page.wait_for_selector("#list button")  # made once the data is unpacked
             page.eval_on_selector(place, "element => element.scrollIntoView()")
             page.screenshot(path=args.out / f"{name}.png")
             print(args.out / f"{name}.png")

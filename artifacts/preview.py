@@ -32,9 +32,19 @@ def segment_of(packed: Packed, place: Place) -> tuple[np.ndarray, np.ndarray]:
 
 
 def weighted_text(ids: np.ndarray, weights: np.ndarray, tokenizer: Tokenizer) -> list[tuple[str, float]]:
-    """The text of ids [L] in pieces of one weight."""
-    runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(weights)) + 1) if len(ids) else []
-    return [(tokenizer.decode(ids[run].tolist(), skip_special_tokens=False), float(weights[run[0]])) for run in runs]
+    """The text of ids [L] in pieces of one weight. Ids that are decoded alone may lose the blank before them, or end
+    amid a character: so a piece is what its ids add to the text before, and a character belongs to where it ends."""
+
+    def text_of(start: int, stop: int) -> str:
+        return tokenizer.decode(ids[start:stop].tolist(), skip_special_tokens=False)
+
+    pieces, before, begin = [], 0, 0
+    for end in [*(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(ids)] if len(ids) else []:
+        head, text = text_of(before, begin), text_of(before, end)
+        whole = text if end == len(ids) else text.rstrip("\ufffd")
+        pieces.append((whole[len(head.rstrip("\ufffd")) :], float(weights[begin])))
+        before, begin = before if head.endswith("\ufffd") else begin, end
+    return pieces
 
 
 def preview(packed: Packed, places: Sequence[Place], model_dir: Path, count: int) -> None:

@@ -14,12 +14,14 @@ function element(tag, text, name) {
 }
 
 async function read() {
+  if (!("DecompressionStream" in window)) throw new Error("this browser is too old to open them (2023 or newer does)");
   const bytes = Uint8Array.from(atob(byId("data").textContent), (c) => c.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   const found = await new Response(stream).json();
   for (const entry of found) {
-    entry.trained ??= [];
     entry.turns = entry.turns.map((values) => Object.fromEntries(TURN.map((name, i) => [name, values[i]])));
+    entry.trained ??= [];
+    entry.text = textOf(entry);
   }
   return found;
 }
@@ -37,7 +39,8 @@ const FILTERS = {
 
 function fillFilters(form, entries) {
   for (const [name, [all, value]] of Object.entries(FILTERS)) {
-    const values = [...new Set(entries.map(value))].filter((v) => v !== "").sort();
+    const values = [...new Set(entries.map(value))].filter((v) => v !== "");
+    values.sort((a, b) => a.localeCompare(b, undefined, { numeric: true }));
     form[name].append(new Option(all, ""), ...values.map((v) => new Option(v, v)));
     form[name].hidden = values.length < 2;
   }
@@ -52,7 +55,7 @@ function matching(form, entries) {
   const text = form.text.value.trim().toLowerCase();
   const chosen = Object.entries(FILTERS).filter(([name]) => form[name].value);
   return entries.filter(
-    (e) => chosen.every(([name, [, value]]) => value(e) === form[name].value) && (!text || textOf(e).includes(text))
+    (e) => chosen.every(([name, [, value]]) => value(e) === form[name].value) && (!text || e.text.includes(text))
   );
 }
 
@@ -123,7 +126,8 @@ function column(entry) {
 
 // Attempts at the same task; those of the same kind of stage (the last folder's name) stand side by side at first.
 function show(entry, entries) {
-  const same = entries.filter((e) => e.env === entry.env && e.task_id === entry.task_id);
+  const key = (e) => JSON.stringify([e.env, e.task_id, e.opening]); // runs may differ in what an id stands for
+  const same = entries.filter((e) => key(e) === key(entry));
   const kind = (e) => e.stage.split("/").pop();
   const open = new Set(same.filter((e) => kind(e) === kind(entry) && e.trial === entry.trial).slice(0, 6));
   open.add(entry);
@@ -192,4 +196,4 @@ read().then((entries) => {
   update();
   byId("list").querySelector("button").click();
   performance.mark("opened");
-});
+}).catch((error) => byId("shown").append(element("p", `The trajectories cannot be shown: ${error.message}.`)));

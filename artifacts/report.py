@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
 from artifacts.atomic import atomic_write
 from artifacts.charts import Line, chart
-from artifacts.cli import run_main
-from artifacts.compare import comparison_table, differences, differing, points, settings
+from artifacts.cli import Range, run_main
+from artifacts.compare import Difference, comparison_table, differences, differing, points, settings, steps
 from artifacts.html import folded, gallery, html_table, share
 from artifacts.json_io import read_json
 from artifacts.metrics import read_metrics
@@ -31,10 +32,12 @@ from artifacts.scores import (
     PAPER,
     PEOPLE,
     best_of_rounds,
+    directory_name,
     evaluations,
     perturbation_table,
     read_scores,
     settings_notes,
+    tasks_played,
 )
 from artifacts.stage import current_round, read_run, round_directory, shown
 from artifacts.viewer import entries, packed_entries
@@ -49,12 +52,17 @@ NOTE = (
 )
 
 
+MOST = 5000
+
+
 @dataclass(frozen=True, kw_only=True)
 class Args:
     run: tuple[Path, ...] = (Path("runs/a3t"),)
     """Directory of the run, or of several: the first and those to compare with it."""
     out: Path | None = None
     """File to write (default: report.html in the run; of several, A-B.html beside the first)."""
+    trajectories: Annotated[int, Range(0, 10**7)] = MOST
+    """Trajectories in the page, evaluations first; 1,000 take some 2 MB."""
 
 
 # ---- what the runs show ----------------------------------------------------------------------------------------------
@@ -91,7 +99,15 @@ def headline(name: str, by_subject: dict[str, dict[str, Any]], panel: str) -> st
     return text + (f", {called(last)} {interval(after)}" if len(found) > 1 else "")
 
 
-def success_chart(scores: Scores, panel: str) -> str | None:
+def paper_line(found: dict[str, dict[str, dict[str, Any]]], evaluation: str, panel: str) -> dict[str, float]:
+    """{round: the paper's share} where all of its panel was played as the paper plays it, else empty."""
+    plain = [directory_name(env, "none", 1) for env in ("alfworld", "webshop")]
+    entries = [score for by_subject in found.values() for score in by_subject.values()]
+    whole = all(str(tasks_played(score)) == panel.rpartition("-")[2] for score in entries)
+    return {str(k): y / 100 for k, y in enumerate(PAPER.get(panel, ()))} if evaluation in plain and whole else {}
+
+
+def success_chart(scores: Scores, evaluation: str, panel: str) -> str | None:
     """Success by round of each run, best of rounds for a single one, and the paper's line; None for a single point."""
     found = {name: {s: p[panel] for s, p in subjects.items() if panel in p} for name, subjects in scores.items()}
     order = sorted({s for by_subject in found.values() for s in by_subject}, key=lambda s: (s.isdecimal(), len(s), s))
@@ -110,9 +126,7 @@ def success_chart(scores: Scores, panel: str) -> str | None:
     if len(scores) == 1:
         best = {s: solved for s, (solved, _) in best_of_rounds(*scores.values(), panel).items()}
         lines.append(line("best of rounds", best, colour=1, dashed=True))
-    lines.append(
-        line("the paper (7B)", {str(k): y / 100 for k, y in enumerate(PAPER.get(panel, ()))}, colour=None, dashed=True)
-    )
+    lines.append(line("the paper (7B)", paper_line(found, evaluation, panel), colour=None, dashed=True))
     return chart(
         f"{panel}: success in %", [each for each in lines if each.x], xlabel="round", ticks=ticks, percent=True
     )
@@ -155,7 +169,7 @@ def evaluation_section(runs: Sequence[Run], evaluation: str) -> Iterator[str]:
     scores = {run.name: read_scores(run.path, evaluation) for run in runs}
     panels = panels_of(scores)
     yield f"<h2>{escape(evaluation)}</h2>"
-    yield gallery(filter(None, (success_chart(scores, panel) for panel in panels)))
+    yield gallery(filter(None, (success_chart(scores, evaluation, panel) for panel in panels)))
     for panel in panels:
         rows = [row for run in runs for row in score_rows(run, evaluation, scores[run.name], panel)]
         yield f"<h3>{escape(panel)}</h3>{html_table(SCORES, rows)}{type_table(scores, panel)}"
@@ -167,26 +181,42 @@ def evaluation_section(runs: Sequence[Run], evaluation: str) -> Iterator[str]:
         yield f'<p class="note">{escape(PEOPLE)}</p>'
 
 
+def difference_table(found: Sequence[Difference], first: str, second: str) -> str:
+    """Paired differences; the settings that differ stand below it."""
+    head = ["evaluation", "panel", "round", first, second, "difference in points", f"only {first}", f"only {second}"]
+    rows = []
+    for each in found:
+        counts: tuple[Any, ...] = ("-",) * 4
+        if each.paired is not None:
+            counts = each.paired.first_only, each.paired.second_only, each.paired.n, f"{each.paired.p:.3f}"
+        shares = f"{100 * each.first:.1f}", f"{100 * each.second:.1f}", points(each)
+        rows.append([each.evaluation, each.panel, each.subject + "*" * bool(each.note), *shares, *counts])
+    notes = (f"* {each.subject}: played with other settings: {each.note}" for each in found if each.note)
+    below = "".join(f'<p class="note">{escape(note)}</p>' for note in dict.fromkeys(notes))
+    return html_table([*head, "n", "p"], rows) + below
+
+
 def comparison_section(runs: Sequence[Run]) -> Iterator[str]:
+    """Of several runs, the first against each other one; of a single one, its rounds."""
     first = runs[0]
-    for other in runs[1:]:
-        head = ["evaluation", "panel", "round", first.name, other.name, "difference in points", f"only {first.name}"]
-        head += [f"only {other.name}", "n", "p"]
-        rows = []
-        for found in differences(first.path, other.path):
-            counts: tuple[Any, ...] = ("-",) * 4
-            if found.paired is not None:
-                counts = found.paired.first_only, found.paired.second_only, found.paired.n, f"{found.paired.p:.3f}"
-            shares = f"{100 * found.first:.1f}", f"{100 * found.second:.1f}", points(found)
-            subject = found.subject + "*" * bool(found.note)
-            rows.append([found.evaluation, found.panel, subject, *shares, *counts])
-        yield f"<h2>{escape(f'{other.name} less {first.name}')}</h2>{html_table(head, rows)}"
+    if len(runs) > 1:
+        for other in runs[1:]:
+            found = list(differences(first.path, other.path))
+            yield f"<h2>{escape(f'{other.name} minus {first.name}')}</h2>"
+            yield difference_table(found, first.name, other.name)
+    else:
+        found = [each for name in evaluations(first.path) for each in steps(first.path, name)]
+        if not found:
+            return
+        yield f"<h2>Rounds compared</h2>{difference_table(found, 'before', 'after')}"
     yield (
-        "<p class=\"note\">Over the same tasks only. Intervals: Newcombe's, of paired shares; p: McNemar's exact test; "
-        "neither is corrected for their number. * played with settings that differ.</p>"
+        '<p class="note">Over the same tasks only: what one side solved and the other did not. Success in %, the best '
+        "of several trials. Intervals: Newcombe's, of paired shares; p: McNemar's exact test; neither is corrected for "
+        "their number.</p>"
     )
-    rows = ([name, *values] for name, values in differing([run.path for run in runs]))
-    yield f"<h2>Settings that differ</h2>{html_table(('setting', *(run.name for run in runs)), rows)}"
+    if len(runs) > 1:
+        rows = ([name, *values] for name, values in differing([run.path for run in runs]))
+        yield f"<h2>Settings that differ</h2>{html_table(('setting', *(run.name for run in runs)), rows)}"
 
 
 # ---- how it was trained ----------------------------------------------------------------------------------------------
@@ -230,11 +260,11 @@ CURVES = {
 
 def curves(runs: Sequence[Run]) -> Iterator[str]:
     """Loss, likelihood and speed by optimizer step: of one run a line for each round, of several a chart for each."""
-    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for run in runs:
+    groups: dict[str, dict[tuple[int, str], list[dict[str, Any]]]] = {}
+    for place, run in enumerate(runs):
         for index in range(current_round(run.path)):
-            title, name = ("", f"round {index}") if len(runs) == 1 else (f"round {index}: ", run.name)
-            groups.setdefault(title, {})[name] = read_metrics(
+            title, line = ("", (index, f"round {index}")) if len(runs) == 1 else (f"round {index}: ", (place, run.name))
+            groups.setdefault(title, {})[line] = read_metrics(
                 round_directory(run.path, index) / "train_pg" / "metrics.jsonl"
             )
     for title, lines in groups.items():
@@ -243,17 +273,17 @@ def curves(runs: Sequence[Run]) -> Iterator[str]:
                 Line(
                     name=name if measure == measures[0] else "", x=x, y=y, colour=colour, dashed=measure != measures[0]
                 )
-                for colour, (name, steps) in enumerate(lines.items())
+                for (colour, name), found in lines.items()
                 for measure in measures
-                for x, y in [points_of(steps, measure)]
+                for x, y in [points_of(found, measure)]
                 if any(y)  # a round without failures has no likelihood of failures, and 0 stands for it
             ]
             if drawn:
                 yield chart(title + what, drawn, xlabel="optimizer step")
 
 
-def points_of(steps: Sequence[dict[str, Any]], measure: str) -> tuple[list[int], list[float]]:
-    known = [(step["step"], y) for step in steps if isinstance(y := step.get(measure), int | float)]
+def points_of(found: Sequence[dict[str, Any]], measure: str) -> tuple[list[int], list[float]]:
+    known = [(step["step"], y) for step in found if isinstance(y := step.get(measure), int | float)]
     return [x for x, _ in known], [y for _, y in known]
 
 
@@ -282,7 +312,7 @@ def settings_section(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
         yield f"<h3>{escape(run.name)}</h3>{html_table(('what', 'value'), identity_rows(run.path))}"
         rows = ((key, shown(value)) for key, value in sorted(settings(run.path).items()))
-        title = "all settings that decide results, of the last round of each stage"
+        title = "all settings that decide results; where rounds differ, those of each"
         yield folded(title, html_table(("setting", "value"), rows))
 
 
@@ -306,6 +336,8 @@ def sections(runs: Sequence[Run]) -> Iterator[str]:
         yield from comparison_section(runs)
     for evaluation in found:
         yield from evaluation_section(runs, evaluation)
+    if len(runs) == 1:
+        yield from comparison_section(runs)
     for run in runs:
         for path in sorted(run.path.glob("evaluate*_all*.json")):
             text = perturbation_table(read_json(path, Perturbations))
@@ -318,7 +350,7 @@ def sections(runs: Sequence[Run]) -> Iterator[str]:
 
 
 VIEWER = """<h2 id="trajectories">Trajectories</h2>
-<p class="note">Every attempt of every finished stage. Choose one: attempts of other rounds at its task stand next to
+<p class="note">{which} of every finished stage. Choose one: attempts of other rounds at its task stand next to
 it. Where a round trained on it, its text is also there with the weight of every token.</p>
 <p class="note legend"><span class="thought">thought</span> <span class="action">&gt; action</span>
 <span class="action sampled">&#9670; sampled action</span> <span class="action mistake">&#10007; mistake, masked</span>
@@ -333,9 +365,11 @@ it. Where a round trained on it, its text is also there with the weight of every
 <div id="viewer"><ol id="list"></ol><div id="shown"></div></div>"""
 
 
-def page(runs: Sequence[Run]) -> str:
+def page(runs: Sequence[Run], most: int) -> str:
     title = " and ".join(run.name for run in runs)
-    found = list(entries([run.path for run in runs]))
+    stream = entries([run.path for run in runs])
+    found = list(itertools.islice(stream, most))
+    more = next(stream, None) is not None
     head = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
@@ -343,9 +377,11 @@ def page(runs: Sequence[Run]) -> str:
     )
     body = "\n".join(sections(runs))
     if found:
+        which = f"The first {most:,} attempts (--trajectories), evaluations first," if more else "Every attempt"
+        viewer = VIEWER.replace("{which}", which)
         names = msgspec.json.encode([run.name for run in runs]).decode().replace("<", "\\u003c")
         body += (
-            f'{VIEWER}<script type="application/json" id="runs">{names}</script>'
+            f'{viewer}<script type="application/json" id="runs">{names}</script>'
             f'<script type="application/gzip" id="data">{packed_entries(found)}</script>'
             f"<script>{(HERE / 'report.js').read_text()}</script>"
         )
@@ -359,25 +395,27 @@ def named(paths: Sequence[Path]) -> list[Run]:
     return [Run(name=name, path=path) for name, path in zip(names, paths, strict=True)]
 
 
-def write_report(*paths: Path, out: Path | None = None) -> Path:
-    """Writes the report of runs atomically, and returns its path: `out`, <run>/report.html, or for several runs
-    A-B.html beside the first."""
+def write_report(*paths: Path, out: Path | None = None, most: int = MOST) -> Path:
+    """Writes the report of runs, with `most` trajectories, atomically. Returns its path: `out`, <run>/report.html, or
+    for several runs A-B.html beside the first."""
     together = "-".join(path.resolve().name for path in paths)
     out = out or (paths[0] / "report.html" if len(paths) == 1 else paths[0].parent / f"{together}.html")
     with atomic_write(out) as temporary:
-        temporary.write_text(page(named(paths)), encoding="utf-8", errors="replace")
+        temporary.write_text(page(named(paths), most), encoding="utf-8", errors="replace")
     return out
 
 
 def main(args: Args) -> None:
+    if len({run.resolve() for run in args.run}) < len(args.run):
+        raise ValueError(f"got --run {' '.join(map(str, args.run))}; expected each run once")
     for run in args.run:
         if not run.is_dir():
             raise ValueError(f"no such run: {run}")
-        if not evaluations(run):
-            raise ValueError(f"{run} holds no finished evaluation; run: python evaluate.py --run {run}")
+        if not any(run.glob("*/*/done.json")):
+            raise ValueError(f"{run} holds no finished stage; run: python rollout.py --run {run}")
     if len(args.run) > 1:
         print(comparison_table(args.run))
-    print(f"report -> {write_report(*args.run, out=args.out)}")
+    print(f"report -> {write_report(*args.run, out=args.out, most=args.trajectories)}")
 
 
 if __name__ == "__main__":

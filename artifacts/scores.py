@@ -25,7 +25,7 @@ from envs.alfworld.world import other_grammar
 from envs.wording import PERTURBATIONS
 
 SHORT = dict(zip(TASK_TYPES, ("Pick", "Clean", "Heat", "Cool", "Examine", "PickTwo"), strict=True))
-TYPED = ("babyai", "pddl", "scienceworld")  # worlds whose ids are <split>/<type>-<number>
+COLUMNS = 8  # types of task that the terminal's table has room for; the report has them all
 WORDINGS = ("none", *PERTURBATIONS)
 # Success in % after rounds 0 to 3, one trial (A3T, the tables on ALFWorld and WebShop).
 PAPER = {
@@ -80,19 +80,23 @@ def wilson(won: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def type_of(trajectory: Trajectory) -> str:
-    """The task's type, such as Heat, barman or GoToLocal; the world's name where tasks have none."""
+    """The task's type: ALFWorld's, such as Heat, or that of an id <split>/<type>-<number>, such as barman of
+    pddl_test/barman-001; else the world's name."""
     if trajectory.env == "alfworld":
         return SHORT[task_type(trajectory.task_id)]
-    if trajectory.env in TYPED:
-        return trajectory.task_id.rpartition("/")[2].rpartition("-")[0]
-    return trajectory.env
+    kind, _, number = trajectory.task_id.rpartition("/")[2].rpartition("-")
+    typed = kind and number.isdecimal() and trajectory.env != "webshop"  # whose ids have a product and a hash
+    return kind if typed else trajectory.env
 
 
 def success_by_type(trajectories: Sequence[Trajectory]) -> dict[str, dict[str, int]]:
-    """{"Pick": {"success": 3, "n": 5}, ...} over ALFWorld's six task types; empty for other worlds."""
-    if any(trajectory.env != "alfworld" for trajectory in trajectories):
+    """{"Pick": {"success": 3, "n": 5}, ...}: all six types of ALFWorld, and of other worlds those that were played;
+    empty if the tasks have no types."""
+    kinds = {type_of(trajectory) for trajectory in trajectories}
+    if not kinds - {trajectory.env for trajectory in trajectories}:
         return {}
-    by_type = {name: {"success": 0, "n": 0} for name in SHORT.values()}
+    whole = all(trajectory.env == "alfworld" for trajectory in trajectories)
+    by_type = {kind: {"success": 0, "n": 0} for kind in (SHORT.values() if whole else sorted(kinds))}
     for trajectory in trajectories:
         counts = by_type[type_of(trajectory)]
         counts["success"] += trajectory.success
@@ -195,7 +199,7 @@ def read_scores(run: Path, name: str) -> dict[str, dict[str, Any]]:
 
 
 def settings_of(run: Path, name: str, subject: str) -> dict[str, Any]:
-    """What decided an evaluation's result, less what may differ in one table: the adapter and a server's model."""
+    """What decided an evaluation's result, without what may differ in one table: the adapter and a server's model."""
     config = read_json(subjects(run)[subject] / name / "config.json", dict[str, Any])
     return {key: value for key, value in compared(config).items() if key not in ("facts.adapter", "args.server.model")}
 
@@ -220,15 +224,21 @@ def settings_notes(run: Path, name: str, chosen: Iterable[str]) -> dict[str, str
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
+def tasks_played(score: dict[str, Any]) -> int:
+    """How many tasks an evaluation played, those lost to faults included."""
+    trials = score["best_of"]["trials"] if score["best_of"] else 1
+    return sum(score["ends"].values()) // trials
+
+
 def best_of_rounds(by_subject: dict[str, dict[str, Any]], panel: str) -> dict[str, tuple[float, int]]:
-    """{round: (share of the panel's tasks that any round up to it solved, how many rounds these are)}."""
+    """{round: (share of the panel's tasks that any round up to it solved, how many rounds these are)}. A task that was
+    lost to faults counts as not solved then."""
     solved: set[str] = set()
     found = {}
     for subject, by_panel in by_subject.items():
         if subject.isdecimal() and panel in by_panel:
-            entry = by_panel[panel]
-            solved |= set(entry["won_tasks"])
-            found[subject] = len(solved) / max(1, (entry["best_of"] or entry)["n"]), len(found) + 1
+            solved |= set(by_panel[panel]["won_tasks"])
+            found[subject] = len(solved) / max(1, tasks_played(by_panel[panel])), len(found) + 1
     return found
 
 
@@ -237,10 +247,11 @@ def table(run: Path, name: str) -> str:
     scores = read_scores(run, name)
     notes = settings_notes(run, name, scores)
     entries = [s for by_panel in scores.values() for s in by_panel.values()]
-    types = [short for short in SHORT.values() if any(s["types"] for s in entries)]
+    types = list(dict.fromkeys(kind for s in entries for kind in s["types"]))
+    types = types if len(types) <= COLUMNS else []
     trials = max((s["best_of"]["trials"] for s in entries if s["best_of"]), default=1)
     header = f"{'panel':<24}{'round':>8}{'success':>16}{'95 % interval':>16}{'reward':>8}{'progress':>10}"
-    header += "".join(f"{short:>9}" for short in types) + f"{'best of rounds':>16}"
+    header += "".join(f"{kind[:8]:>9}" for kind in types) + f"{'best of rounds':>16}"
     header += f"{f'best of {trials}':>12}{'progress':>10}" if trials > 1 else ""
     lines = [f"{header}{'turns':>7}{'invalid':>9}  ends"]
     for panel in sorted({panel for by_panel in scores.values() for panel in by_panel}):
@@ -251,7 +262,7 @@ def table(run: Path, name: str) -> str:
             best = s["best_of"] or s
             of_rounds = f"{100 * rounds[subject][0]:.1f} (k={rounds[subject][1]})" if subject in rounds else "-"
             low, high = s["wilson95"]
-            shares = (s["types"].get(short, {"n": 0}) for short in types)
+            shares = (s["types"].get(kind, {"n": 0}) for kind in types)
             lines.append(
                 f"{panel:<24}{subject + '*' * (subject in notes):>8}"
                 f"{100 * s['rate']:>7.1f} {s['success']:>4}/{s['n']:<4}"

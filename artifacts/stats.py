@@ -66,6 +66,11 @@ class Group:
         self.attempts_insisting += any(count > 1 for count in refused.values())
 
     @property
+    def scored(self) -> int:
+        """Attempts that count: faults are nobody's failure."""
+        return self.n - sum(self.ends[fault] for fault in FAULTS)
+
+    @property
     def share_refused(self) -> float:
         """Refused turns / all turns; NaN if there are none."""
         turns = sum(length * count for length, count in self.turns.items())
@@ -110,8 +115,13 @@ def count(run: Path) -> list[File]:
     """The counts of every file below `run`, evaluations first: training data is compared with their tasks. Raises
     ValueError, with file:line, for a line that is no trajectory."""
     elsewhere, openings, trained = evaluation_tasks(), {}, set()
-    files = []
-    for path in sorted(trajectory_files(run), key=is_evaluation, reverse=True):
+    paths, files = trajectory_files(run), []
+    rounds = list(dict.fromkeys(path.parent.parent for path in paths))
+
+    def when(path: Path) -> tuple[bool, int, bool]:
+        return not is_evaluation(path), rounds.index(path.parent.parent), not path.parent.name.startswith("rollout")
+
+    for path in sorted(paths, key=when):
         found, played = File(path, name_of(path, run)), set()
         for trajectory in read_trajectories(path, partial=True):
             kind = type_of(trajectory)
@@ -133,8 +143,7 @@ def count(run: Path) -> list[File]:
                 if not trajectory.success and trajectory.end not in FAULTS:
                     found.lost.setdefault(kind, Group()).add(trajectory)
         files.append(found)
-    order = trajectory_files(run)
-    return sorted(files, key=lambda found: order.index(found.path))
+    return sorted(files, key=lambda found: paths.index(found.path))
 
 
 def name_of(path: Path, run: Path) -> str:
@@ -180,16 +189,16 @@ def overview(files: Sequence[File], wide: int) -> Iterator[str]:
     yield f"{'file':<{wide}}{'n':>7}{'won':>7}{'%':>7}{lengths}{'refused %':>11}{'repeats':>9}  source; ends"
     for found in files:
         whole = found.whole
-        share = percent(whole.won / whole.n if whole.n else math.nan)
+        share = percent(whole.won / whole.scored if whole.scored else math.nan)
         numbers = f"{spread(whole.turns):>30}{spread(whole.tokens):>31}{percent(whole.share_refused):>11}"
         sources = f"{listed(whole.sources)}; {listed(whole.ends)}" if whole.n else "empty"
         yield f"{found.name:<{wide}}{whole.n:>7}{whole.won:>7}{share:>7}{numbers}{found.repeats:>9}  {sources}"
 
 
 def by_type(files: Sequence[File], wide: int) -> Iterator[str]:
-    yield "won of all, by type of task"
+    yield "won of all that count, by type of task"
     for found in files:
-        entries = [f"{kind} {group.won}/{group.n}" for kind, group in sorted(found.types.items())]
+        entries = [f"{kind} {group.won}/{group.scored}" for kind, group in sorted(found.types.items())]
         yield wrapped(f"{found.name:<{wide}}", entries)
 
 
@@ -224,7 +233,7 @@ def failures(files: Sequence[File], wide: int) -> Iterator[str]:
         )
     for found in lost:
         for kind, group in [("all", merged(found.lost.values())), *sorted(found.lost.items())]:
-            of = found.whole.n if kind == "all" else found.types[kind].n
+            of = (found.whole if kind == "all" else found.types[kind]).scored
             yield (
                 f"{found.name if kind == 'all' else '':<{wide}}{kind:<24}{group.n:>7}{of:>7}"
                 f"{percent(group.progress / group.n):>12}{spread(group.turns)[6:12]:>12}"
@@ -252,6 +261,7 @@ def report(files: Sequence[File]) -> str:
         [*leakage(files)],
         [*failures(files, wide)],
         [
+            "%: won, of the attempts that were not lost to faults (env_error, llm_error, timeout)",
             "repeats: task and actions as in an earlier row, of the same evaluation or of all training data so far",
             "refused %: turns whose action the world did not accept, of all turns; _ is an object or an option",
             "same twice: lost attempts that took the same refused action again",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import artifacts.interrupts  # noqa: F401  first, so that it covers the other imports
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +37,21 @@ class Args:
         require_package(f"--to {self.to}", PACKAGES[self.to])
 
 
+def rounds(run: Path) -> dict[int, Path]:
+    """{index: folder} of the run's rounds, in order; other folders, such as round_old, are not rounds."""
+    found = ((re.fullmatch("round_(0|[1-9][0-9]*)", path.name), path) for path in run.iterdir())
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
 def round_lines(run: Path) -> list[dict[str, Any]]:
     """A line per round, in order, with the figures of its finished stages: {"step": 1, "rollout/success": 74,
     "evaluate/gen_valid-100/rate": 0.7, "base/evaluate/gen_valid-100/rate": ..., ...}."""
     lines: dict[int, dict[str, Any]] = defaultdict(dict)
-    for stage in ("rollout", "actre", "train_pg"):
-        for done in run.glob(f"round_*/{stage}/done.json"):
-            counts = read_json(done, dict[str, Any])
-            round_index = int(done.parents[1].name.removeprefix("round_"))
-            lines[round_index] |= {f"{stage}/{name}": value for name, value in counts.items() if name != "round"}
+    for round_index, folder in rounds(run).items():
+        for stage in ("rollout", "actre", "train_pg"):
+            if (done := folder / stage / "done.json").exists():
+                counts = read_json(done, dict[str, Any])
+                lines[round_index] |= {f"{stage}/{name}": value for name, value in counts.items() if name != "round"}
     for evaluation in evaluations(run):
         for subject, by_panel in read_scores(run, evaluation).items():
             round_index, prefix = (int(subject), "") if subject.isdecimal() else (0, f"{subject}/")
@@ -74,8 +81,8 @@ def track_steps(directory: Path, to: Tracker) -> bool:
 def main(args: Args) -> None:
     if not args.run.is_dir():
         raise ValueError(f"no such run: {args.run}")
-    trained = sorted(path.parent for path in args.run.glob("round_*/train_pg/metrics.jsonl"))
-    sent = [track_steps(directory, args.to) for directory in trained]
+    trained = [folder / "train_pg" for folder in rounds(args.run).values()]
+    sent = [track_steps(directory, args.to) for directory in trained if (directory / "metrics.jsonl").exists()]
     if round_lines(args.run):
         sent.append(track_rounds(args.run, args.to))
     if not sent:

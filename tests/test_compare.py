@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from artifacts.compare import comparison_table, differences, differing, paired
+from artifacts.compare import comparison_table, differences, differing, paired, steps
 from artifacts.json_io import write_json
 from artifacts.scores import score
 from tests.support.helpers import trajectory
@@ -22,7 +22,7 @@ def solved(both: int, first_only: int, second_only: int, neither: int) -> tuple[
 
 def test_the_interval_is_newcombe_s_and_the_test_mcnemar_s():
     found = paired(*solved(36, 12, 2, 0))
-    assert [round(x, 4) for x in found.interval] == [-0.3404, -0.0569]  # Newcombe (1998), the second less the first
+    assert [round(x, 4) for x in found.interval] == [-0.3404, -0.0569]  # Newcombe (1998), the second minus the first
     assert found.p == pytest.approx(2 * (1 + 14 + 91) / 2**14)
     assert (found.both, found.first_only, found.second_only, found.n) == (36, 12, 2, 50)
     back = paired(*reversed(solved(36, 12, 2, 0)[:2]), 50)
@@ -41,44 +41,109 @@ def test_the_interval_covers_the_true_difference_as_often_as_it_says():
     assert 0.93 < np.mean(covered) < 0.98
 
 
-def write_run(run: Path, won: list[bool], *, content: str = "a", turns: int = 20, stage: str = "evaluate") -> Path:
-    folder = run / "base" / stage
+def rows(*tries: str) -> list:
+    """Attempts at task 0, 1, ...: in each word a letter per trial, + solved, - not, ! lost to a fault."""
+    return [
+        trajectory(
+            task_id=f"s/pick_and_place_simple-x/t{task}",
+            trial=trial,
+            success=sign == "+",
+            end={"+": "success", "-": "max_turns", "!": "env_error"}[sign],
+        )
+        for task, word in enumerate(tries)
+        for trial, sign in enumerate(word)
+    ]
+
+
+def write_run(
+    run: Path, *tries: str, content: str = "a", turns: int = 20, stage: str = "evaluate", subject: str = "base"
+) -> Path:
+    folder = run / subject / stage
     folder.mkdir(parents=True)
-    rows = [trajectory(task_id=f"s/pick_and_place_simple-x/t{k}", success=w) for k, w in enumerate(won)]
-    write_json(folder / "scores.json", {"panel": score(rows) | {"content": content, "world": {}}})
+    scored = score(rows(*tries), trials=len(tries[0]))
+    write_json(folder / "scores.json", {"panel": scored | {"content": content, "world": {}}})
     write_json(folder / "config.json", {"args": {"max_turns": turns, "slots": turns}, "facts": {"adapter": str(run)}})
     write_json(folder / "done.json", {})
     return run
 
 
+def put(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True)
+    write_json(path, value)
+
+
+def write_round(run: Path, index: int, *tries: str) -> None:
+    write_run(run, *tries, subject=f"round_{index}")
+    put(run / f"round_{index}/train_pg/done.json", {})
+
+
 def test_other_tasks_are_named_and_not_compared(tmp_path):
-    first, other = write_run(tmp_path / "a", [True, False]), write_run(tmp_path / "b", [True, True], content="b")
+    first, other = write_run(tmp_path / "a", "+", "-"), write_run(tmp_path / "b", "+", "+", content="b")
     (found,) = differences(first, other)
     assert found.paired is None and found.why == "other tasks or data"
     assert "not compared: other tasks or data" in comparison_table([first, other])
 
 
-def test_attempts_lost_to_faults_are_not_compared(tmp_path):
-    first, other = write_run(tmp_path / "a", [True, False]), write_run(tmp_path / "b", [True])
-    assert next(differences(first, other)).why == "attempts lost to faults"
+@pytest.mark.parametrize(("one", "other"), [("!++", "++!"), ("+++", "+!+")])
+def test_attempts_lost_to_faults_are_not_compared(tmp_path, one, other):
+    runs = write_run(tmp_path / "a", *one), write_run(tmp_path / "b", *other)
+    assert next(differences(*runs)).why == "attempts lost to faults"
+    assert "not compared: attempts lost to faults" in comparison_table(runs)
+
+
+def test_an_incomplete_best_of_several_trials_is_not_compared(tmp_path):
+    runs = write_run(tmp_path / "a", "++", "+!"), write_run(tmp_path / "b", "--", "--")
+    assert next(differences(*runs)).why == "attempts lost to faults"
+
+
+def test_of_several_trials_the_shares_and_the_difference_are_of_the_same_measure(tmp_path):
+    (found,) = differences(write_run(tmp_path / "a", "+---", "----"), write_run(tmp_path / "b", "++++", "++++"))
+    assert (found.first, found.second, found.paired.difference) == (0.5, 1.0, 0.5)
 
 
 def test_scores_without_a_content_hash_are_not_compared(tmp_path):
-    runs = [write_run(tmp_path / name, [True], content="") for name in "ab"]
+    runs = [write_run(tmp_path / name, "+", content="") for name in "ab"]
     assert next(differences(*runs)).paired is None
 
 
-def test_settings_that_differ_are_listed_and_marked(tmp_path):
-    first, other = write_run(tmp_path / "a", [False] * 3), write_run(tmp_path / "b", [True] * 3, turns=50)
+def test_settings_that_differ_are_listed_and_marked_but_not_what_follows_from_them(tmp_path):
+    first, other = write_run(tmp_path / "a", "-", "-", "-"), write_run(tmp_path / "b", "+", "+", "+", turns=50)
     text = comparison_table([first, other])
-    assert differing([first, other]) == [
-        ("evaluate: adapter", [repr(str(first)), repr(str(other))]),
-        ("evaluate: max_turns", ["20", "50"]),
-    ]
+    assert differing([first, other]) == [("evaluate: max_turns", ["20", "50"])]
     assert "base*" in text and "* played with other settings: args.max_turns 50 (first 20)" in text
     assert "+100.0 [" in text and "0.250" in text
 
 
+def test_a_stage_that_one_run_lacks_and_a_round_played_otherwise_are_settings_that_differ(tmp_path):
+    first, other = tmp_path / "a", tmp_path / "b"
+    for run, temperatures in ((first, (1.0, 0.0)), (other, (0.0, 0.0))):
+        for index, temperature in enumerate(temperatures):
+            put(run / f"round_{index}/rollout/config.json", {"args": {"temperature": temperature}})
+    put(first / "round_0/actre/config.json", {"args": {"probability": 0.1}})
+    assert differing([first, other]) == [
+        ("actre", ["there", "-"]),
+        ("rollout: temperature", ["{'round_0': 1.0, 'round_1': 0.0}", "0.0"]),
+    ]
+
+
+def test_the_rounds_of_a_run_are_compared_each_with_the_one_before(tmp_path):
+    run = write_run(tmp_path / "a", "-", "-")
+    for index, tries in enumerate(("+-", "++", "-+")):
+        write_round(run, index, *tries)
+    found = {row.subject: row for row in steps(run, "evaluate")}
+    assert list(found) == ["0 - base", "1 - 0", "2 - 1", "2 - 0"]
+    assert [found[name].paired.difference for name in found] == [0.5, 0.5, -0.5, 0.0]
+    assert (found["2 - 0"].paired.first_only, found["2 - 0"].paired.second_only) == (1, 1)
+
+
+def test_the_last_rounds_are_compared_where_one_run_has_more(tmp_path):
+    first, other = tmp_path / "a", tmp_path / "b"
+    write_round(first, 0, "-", "-")
+    for index, tries in enumerate(("+-", "++")):
+        write_round(other, index, *tries)
+    assert [(row.subject, row.paired.difference) for row in differences(first, other)] == [("0", 0.5), ("1 - 0", 1.0)]
+
+
 def test_runs_without_a_common_evaluation_say_so(tmp_path):
-    runs = [write_run(tmp_path / "a", [True]), write_run(tmp_path / "b", [True], stage="evaluate_P1")]
+    runs = [write_run(tmp_path / "a", "+"), write_run(tmp_path / "b", "+", stage="evaluate_P1")]
     assert "they share no evaluation" in comparison_table(runs)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
 from artifacts import report
 from artifacts.charts import Line, chart
 from artifacts.json_io import write_json
 from artifacts.packing import Example, pack, save_packed
 from artifacts.pictures import find_browser
+from artifacts.preview import weighted_text
 from artifacts.scores import score
 from artifacts.trajectory import Trajectory, write_file
+from artifacts.viewer import entries
 from models.tokenizer import byte_tokenizer
 from tests.support.helpers import trajectory, turn
 
@@ -76,13 +81,18 @@ def write_training(run: Path, round_index: int, played: list[Trajectory], weight
 
 def test_the_page_has_scores_and_no_foreign_tags(tmp_path):
     failed = lost(trial=1, turns=[turn(ATTACK, "look & see", "Nothing happens.")], task=ATTACK)
-    write_evaluation(tmp_path, "evaluate", [trajectory(), failed])
-    write_evaluation(tmp_path, "evaluate_webshop", [trajectory(env="webshop")])
-    (tmp_path / "base/evaluate_P1").mkdir()  # begun, not finished
-    html = report.write_report(tmp_path).read_text()
-    tags = Tags()
-    tags.feed(html)
-    assert tags.open == [] and tags.seen.count("script") == 3 and "img" not in tags.seen
+    run, other = tmp_path / f"a {ATTACK[:25].replace('/', '')}", tmp_path / "b"
+    write_evaluation(run, "evaluate", [trajectory(), failed], model=ATTACK)
+    write_evaluation(run, "evaluate_webshop", [trajectory(env="webshop")])
+    (run / "base/evaluate_P1").mkdir()  # begun, not finished
+    write_evaluation(other, "evaluate", [trajectory(), failed], model="another")
+    alone, both = report.write_report(run).read_text(), report.write_report(run, other).read_text()
+    for html in (alone, both):
+        tags = Tags()
+        tags.feed(html)
+        assert tags.open == [] and tags.seen.count("script") == 3 and "img" not in tags.seen
+        assert "&lt;img src=x onerror=alert(2)&gt;" in html  # the setting is there
+    html = alone
     assert "&lt;script&gt;panel" in html and "75.5" in html and "evaluate_P1" not in html
     assert "50.0 % [" in html and ">75.0<" in html and "<td>stuck 1, success 1</td>" in html
 
@@ -95,12 +105,18 @@ def test_a_chart_is_the_page_s_own_colours_and_the_same_each_time():
     assert 'aria-label="x &lt; y &amp; $5$"' in svg and "x &lt; y &amp; $5$</text>" in svg
 
 
-def test_rounds_curves_and_the_paper_s_line_are_drawn(tmp_path):
-    for index, rows in enumerate(([lost()], [trajectory()])):
-        write_training(tmp_path, index, rows, [1.0])
-        write_evaluation(tmp_path, "evaluate", rows, subject=f"round_{index}")
-    for path in tmp_path.glob("*/evaluate/scores.json"):
+def write_rounds(run: Path, tasks: int, name: str = "evaluate") -> None:
+    """Two rounds, which lose and win all tasks of a panel that is called valid_seen-140."""
+    for index, make in enumerate((lost, trajectory)):
+        rows = [make(task_id=f"s/pick_and_place_simple-x/t{k:03}") for k in range(tasks)]
+        write_training(run, index, rows[:1], [1.0])
+        write_evaluation(run, name, rows, subject=f"round_{index}")
+    for path in run.glob("*/*/scores.json"):
         path.write_text(path.read_text().replace("<script>panel</script>", "valid_seen-140"))
+
+
+def test_rounds_curves_and_the_paper_s_line_are_drawn(tmp_path):
+    write_rounds(tmp_path, 140)
     html = report.write_report(tmp_path).read_text()
     charts = re.findall(r'aria-label="([^"]*)"', html.partition('id="trajectories"')[0])
     assert charts == [
@@ -108,10 +124,23 @@ def test_rounds_curves_and_the_paper_s_line_are_drawn(tmp_path):
         "loss",
         "mean log-probability (failures dashed)",  # all of failures are 0: none was trained on
     ]
-    assert (
-        "the paper (7B)" in html and "best of rounds" in html and "round 0 solved 0.0 % [0, 79] of 1 attempts" in html
-    )
-    assert html.count(">round 1</text>") == 2
+    assert "the paper (7B)" in html and "best of rounds" in html
+    assert "round 0 solved 0.0 % [0, 3] of 140 attempts" in html and html.count(">round 1</text>") == 2
+    assert "<td>1 - 0</td><td>0.0</td><td>100.0</td><td>+100.0 [" in html  # the rounds compared
+
+
+@pytest.mark.parametrize(("tasks", "name"), [(20, "evaluate"), (140, "evaluate_P1"), (140, "evaluate_hot")])
+def test_the_paper_s_line_is_not_drawn_beside_what_the_paper_did_not_play(tmp_path, tasks, name):
+    write_rounds(tmp_path, tasks, name)
+    assert "the paper (7B)" not in report.write_report(tmp_path).read_text()
+
+
+def test_a_chart_names_a_single_run_in_its_own_colour(tmp_path):
+    write_rounds(tmp_path / "_one", 1)
+    write_evaluation(tmp_path / "none", "evaluate", [trajectory()])
+    html = report.write_report(tmp_path / "none", tmp_path / "_one").read_text()
+    curve = html.partition('aria-label="round 0: loss"')[2].partition("</svg>")[0]
+    assert ">_one</text>" in curve and "var(--c1)" in curve and "var(--c0)" not in curve
 
 
 def test_a_damaged_line_of_metrics_is_named(tmp_path):
@@ -128,13 +157,56 @@ def test_several_runs_are_compared_in_one_page(tmp_path, capsys):
         write_evaluation(tmp_path / name, "evaluate", rows, max_turns=len(name))
     report.main(report.Args(run=(tmp_path / "first", tmp_path / "second")))
     html, printed = (tmp_path / "first-second.html").read_text(), capsys.readouterr().out
-    assert "<td>+100.0 [-" in html and "+100.0 [-" in printed and "0      second" not in printed
+    assert "<td>+100.0 [-" in html and "+100.0 [-" in printed
+    assert "base: played with other settings: facts.max_turns 6 (first 5)" in html
     assert "<td>evaluate: max_turns</td><td>5</td><td>6</td>" in html and "evaluate: max_turns: 5 | 6" in printed
 
 
-def test_a_run_without_evaluations_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no finished evaluation"):
+def test_a_run_can_be_read_before_its_first_evaluation(tmp_path):
+    write_training(tmp_path, 0, [trajectory()], [1.0])
+    report.main(report.Args(run=(tmp_path,)))
+    html = (tmp_path / "report.html").read_text()
+    assert 'aria-label="loss"' in html and 'id="trajectories"' in html
+
+
+def test_a_page_says_how_many_attempts_it_left_out(tmp_path):
+    write_training(tmp_path, 0, [trajectory(trial=k) for k in range(3)], [1.0] * 3)
+    write_evaluation(tmp_path, "evaluate", [trajectory(), lost(trial=1)])
+    assert "Every attempt of every" in report.write_report(tmp_path, most=5).read_text()
+    assert "The first 4 attempts" in report.write_report(tmp_path, most=4).read_text()
+
+
+def test_weights_are_found_however_their_file_was_named(tmp_path, monkeypatch):
+    write_training(tmp_path / "run", 0, [trajectory()], [1.0])
+    packed = tmp_path / "run/round_0/train_pg/packed.jsonl"
+    text = packed.read_text()
+    monkeypatch.chdir(tmp_path)
+    names = "round_0/rollout/trajectories.jsonl", "run/round_0/rollout/trajectories.jsonl"
+    for name in (*names, str(tmp_path / names[1])):
+        packed.write_text(text.replace(names[0], name))
+        for run in (tmp_path / "run", Path("run")):
+            assert [entry.trained[0]["rounds"] for entry in entries([run])] == [[0]]
+
+
+def test_pieces_of_weights_keep_every_blank_and_character():
+    words = Tokenizer(models.WordLevel({"\u2581I": 0, "\u2581put": 1, "\u2581mug": 2}, unk_token="\u2581I"))
+    words.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    found = weighted_text(np.array([0, 1, 2, 2]), np.array([1.0, 0.0, 0.0, 1.0]), words)  # as Llama's decoder does
+    assert found == [("I", 1.0), (" put mug", 0.0), (" mug", 1.0)]
+    text = "é→ü"
+    ids = np.array(byte_tokenizer().encode(text).ids)
+    for weights in itertools.product((0.0, 1.0), repeat=len(ids)):
+        pieces = weighted_text(ids, np.array(weights), byte_tokenizer())
+        assert "".join(piece for piece, _ in pieces) == text, weights
+    assert weighted_text(np.array([], int), np.array([]), words) == []
+
+
+def test_what_holds_no_finished_stage_or_is_given_twice_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no finished stage"):
         report.main(report.Args(run=(tmp_path,)))
+    write_evaluation(tmp_path / "a", "evaluate", [trajectory()])
+    with pytest.raises(ValueError, match="each run once"):
+        report.main(report.Args(run=(tmp_path / "a", tmp_path / "a" / ".." / "a")))
     with pytest.raises(ValueError, match="no such run"):
         report.main(report.Args(run=(tmp_path / "nope",)))
 

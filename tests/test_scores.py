@@ -8,11 +8,13 @@ from artifacts.json_io import write_json
 from artifacts.scores import (
     PEOPLE,
     WORDINGS,
+    best_of_rounds,
     directory_name,
     perturbation_table,
     perturbations,
     read_scores,
     score,
+    success_by_type,
     table,
 )
 from tests.support.helpers import trajectory
@@ -108,6 +110,26 @@ def test_the_table_has_each_place_and_the_best_of_rounds(tmp_path):
     shop = table(tmp_path, "evaluate_webshop").splitlines()
     assert shop[-1] == PEOPLE and "Pick" not in shop[0]
     assert read_scores(tmp_path, "evaluate_P1") == {}
+
+
+def test_the_best_of_rounds_is_a_share_of_all_tasks_though_some_were_lost_to_faults():
+    one_lost = score([attempt(0, 0, 1.0), attempt(1, 0, 0.0, end="env_error")])
+    none_lost = score([attempt(0, 0, 1.0), attempt(1, 0, 1.0)])
+    trials = score([attempt(k, t, 1.0, end="env_error" if t == k else "success") for k in (0, 1) for t in (0, 1)], 2)
+    entries = [{"best_of": None} | entry for entry in (one_lost, none_lost, trials)]
+    by_round = {str(k): {"panel": entry} for k, entry in enumerate(entries)}
+    assert best_of_rounds(by_round, "panel") == {"0": (0.5, 1), "1": (1.0, 2), "2": (1.0, 3)}
+
+
+def test_tasks_have_types_where_their_ids_do():
+    def made(env: str, *ids: str) -> dict:
+        return success_by_type([trajectory(env=env, task_id=task_id) for task_id in ids])
+
+    assert made("keys.py:Keys", "test/red-01", "test/blue-1", "test/red-2") == {
+        "blue": {"success": 1, "n": 1},
+        "red": {"success": 2, "n": 2},
+    }
+    assert made("synthetic", "syn_valid/00001") == made("webshop", "gen_test/G08F413CCF-00000001") == {}
 
 
 @pytest.mark.parametrize(

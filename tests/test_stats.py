@@ -70,8 +70,25 @@ def test_lost_attempts_are_told_apart_by_type_and_faults_are_nobodys(tmp_path):
     assert pick.ends == {"stuck": 1, "max_turns": 1} and pick.share_refused == 3 / 5
     assert (heats.n, heats.attempts_refused, heats.ends) == (1, 0, {"stuck": 1})
     [head, all_types, heat_line, pick_line] = report([found]).split("\n\n")[-2].split("\n")
-    assert head.startswith("attempts lost") and all_types.split()[:5] == ["round_0/evaluate", "all", "3", "5", "33.3"]
-    assert heat_line.split()[:3] == ["Heat", "1", "2"] and pick_line.split()[:3] == ["Pick", "2", "3"]
+    assert head.startswith("attempts lost") and all_types.split()[:5] == ["round_0/evaluate", "all", "3", "4", "33.3"]
+    assert heat_line.split()[:3] == ["Heat", "1", "1"] and pick_line.split()[:3] == ["Pick", "2", "3"]
+
+
+def test_a_composition_repeats_the_rollout_that_it_came_after_not_the_other_way_round(tmp_path):
+    for name in ("round_0/actre", "round_0/rollout", "round_1/rollout"):
+        stage(tmp_path, name, trajectory())
+    assert {found.name: found.repeats for found in count(tmp_path)} == {
+        "round_0/actre": 1,
+        "round_0/rollout": 0,
+        "round_1/rollout": 1,
+    }
+
+
+def test_a_share_won_leaves_out_attempts_that_were_lost_to_faults(tmp_path):
+    lost = trajectory(trial=1, success=False, end="env_error", reward=0.0)
+    stage(tmp_path, "round_0/evaluate", trajectory(), lost)
+    [found] = count(tmp_path)
+    assert (found.whole.n, found.whole.scored) == (2, 1) and " 100.0 " in report([found])
 
 
 def test_training_on_a_task_of_a_panel_or_of_an_evaluation_is_a_leak(tmp_path):
