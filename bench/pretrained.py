@@ -32,11 +32,12 @@ from typing import Annotated, Literal
 
 from artifacts.cli import Range, run_main
 from artifacts.json_io import read_json
+from artifacts.stage import sha256
 
 ROOT = Path(__file__).parent.parent
 BOOTSTRAP = ("actre/demonstrations", "actre/round_0/train_pg", "round_0/rollout", "round_0/actre", "round_0/train_pg")
 KEPT = ("config.json", "done.json", "scores.json", "metrics.jsonl")
-TRAJECTORIES = "trajectories.jsonl"
+TRAJECTORIES, SHA256 = "trajectories.jsonl", "adapter.sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,8 @@ def keep(settings: Settings, arm: str) -> None:
         for name in KEPT:
             if (stage / name).exists():
                 (folder / name).write_text((stage / name).read_text().replace(f"{ROOT}/", ""))
+        if (weights := stage / "adapter/adapter_model.safetensors").exists():
+            (folder / SHA256).write_text(f"{sha256(weights)}\n")
         if (stage / TRAJECTORIES).exists():
             packed = gzip.compress((stage / TRAJECTORIES).read_bytes(), mtime=0)  # the same bytes every time
             (folder / f"{TRAJECTORIES}.gz").write_bytes(packed)
@@ -93,18 +96,29 @@ def keep(settings: Settings, arm: str) -> None:
         shutil.copy(identity, copy)
 
 
+def is_past(stage: Path) -> bool:
+    """Whether all that a kept train_pg was trained for is kept too: its evaluation, and the next round's data."""
+    index = int(stage.parent.name.removeprefix("round_"))
+    after = stage.parent.with_name(f"round_{index + 1}")
+    played = any(stage.parent.glob("evaluate*/done.json"))
+    return played and all((after / name / "done.json").exists() for name in ("rollout", "actre"))
+
+
 def restore(settings: Settings) -> None:
-    """Lays what was kept back into the runs, where a stage is missing: it resumes there. An adapter is not kept: its
-    training is run again."""
-    for packed in sorted(settings.results.rglob(f"{TRAJECTORIES}.gz")):
-        folder = settings.runs / packed.parent.relative_to(settings.results)
-        if not folder.exists():
-            part = folder.with_name(f"{folder.name}.part")
-            shutil.rmtree(part, ignore_errors=True)
-            shutil.copytree(packed.parent, part)
-            (part / packed.name).unlink()
+    """Lays what was kept into the runs, where a stage is missing: it resumes there. Adapters are not: one that only
+    finished stages played is known by its sha256, any other is trained again."""
+    for config in sorted(settings.results.rglob("config.json")):
+        kept = config.parent
+        folder = settings.runs / kept.relative_to(settings.results)
+        if folder.exists() or (kept.name == "train_pg" and not is_past(kept)):
+            continue
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(kept, part)
+        if (packed := part / f"{TRAJECTORIES}.gz").exists():
             (part / TRAJECTORIES).write_bytes(gzip.decompress(packed.read_bytes()))
-            part.rename(folder)
+            packed.unlink()
+        part.rename(folder)
     for identity in sorted(settings.results.rglob("run.json")):
         run = settings.runs / identity.parent.relative_to(settings.results)
         if run.exists() and not (run / "run.json").exists():
@@ -112,10 +126,12 @@ def restore(settings: Settings) -> None:
 
 
 def share(settings: Settings, arm: str, other: str, *stages: str) -> None:
-    """Copies finished stages of another arm, such as round_0 or round_1/rollout, unless they are there. One that the
-    other lacks is made by this arm."""
+    """Copies finished stages of another arm, such as round_0 or round_1/rollout, unless they are there. What the other
+    arm lacks, this one makes: also an adapter that was removed, and then all that was played by it."""
     for stage in stages:
         source, target = settings.runs / other / stage, settings.runs / arm / stage
+        if (source / SHA256).exists():
+            break
         if (source / "done.json").exists() and not target.exists():
             part = target.with_name(f"{target.name}.part")
             shutil.rmtree(part, ignore_errors=True)
@@ -132,9 +148,9 @@ def evaluate(settings: Settings, arm: str, *words: object, panel: str = "valid_s
     keep(settings, arm)
 
 
-def train(settings: Settings, arm: str, *words: object, round_index: int = 0) -> None:
-    """Trains one round of an arm with these flags, otherwise as ./run.sh smollm2 does."""
-    where = "--run", settings.runs / arm, "--model", settings.model, "--seed", settings.seed, "--round", round_index
+def train(settings: Settings, arm: str, *words: object) -> None:
+    """Trains round 0 of an arm with these flags, otherwise as ./run.sh smollm2 does."""
+    where = "--run", settings.runs / arm, "--model", settings.model, "--seed", settings.seed, "--round", 0
     run("train_pg.py", *where, "--row-length", 2176, "--learning-rate", 1.5e-3, "--epochs", 1, *words)
     keep(settings, arm)
 
@@ -188,9 +204,9 @@ def resampling(settings: Settings) -> None:
 
 def success_only(settings: Settings) -> None:
     """Round 1 of the paper's loop without its failures (R_f = 0)."""
-    share(settings, "success-only", "a3t", *BOOTSTRAP, "round_1/rollout", "round_1/actre")
-    train(settings, "success-only", "--failure-reward", 0, round_index=1)
-    evaluate(settings, "success-only", "--round", 1)
+    stages = (settings.runs / "a3t" / name for name in ("round_0/rollout", "round_1/rollout", "round_1/actre"))
+    train(settings, "success-only", "--inputs", *stages, "--failure-reward", 0)
+    evaluate(settings, "success-only", "--round", 0)
 
 
 def forced(settings: Settings) -> None:

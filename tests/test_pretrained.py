@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
+import json
 import os
 import shlex
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 from artifacts.cli import parse
 from artifacts.json_io import write_json
+from artifacts.stage import adapter_sha
 from bench import pretrained
 
 ROOT = Path(__file__).parent.parent
@@ -77,39 +79,62 @@ def test_arms_share_finished_stages(settings):
     assert {str(path.relative_to(other)) for path in other.rglob("*.json")} == {"round_1/actre/done.json", "run.json"}
 
 
-def test_what_is_kept_names_no_path_and_is_laid_back_but_for_adapters(settings):
-    arm, trajectories = settings.runs / "a3t", b'{"task_id": "a"}\n{"task_id": "b"'
-    unfinished, training, started = arm / "round_1/rollout", arm / "round_1/train_pg", arm / "round_2/train_pg"
-    (unfinished / "done.json").unlink()
-    (unfinished / "trajectories.jsonl").write_bytes(trajectories)
-    for stage in (unfinished, training, started):
-        stage.mkdir(parents=True, exist_ok=True)
-        write_json(stage / "config.json", {"out": f"{pretrained.ROOT}/runs/a3t"})
-    write_json(training / "done.json", {})
-    (training / "adapter").mkdir()
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def stage_of(arm: Path, name: str, done: bool = True, **files: bytes) -> Path:
+    stage = arm / name
+    stage.mkdir(parents=True)
+    write_json(stage / "config.json", {"out": f"{pretrained.ROOT}/runs/a3t"})
+    if done:
+        write_json(stage / "done.json", {})
+    for file, content in files.items():
+        (stage / f"{file}.jsonl").write_bytes(content)
+    return stage
+
+
+def test_what_is_kept_names_no_path_and_an_unfinished_stage_is_laid_back(settings):
+    shutil.rmtree(settings.runs)
+    arm, attempts = settings.runs / "a3t", b'{"task_id": "a"}\n{"task_id": "b"'
+    stage_of(arm, "round_1/rollout", done=False, trajectories=attempts)
+    stage_of(arm, "round_1/train_pg", done=False, metrics=b"{}\n")  # its checkpoint is not kept
+    write_json(arm / "run.json", {})
 
     pretrained.keep(settings, "a3t")
-    first = {path: path.read_bytes() for path in settings.results.rglob("*") if path.is_file()}
+    kept = settings.results / "a3t"
+    first = {name: (kept / name).read_bytes() for name in files(kept)}
     pretrained.keep(settings, "a3t")
-    assert first == {path: path.read_bytes() for path in settings.results.rglob("*") if path.is_file()}
-    assert {str(path.relative_to(settings.results / "a3t")) for path in first} == {
-        "run.json",
-        "round_1/rollout/config.json",
-        "round_1/rollout/trajectories.jsonl.gz",
-        "round_1/train_pg/config.json",
-        "round_1/train_pg/done.json",
-    }
-    kept = settings.results / "a3t/round_1/train_pg/config.json"
-    assert kept.read_text() == '{\n  "out": "runs/a3t"\n}\n'
+    assert first == {name: (kept / name).read_bytes() for name in files(kept)}
+    assert set(first) == {"run.json", "round_1/rollout/config.json", "round_1/rollout/trajectories.jsonl.gz"}
+    assert json.loads(first["round_1/rollout/config.json"]) == {"out": "runs/a3t"}
 
     shutil.rmtree(settings.runs)
     pretrained.main(dataclasses.replace(settings, experiments=(), restore=True))
-    assert {str(path.relative_to(arm)) for path in arm.rglob("*") if path.is_file()} == {
-        "run.json",
-        "round_1/rollout/config.json",
-        "round_1/rollout/trajectories.jsonl",
-    }
-    assert (unfinished / "trajectories.jsonl").read_bytes() == trajectories
-    (unfinished / "trajectories.jsonl").write_bytes(b"played on")
-    pretrained.restore(settings)  # what is there is left as it is
-    assert (unfinished / "trajectories.jsonl").read_bytes() == b"played on"
+    assert files(arm) == {"run.json", "round_1/rollout/config.json", "round_1/rollout/trajectories.jsonl"}
+    laid_back = arm / "round_1/rollout/trajectories.jsonl"
+    assert laid_back.read_bytes() == attempts
+    laid_back.write_bytes(b"played on")
+    pretrained.restore(settings)
+    assert laid_back.read_bytes() == b"played on"  # what is there is left as it is
+
+
+def test_training_is_run_again_unless_all_that_its_adapter_played_is_kept(settings):
+    shutil.rmtree(settings.runs)
+    arm = settings.runs / "a3t"
+    for index in (0, 1, 2):
+        for name in ("rollout", "actre", "train_pg", "evaluate"):
+            stage_of(arm, f"round_{index}/{name}", done=index < 2 or name == "rollout")
+        (arm / f"round_{index}/train_pg/adapter").mkdir()
+        (arm / f"round_{index}/train_pg/adapter/adapter_model.safetensors").write_bytes(b"%d" % index)
+    write_json(arm / "run.json", {})
+    pretrained.keep(settings, "a3t")
+    known = adapter_sha(arm / "round_0/train_pg/adapter")
+    shutil.rmtree(settings.runs)
+    pretrained.restore(settings)
+    assert adapter_sha(arm / "round_0/train_pg/adapter") == known  # so that finished stages know it
+    assert not (arm / "round_1/train_pg").exists()  # round 2 is not composed, so this adapter plays on
+
+    pretrained.share(settings, "other", "a3t", "round_0/rollout", "round_0/train_pg", "round_1/rollout")
+    assert not (settings.runs / "other/round_0/train_pg").exists()  # it is trained there, and plays its own round 1
+    assert (settings.runs / "other/round_0/rollout").exists() and not (settings.runs / "other/round_1").exists()
