@@ -27,7 +27,7 @@ from agent.args import (
     PlayArgs,
     Player,
     agent_facts,
-    explaining,
+    explain_faults,
     fit_memory,
     make_policy,
     make_settings,
@@ -162,7 +162,7 @@ def compose(args: Args, round_index: int, failed: list[str], writer: Writer, ada
     return {"asked": asked, "rates": loop.rates.summary(), "sampler": sampler(args)}
 
 
-@explaining
+@explain_faults
 def main(args: Args) -> None:
     args = resolve(args)
     require_file("--actre-prompt", args.actre_prompt)

@@ -32,7 +32,7 @@ from agent.args import (
     PlayArgs,
     Player,
     agent_facts,
-    explaining,
+    explain_faults,
     fit_memory,
     make_policy,
     make_settings,
@@ -215,7 +215,7 @@ def policies(args: Args) -> list[tuple[str, Path | None, int]]:
     return [(str(round_index), adapter_of_round(args.run, round_index + 1), round_index) for round_index in rounds]
 
 
-@explaining
+@explain_faults
 def main(args: Args) -> None:
     args = resolve(args)
     subjects_to_play = policies(args)

@@ -23,6 +23,7 @@ from agent.args import (
     PlayArgs,
     Player,
     agent_facts,
+    explain_faults,
     fit_memory,
     make_policy,
     make_settings,
@@ -72,6 +73,7 @@ class Args(PlayArgs):
             load_own(self.script, Script)  # raises if it is none
 
 
+@explain_faults
 def main(args: Args) -> None:
     args = resolve(args)
     round_index = current_round(args.run) if args.round is None else args.round

@@ -20,6 +20,7 @@ from artifacts.stage import adapter_sha, base_of, sha256
 from artifacts.trackers import TrackArgs
 from envs.base import World
 from envs.make import DEFAULTS, UNSEEN, make_world, own_world, require_base_for, require_world, world_name
+from envs.own import explained
 from lora.checkpoint import base_facts
 
 A = TypeVar("A", bound="PlayArgs")
@@ -119,6 +120,17 @@ def resolve(args: A) -> A:
     if not args.server.takes_text:
         require_base_for(args.env, model)
     return dataclasses.replace(args, model=model, context=args.context or DEFAULTS.get(args.env, UNSEEN).context)
+
+
+def explain_faults(main: Callable[[A], None]) -> Callable[[A], None]:
+    """A stage's main, in which what a world of the user's raises outside of attempts is one sentence (envs/own.py)."""
+
+    @functools.wraps(main)
+    def explained_main(args: A) -> None:
+        with explained(own_world(args.env)):
+            main(args)
+
+    return explained_main
 
 
 def make_settings(args: PlayArgs, stage: str, round_index: int, **how: Any) -> AttemptSettings:

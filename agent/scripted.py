@@ -43,7 +43,7 @@ class ScriptedPolicy:
     def _reply(self, session: int) -> Line:
         try:
             return self._scripts[session].reply()
-        except Exception:  # a blanket except: a script is a program of the user's
+        except (Exception, SystemExit):  # a blanket except: a script is a program of the user's
             return NoReply(f"the script failed:\n{traceback.format_exc()}")
 
     def close(self, session: int) -> tuple[list[int], list[int]]:

@@ -305,7 +305,7 @@ class ServerPolicy:
         with self._permits:
             try:
                 result = self._ask(session, request)
-            except Exception as error:  # a blanket except: without a result, the run would wait for ever
+            except Exception as error:  # a blanket except: without a result, the run would wait forever
                 result = NoReply(f"{type(error).__name__}: {error}"[:500])
         if isinstance(result, Reply):
             result = msgspec.structs.replace(result, text=self._masked(result.text))

@@ -127,7 +127,7 @@ def origins(run: Path, files: list[File]) -> Iterator[str]:
         facts, args, git = (config.get(part, {}) for part in ("facts", "args", "git"))
         panels = facts.get("panels") or {facts.get("panel"): facts.get("panel_sha256")}
         named = ", ".join(f"{name} ({str(digest)[:16]})" for name, digest in panels.items() if name) or "-"
-        commit = f"{str(git.get('commit'))[:12]}{' and changes' if git.get('dirty') else ''}"
+        commit = f"{str(git.get('commit') or '-')[:12]}{' and changes' if git.get('dirty') else ''}"
         adapter = str(facts.get("adapter") or "-")[:16]
         yield f"| {found.name} | {named} | {adapter} | {args.get('seed', '-')} | {commit} |"
 

@@ -125,7 +125,7 @@ def tracking_id(run: Path) -> str:
 
 class TensorBoard:
     """Event files in <run>/tensorboard/<name>, written in this thread, so that an error is raised where it happens (the
-    writer's usual queue blocks for ever once its thread has failed)."""
+    writer's usual queue blocks forever once its thread has failed)."""
 
     def __init__(self, run: Path, name: str, settings: dict[str, Any]):
         from tensorboardX.event_file_writer import EventsWriter

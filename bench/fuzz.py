@@ -10,7 +10,7 @@ Four kinds of cases, each drawn from the seed and its own number:
   fault is selected to train on, and what is packed has finite weights and the ids of its text.
 - folders: a base, its tokenizer and an adapter with one file damaged. They are read or refused by name; what is cut,
   missing or not finite must be refused.
-- replies: a server that sends one after a few good ones, once or for ever. It must be played as what it says or end as
+- replies: a server that sends one after a few good ones, once or forever. It must be played as what it says or end as
   a fault; no attempt may be lost, and a run with a good server must then finish on the same cache.
 Allowed are results, and ValueError and OSError with a sentence. Time is that of the CPU, with a server that of the
 clock; a case that is slow once is tried again.

@@ -4,6 +4,7 @@
     python -m envs.check babyai --panel babyai_easy --limit 3
 
 Plays some tasks at random, with sensible and with senseless actions. Exits with status 1 if a property does not hold.
+Of a world of your own it also looks at both splits, train and test, and for tasks of one in the other.
 The project's own worlds are tested by the same functions (tests/test_worlds.py).
 Left out: deadlines; a world with `isolated` runs in this process here, and need not be picklable.
 """
@@ -25,23 +26,27 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from artifacts.cli import Range, run_main
-from envs.base import Result, World, require_return
-from envs.make import make_world
-from envs.own import methods, why
+from envs.base import Result, World, ask, content_alone
+from envs.make import make_world, own_world
+from envs.own import explained, methods, why
 from envs.panel import default_panels, pick_tasks
 from envs.wording import form, numbered
 
 BAD_TEXTS = ("", " ", "\n", "\x00", "think: I look", "\u2028\u2029", "\ud800", "é" * 3, "go " * 5000, "{0}%s", "[]")
 WORDS = ("chair", "bench", "red oak", "black tea")  # complete an open action
 STEPS = 400  # of a random play that looks for the end of a task
+SPLITS = ("train", "test")  # that the stages play by default in a world of the user's
+COMPARED = 200  # tasks of each of them, by their content
 
 
 class Case(NamedTuple):
-    """A world by how it is made, tasks of it, and how often its first task is played at random to see an end."""
+    """A world by how it is made, tasks of it, and how often its first task is played at random to see an end. `splits`
+    that it has are looked at too."""
 
     make: Callable[[], World]
     tasks: Sequence[str]
     plays: int = 20
+    splits: Sequence[str] = ()
 
 
 class Broken(Exception):
@@ -57,7 +62,7 @@ def expect_raised(error: type[Exception], naming: str, call: Callable[[], Any], 
     """Raises Broken unless the call raises that error and its sentence names the word."""
     try:
         value = call()
-    except Exception as raised:  # a blanket except: the world is a program
+    except (Exception, SystemExit) as raised:  # a blanket except: the world is a program
         good = isinstance(raised, error) and naming in str(raised)
         expect(
             good, f"{what} raised {raised!r:.200}; expected a {error.__name__} whose sentence has the word {naming!r}"
@@ -66,13 +71,6 @@ def expect_raised(error: type[Exception], naming: str, call: Callable[[], Any], 
         raise Broken(
             f"{what} returned {value!r:.200}; expected a {error.__name__} whose sentence has the word {naming!r}"
         )
-
-
-def ask(world: World, method: str, *args: Any) -> Any:
-    """What a method returns. Raises TypeError for what it may not return."""
-    value = getattr(world, method)(*args)
-    require_return(method, value)
-    return value
 
 
 def complete(action: str, word: str = WORDS[0]) -> str:
@@ -107,8 +105,18 @@ def ending(world: World, task_id: str, plays: int) -> list[str]:
 
 
 def state(world: World) -> dict[str, bytes]:
-    """A world's attributes, pickled; nothing for an isolated one."""
-    return {} if world.isolated else {name: pickle.dumps(value) for name, value in vars(world).items()}
+    """A world's attributes, those in slots too, pickled; nothing for an isolated one."""
+    held = None if world.isolated else object.__getstate__(world)  # a dictionary, or also one of slots
+    parts = held if isinstance(held, tuple) else (held,)
+    return {name: pickle.dumps(value) for part in parts for name, value in (part or {}).items()}
+
+
+def has_split(world: World, split: str) -> bool:
+    try:
+        world.tasks(split)
+    except ValueError:
+        return False
+    return True
 
 
 # ---- the properties: each raises, returns what it could not check, or None -------------------------------------------
@@ -123,10 +131,11 @@ def has_the_protocol_s_methods(case: Case) -> None:
 
 
 def lists_its_tasks(case: Case) -> None:
-    """Task ids are sorted, there once, begin with their split, and are the same in every instance."""
-    for split in sorted({task_id.partition("/")[0] for task_id in case.tasks}):
+    """Task ids are sorted and unique, begin with their split, and are the same in every instance."""
+    splits = {task_id.partition("/")[0] for task_id in case.tasks}
+    for split in sorted(splits | {split for split in case.splits if has_split(case.make(), split)}):
         ids = list(case.make().tasks(split))
-        expect(ids == sorted(set(ids)), f"tasks({split!r}) begins {ids[:5]}; expected sorted ids, each once")
+        expect(ids == sorted(set(ids)), f"tasks({split!r}) begins {ids[:5]}; expected sorted, unique ids")
         strange = [task_id for task_id in ids if not task_id.startswith(f"{split}/")]
         expect(not strange, f"tasks({split!r}) has {strange[:1]}; expected ids that begin with {split}/")
         other = sorted({*ids} ^ {*case.make().tasks(split)})
@@ -178,14 +187,12 @@ def opens_with_the_task(case: Case) -> None:
 
 
 def accepts_what_it_lists(case: Case) -> None:
-    """Every listed action is accepted; the list is sorted, with each action once."""
+    """Every listed action is accepted; the list is sorted and unique."""
     world, rng = case.make(), random.Random(3)
     ask(world, "reset", case.tasks[0])
     for _ in range(12):
         actions = ask(world, "actions")
-        expect(
-            actions == sorted(set(actions)), f"actions() is {actions!r:.300}; expected it sorted, with each action once"
-        )
+        expect(actions == sorted(set(actions)), f"actions() is {actions!r:.300}; expected sorted, unique actions")
         for action in () if world.isolated else actions:
             valid = ask(pickle.loads(pickle.dumps(world)), "step", complete(action)).valid
             expect(valid, f"{complete(action)!r} is listed by actions() and not valid; expected it to be accepted")
@@ -204,23 +211,28 @@ def covers_actions_by_commands(case: Case) -> None:
         commands, rng = list(world.commands()), random.Random(7)
         expect(
             bool(commands) and len(set(commands)) == len(commands),
-            f"commands() is {commands!r:.300}; expected each once",
+            f"commands() is {commands!r:.300}; expected one template or more, each different",
         )
         forms = [form(numbered(command)) for command in commands]
         for _ in range(30):
+            now = list(world.commands())
+            expect(
+                now == commands,
+                f"commands() of {task_id} was {commands!r:.150} and is {now!r:.150}; expected no change",
+            )
             actions = [complete(action, rng.choice(WORDS)) for action in ask(world, "actions")]
             strange = [action for action in actions if not any(each.fullmatch(action) for each in forms)]
             expect(not strange, f"{strange[:1]} matches no template of commands(): {commands!r:.300}")
             if ask(world, "step", rng.choice(actions)).done:
                 break
-        expect(list(world.commands()) == commands, f"commands() of {task_id} has changed on the way; expected the same")
 
 
 def bears_any_text(case: Case) -> None:
     """A senseless action is not valid, changes nothing, and gets an answer."""
     world = case.make()
     ask(world, "reset", case.tasks[0])
-    ask(world, "step", complete(ask(world, "actions")[0]))
+    if ask(world, "step", complete(ask(world, "actions")[0])).done:  # a task of one turn
+        ask(world, "reset", case.tasks[0])
     for text in BAD_TEXTS:
         actions, before = ask(world, "actions"), state(world)
         result = ask(world, "step", text)
@@ -266,7 +278,7 @@ def repeats_itself(case: Case) -> None:
 
 
 def is_picklable(case: Case) -> str | None:
-    """Pickled at any time, it goes on where it was."""
+    """Pickled at any time, it continues where it was."""
     world, task_id = case.make(), case.tasks[0]
     if world.isolated:
         return "an isolated world need not be picklable"
@@ -313,6 +325,26 @@ def ends_for_good(case: Case) -> str | None:
     return None if last.success else f"{case.plays} random plays of {task_id} ended, but none in success (--plays)"
 
 
+def tests_on_other_tasks(case: Case) -> str | None:
+    """No task of test is a task of train under another id."""
+    world, found = case.make(), []
+    for split in SPLITS:
+        if not has_split(world, split):
+            return f"the world has no split {split}"
+        ids, by_content = list(world.tasks(split))[:COMPARED], {}
+        for task_id in ids:
+            with content_alone():
+                same = by_content.setdefault(world.fingerprint([task_id]), task_id)
+            if same != task_id:  # perhaps the id decides the content
+                return f"the fingerprint tells {same} and {task_id} apart by their ids alone"
+        found.append(by_content)
+    train, test = found
+    for content, task_id in test.items():
+        same = train.get(content)
+        expect(same is None, f"{task_id} has the content of {same} by the fingerprint; expected one not trained on")
+    return None
+
+
 PROPERTIES = (
     has_the_protocol_s_methods,
     lists_its_tasks,
@@ -329,6 +361,7 @@ PROPERTIES = (
     starts_afresh,
     ends_for_good,
 )
+OWN_PROPERTIES = (*PROPERTIES, tests_on_other_tasks)  # of a world of the user's
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -354,18 +387,19 @@ def verdict(hold: Callable[[Case], str | None], case: Case) -> tuple[str, str]:
         note = hold(case)
     except Broken as broken:
         return "wrong", str(broken)
-    except Exception as error:  # a blanket except: the world is a program
+    except (Exception, SystemExit) as error:  # a blanket except: the world is a program
         return "wrong", why(error, inspect.getfile(type(case.make())))
     return ("?", f"not checked, {note}") if note else ("ok", "")
 
 
 def main(args: Args) -> None:
-    make = functools.partial(make_world, args.world, data=args.data)
+    make, own = functools.partial(make_world, args.world, data=args.data), own_world(args.world)
     panel = args.panel or default_panels("evaluate", args.world, args.data)[0]
-    tasks, _ = pick_tasks(panel, args.limit, make())
-    case, found = Case(make=make, tasks=tasks, plays=args.plays), Counter()
+    with explained(own):
+        tasks, _ = pick_tasks(panel, args.limit, make())
+    case, found = Case(make=make, tasks=tasks, plays=args.plays, splits=SPLITS if own else ()), Counter()
     print(f"{args.world}, {len(tasks)} tasks of {panel}:")
-    for hold in PROPERTIES:
+    for hold in OWN_PROPERTIES if own else PROPERTIES:
         how, reason = verdict(hold, case)
         said = hold.__doc__.removesuffix(".")
         print(f"{how:<7}{said}: {reason}" if reason else f"{how:<7}{said}", flush=True)

@@ -8,6 +8,7 @@ A process keeps to the code that it loaded first, and knows its sha256: that of 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -17,13 +18,15 @@ import json
 import sys
 import traceback
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from envs import base
 from envs.base import World
 
 ADVICE = "docs/your-own-world.md has one to copy"
+NAMING = ("tasks", "left_out", "fingerprint", "reset")  # raise ValueError for a split or a task that does not exist
 
 
 class Script(Protocol):
@@ -58,14 +61,32 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return "".join(f"did you mean {near}? " for near in difflib.get_close_matches(name, list(known), n=1))
 
 
-def why(error: Exception, where: str) -> str:
+def why(error: BaseException, where: str) -> str:
     """What code of the user's raised, with its line: "KeyError: 'red' (world.py, line 12)". `where`: the file."""
-    if isinstance(error, SyntaxError):
-        return f"SyntaxError: {error}"
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename == where]
     frame = (own or frames)[-1]
+    if isinstance(error, SyntaxError) or frame.filename == base.__file__:  # which have a line, and none, of that file
+        return f"{type(error).__name__}: {error}"
     return f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
+
+
+@contextlib.contextmanager
+def explained(own: Own | None) -> Iterator[None]:
+    """Makes a ValueError, with the line, of what an own world raises in here, or returns that it may not.
+
+    Passed on as they are: its ValueErrors about a split or a task that does not exist, and errors of other code.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:  # a blanket except: the class is a program
+        where = inspect.getfile(own.cls) if own else None
+        frames = traceback.extract_tb(error.__traceback__)
+        called = next((frame.name for frame in frames if frame.filename == where), None)
+        returned = frames[-1].filename == base.__file__  # of envs.base.ask
+        if own is None or not (called or returned) or (isinstance(error, ValueError) and called in NAMING):
+            raise
+        raise ValueError(f"{own.cls.__name__} of {where} failed: {why(error, where)}") from error
 
 
 def load_own(address: str, protocol: type) -> Own:
@@ -104,7 +125,7 @@ def load_module(where: str) -> tuple[types.ModuleType, str]:
         try:
             module = importlib.import_module(where)
             return module, hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
-        except Exception as error:  # a blanket except: what is imported is a program
+        except (Exception, SystemExit) as error:  # a blanket except: what is imported is a program
             raise ValueError(f"the module {where} cannot be imported: {why(error, where)}") from error
     if not path.is_file():
         there = [each.name for each in path.parent.glob("*.py")]
@@ -116,7 +137,7 @@ def load_module(where: str) -> tuple[types.ModuleType, str]:
     sys.modules[module.__name__] = module
     try:
         exec(compile(source, where, "exec", dont_inherit=True), vars(module))
-    except Exception as error:  # a blanket except: the file is a program
+    except (Exception, SystemExit) as error:  # a blanket except: the file is a program
         del sys.modules[module.__name__]
         raise ValueError(f"{path} cannot be loaded: {why(error, where)}") from error
     return module, hashlib.sha256(source).hexdigest()
@@ -133,15 +154,18 @@ def make_own(own: Own, data: str | None, file: str | None) -> World:
         raise ValueError(f"{where} was changed while {name} is played; play it again in a new run")
     try:
         world = own.cls() if data is None else own.cls(data=data)
-    except Exception as error:  # a blanket except: the class is a program
+        isolated, facts = (getattr(world, attribute, None) for attribute in ("isolated", "facts"))
+    except (Exception, SystemExit) as error:  # a blanket except: the class is a program
         raise ValueError(f"{name}({'' if data is None else f'data={data!r}'}) failed: {why(error, where)}") from error
-    isolated, facts = (inspect.getattr_static(world, attribute, None) for attribute in ("isolated", "facts"))
+    if not (isinstance(isolated, bool) and isinstance(facts, dict)):
+        got = f"isolated = {isolated!r} and facts = {facts!r}"
+        raise ValueError(f"{name} of {where} has {got}; expected True or False, and a dictionary: {ADVICE}")
     try:
         as_written = json.loads(json.dumps(facts, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}.facts cannot be written as JSON ({error}); expected texts and numbers") from error
-    if not (isinstance(isolated, bool) and isinstance(facts, dict)):
-        got = f"isolated = {isolated!r} and facts = {facts!r}"
-        raise ValueError(f"{name} of {where} has {got}; expected True or False, and a dictionary: {ADVICE}")
-    world.facts = as_written | {"own": {"name": own.cls.name, **own.facts}}
+    try:
+        world.facts = as_written | {"own": {"name": own.cls.name, **own.facts}}
+    except AttributeError as error:  # a property, a frozen or a slotted class
+        raise ValueError(f"{name}.facts cannot be set ({error}); expected a plain attribute: {ADVICE}") from error
     return world

@@ -139,7 +139,7 @@ def pick_tasks(panel: str, limit: int | None = None, world: World | None = None)
 
 def read_ids(path: Path) -> list[str]:
     """The task ids of a panel file of the user's. Line ends may be those of Windows, and change nothing. Raises
-    ValueError, with the line, unless they are sorted and each there once."""
+    ValueError, with the line, unless they are sorted and unique."""
     try:
         task_ids = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     except (OSError, UnicodeError) as error:

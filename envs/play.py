@@ -30,8 +30,9 @@ from typing import Annotated
 import tyro
 
 from artifacts.cli import run_main
-from envs.base import Result, World
-from envs.make import make_world
+from envs.base import Result, World, ask
+from envs.make import make_world, own_world
+from envs.own import explained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +42,12 @@ class Args:
     task: str | None = None
     """Id of the task to play."""
     human: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Play by hand at a terminal; without --task, the first task of the panel that evaluate.py would play."""
+    """Play by hand at a terminal; without --task, the first task of --split."""
     list_tasks: Annotated[bool, tyro.conf.arg(name="tasks"), tyro.conf.FlagCreatePairsOff] = False
     """List the task ids of --split, one per line, instead of playing."""
-    split: str = "valid_seen"
-    """Split that --tasks lists."""
+    split: str | None = None
+    """Split that --tasks lists (default: valid_seen), and whose first task --human plays (default: of the panel that
+    evaluate.py would play)."""
     data: str | None = None
     """(ALFWorld) Folder with json_2.1.1 (default: $ALFWORLD_DATA, else generated games). (WebShop) Folder with
     items_shuffle.json, or a product file (default: $WEBSHOP_DATA, else a generated catalogue). (Jericho) Folder with
@@ -74,13 +76,13 @@ def say(**fields: object) -> None:
 
 def play(world: World, task_id: str) -> None:
     """Play `task_id` with actions from stdin until the input or the task ends."""
-    opening = world.reset(task_id)
-    say(observation=opening.text, reward=0.0, success=False, done=False, valid=True, actions=world.actions())
+    opening = ask(world, "reset", task_id)
+    say(observation=opening.text, reward=0.0, success=False, done=False, valid=True, actions=ask(world, "actions"))
     for line in open(
         sys.stdin.fileno(), encoding="utf-8", errors="replace", closefd=False
     ):  # any bytes are valid input
-        result = world.step(line.rstrip("\r\n"))
-        actions = [] if result.done else world.actions()
+        result = ask(world, "step", line.rstrip("\r\n"))
+        actions = [] if result.done else ask(world, "actions")
         say(
             observation=result.observation,
             reward=result.reward,
@@ -97,10 +99,10 @@ def play_by_hand(world: World, task_id: str) -> None:
     """Play `task_id` with what a person types, until `quit` or the end of the input or the task."""
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")
-    print(f"{task_id} (type a command, its number, or quit)\n\n{world.reset(task_id).text}")
+    print(f"{task_id} (type a command, its number, or quit)\n\n{ask(world, 'reset', task_id).text}")
     results: list[Result] = []
-    while not (results and results[-1].done) and (action := choose(world.actions())) is not None:
-        results.append(world.step(action))
+    while not (results and results[-1].done) and (action := choose(ask(world, "actions"))) is not None:
+        results.append(ask(world, "step", action))
         print(f"\n{results[-1].observation}{'' if results[-1].valid else ' (not accepted)'}")
     if results:
         last = results[-1]
@@ -115,7 +117,7 @@ def choose(actions: list[str]) -> str | None:
     commands = [f"{number} {action}".replace(" ", "\xa0") for number, action in enumerate(actions, 1)]
     print("\n" + textwrap.fill("   ".join(commands), shutil.get_terminal_size().columns).replace("\xa0", " "))
     while True:
-        typed = ask("> ")
+        typed = read("> ")
         if typed in (None, "quit"):
             return None
         if re.fullmatch("[0-9]{1,6}", typed) and typed not in actions:
@@ -124,13 +126,13 @@ def choose(actions: list[str]) -> str | None:
                 continue
             typed = actions[int(typed) - 1]
         if typed in actions and typed.endswith("["):
-            words = ask(f"{typed} ")
+            words = read(f"{typed} ")
             typed = f"{typed}{words.removesuffix(']')}]" if words else ""
         if typed:
             return typed
 
 
-def ask(prompt: str) -> str | None:
+def read(prompt: str) -> str | None:
     """A line without blanks around it; None at the end of the input."""
     try:
         return input(prompt).strip()
@@ -158,19 +160,30 @@ def main(args: Args) -> None:
         perturb=args.perturb,
         tell_commands=args.tell_commands,
     )
-    if args.list_tasks:
-        list_tasks(world, args.split)
-    elif args.human:
-        play_by_hand(world, args.task or first_task(world, args))
-    else:
-        play(world, args.task)
+    with explained(own_world(args.env)):
+        if args.list_tasks:
+            list_tasks(world, args.split or "valid_seen")
+        elif args.human:
+            play_by_hand(world, args.task or first_task(world, args))
+        else:
+            play(world, args.task)
 
 
 def first_task(world: World, args: Args) -> str:
+    """The first task of --split, or of the panel that evaluate.py would play, which may be a split too."""
     # On demand: a program that plays a task needs no panel.
-    from envs.panel import default_panels, pick_tasks
+    from envs.panel import NAMES, default_panels, read_panel
 
-    return pick_tasks(default_panels("evaluate", args.env, args.data)[0], 1, world)[0][0]
+    split = args.split or default_panels("evaluate", args.env, args.data)[0]
+    if not args.split and split in NAMES:
+        return read_panel(split)[0]
+    try:
+        tasks = list(world.tasks(split))
+    except ValueError as error:
+        raise ValueError(f"{error}; choose one with --split, or a task with --task") from error
+    if not tasks:
+        raise ValueError(f"the split {split} has no task; choose another with --split, or a task with --task")
+    return tasks[0]
 
 
 if __name__ == "__main__":

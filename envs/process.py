@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
-from envs.base import World, require_return
+from envs.base import World, ask
 
 ATTEMPTS = 20  # played by a subprocess before it is replaced: TextWorld leaks memory and a copied library per game
 
@@ -39,10 +39,8 @@ ATTEMPTS = 20  # played by a subprocess before it is replaced: TextWorld leaks m
 def call(world: World, method: str, args: tuple) -> tuple[bool, Any]:
     """(True, the method's result), or (False, the traceback) if it raised or returned something else than it should."""
     try:
-        value = getattr(world, method)(*args)
-        require_return(method, value)
-        return True, value
-    except Exception:  # a blanket except: the boundary to third-party worlds
+        return True, ask(world, method, *args)
+    except (Exception, SystemExit):  # a blanket except: the boundary to third-party worlds
         return False, traceback.format_exc()
 
 

@@ -113,6 +113,12 @@ def test_the_card_says_what_is_there_and_how_it_was_made(tmp_path):
     assert "Trained tasks that are evaluated too: 1 of round_0/rollout play tasks of round_0/evaluate." in text
 
 
+def test_a_config_of_another_program_lacks_what_the_card_then_leaves_out(tmp_path):
+    stage(tmp_path, "rollout", many(1))
+    write_json(tmp_path / "rollout/config.json", {"framework": "another"})
+    assert "| rollout | - | - | - | - |" in data_card.card(tmp_path)
+
+
 def test_a_stage_directory_has_a_card_too(tmp_path, load):
     stage(tmp_path, "refine", many(3))
     data_card.main(data_card.Args(run=tmp_path / "refine"))

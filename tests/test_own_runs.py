@@ -34,7 +34,7 @@ PAGE = ROOT / "docs" / "your-own-world.md"
 
 
 class Wander:
-    """Goes to the attic for ever."""
+    """Goes to the attic forever."""
 
     def extend(self, text: str) -> None: ...
 
@@ -128,6 +128,7 @@ FAILING = [  # a method of a script that fails where the door is red
         "return super().decide() if self.colour != 'red' else 1 / 0",
         "ZeroDivisionError: division by zero",
     ),
+    ("decide(self)", "if self.colour == 'red': raise SystemExit(0)\n        return super().decide()", "SystemExit: 0"),
     (
         "decide(self)",
         "return super().decide() if self.colour != 'red' else 'go'",
@@ -263,6 +264,24 @@ def test_an_evaluation_of_an_own_world_is_called_by_its_name_and_by_its_panel(fo
     changed = f"{edit(folder / 'world.py', 'You cannot do that.', 'No.')}:Keys"
     with pytest.raises(StageError, match=r"facts\.world\.own\.file: there"):
         evaluate.main(evaluate.Args(run=folder / "run", env=changed, model=model, base=True, limit=3, max_turns=3))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("return content_hash(", "return {}['x'] and content_hash(", r"KeyError: 'x' \(world\.py, line 43\)"),
+        ("return ids_of(split)", "return ids_of[split]", r"TypeError: 'function' .* \(world\.py, line 36\)"),
+        ("return ids_of(split)", "raise SystemExit(0)", r"SystemExit: 0 \(world\.py, line 36\)"),
+    ],
+)
+def test_a_world_that_fails_before_it_is_played_is_one_sentence_with_the_line(folder, played, model, old, new, said):
+    path = edit(folder / "world.py", old, new)
+    said = rf"^Keys of {re.escape(str(path))} failed: {said}$"
+    with pytest.raises(ValueError, match=said):
+        rollout.main(played(env=f"{path}:Keys"))
+    with pytest.raises(ValueError, match=said):
+        evaluate.main(evaluate.Args(run=folder / "run", env=f"{path}:Keys", model=model, base=True))
+    assert not (folder / "run").exists()
 
 
 # ---- panels ----------------------------------------------------------------------------------------------------------

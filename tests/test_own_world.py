@@ -14,7 +14,7 @@ from agent.attempt import AttemptSettings, Compose, Job
 from agent.loop import PlayLoop
 from agent.scripted import DemonstratorScript, ReplayScript, ScriptedPolicy
 from envs import check
-from envs.check import PROPERTIES, Case, verdict
+from envs.check import OWN_PROPERTIES, PROPERTIES, SPLITS, Case, verdict
 from envs.make import WORLDS, make_world, own_world, require_base_for, world_name
 from envs.own import Script, load_own
 from envs.panel import default_panels
@@ -124,6 +124,7 @@ def test_what_is_no_world_is_one_sentence(folder, address, said):
             "import jsonn",
             r"cannot be loaded: ModuleNotFoundError: No module named 'jsonn' \(edited_world\.",
         ),
+        ("import json", "raise SystemExit(0)", r"cannot be loaded: SystemExit: 0 \(edited_world\.py, line 5\)"),
         ("TASKS[:48]", "TASKS[:1/0]", r"cannot be loaded: ZeroDivisionError: .*\(edited_world\.py, line 13\)"),
         ("def step(", "def stepp(", r"Keys of .* lacks step; expected a class with tasks\(split\), .*step\(action\), "),
         (
@@ -131,6 +132,7 @@ def test_what_is_no_world_is_one_sentence(folder, address, said):
             "self.at = [][1]",
             r"Keys\(\) failed: IndexError: .*\(edited_world\.py, line 32\)",
         ),
+        ("self.facts = {}", "raise SystemExit(0)", r"Keys\(\) failed: SystemExit: 0 \(edited_world\.py, line 31\)"),
         ("self.facts = {}", "self.facts = []", r"has isolated = False and facts = \[\]; expected True or False, and a"),
         ("self.facts = {}", "pass", r"has isolated = False and facts = None; expected"),
         ("isolated = False", "isolated = None", r"has isolated = None and facts = \{\}; expected True or False"),
@@ -146,6 +148,40 @@ def test_a_file_that_cannot_be_played_is_one_sentence_with_the_line(folder, old,
     with pytest.raises(ValueError, match=said) as error:
         make_world(f"{path}:Keys")
     assert "\n" not in str(error.value)
+
+
+FACTS = "self.facts = {}  # what a score must also state, such as a version"
+SLOTS = '__slots__ = ("facts", "at", "door", "done", "keys", "held")\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (SLOTS, r"has isolated = False and facts = None; expected True or False, and a dictionary"),
+        ("facts = property(lambda self: {})\n", r"Keys\.facts cannot be set \(.*\); expected a plain attribute"),
+        ("facts = property(lambda self: {}['x'])\n", r"Keys\(\) failed: KeyError: 'x' \(edited_world\.py, line "),
+    ],
+)
+def test_facts_that_are_no_plain_attribute_are_one_sentence(folder, line, said):
+    path = edited(folder, ("    isolated = False", f"    {line}    isolated = False"), (FACTS, ""))
+    with pytest.raises(ValueError, match=said):
+        make_world(f"{path}:Keys")
+
+
+def test_a_world_with_slots_is_loaded_and_checked(folder):
+    path = edited(folder, ("    isolated = False", f"    {SLOTS}    isolated = False"))
+    assert make_world(f"{path}:Keys").facts.keys() == {"own"} and found(path) == {}
+    last = ("valid, text = action", "self.door = action\n        valid, text = action")
+    assert "changed door" in found(edited(folder, last, name=path.name))["bears_any_text"]
+
+
+def test_a_module_that_exits_while_it_is_imported_is_one_sentence(folder, monkeypatch):
+    (folder / "keys_that_exit.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(folder)
+    with pytest.raises(
+        ValueError, match=r"the module keys_that_exit cannot be imported: SystemExit: 0 \(keys_that_exit"
+    ):
+        make_world("keys_that_exit:Keys")
 
 
 def test_data_is_given_to_a_class_that_takes_it(folder, keys):
@@ -194,6 +230,7 @@ def test_an_isolated_world_that_is_edited_while_it_is_played_is_not_mixed_with_w
 FAULTS = [
     ("task = f", "1 / 0\n        task = f", "ZeroDivisionError"),
     ("valid, text =", "1 / 0\n        valid, text =", "ZeroDivisionError"),
+    ("valid, text =", "raise SystemExit(0)\n        valid, text =", "SystemExit: 0"),
     ("        return Result(\n", "        return dict(\n", "TypeError: step returned {'observation': "),
     ("return Observation(text=text, task=task)", "return text", "TypeError: reset returned 'You are in the hall. "),
     ("reward=float(self.done)", "reward=2.0", "ValueError: got reward 2.0 and progress 0.0; expected both from 0 to 1"),
@@ -224,14 +261,14 @@ def test_a_fault_of_the_world_ends_its_attempt_as_evidence_and_says_what_was_wro
 
 def found(path: Path, tasks=(TASK, "train/01", "train/02")) -> dict[str, str]:
     """{property: what is wrong with it or was not checked}."""
-    case = Case(make=functools.partial(make_world, f"{path}:Keys"), tasks=tasks)
-    verdicts = {hold.__name__: verdict(hold, case) for hold in PROPERTIES}
+    case = Case(make=functools.partial(make_world, f"{path}:Keys"), tasks=tasks, splits=SPLITS)
+    verdicts = {hold.__name__: verdict(hold, case) for hold in OWN_PROPERTIES}
     return {name: f"{how} {said}" for name, (how, said) in verdicts.items() if how != "ok"}
 
 
 def test_the_world_of_the_page_keeps_the_contract(folder):
     assert found(folder / "world.py") == {}
-    assert all(hold.__doc__ and "\n" not in hold.__doc__ for hold in PROPERTIES)
+    assert all(hold.__doc__ and "\n" not in hold.__doc__ for hold in OWN_PROPERTIES)
 
 
 BROKEN = [  # a property, and a change that breaks it
@@ -241,14 +278,14 @@ BROKEN = [  # a property, and a change that breaks it
         "def left_out(self, split, more=0)",
         "left_out(split, more)",
     ),
-    ("lists_its_tasks", "return [f", "return [f'{split}/99'] + [f", "expected sorted ids, each once"),
+    ("lists_its_tasks", "return [f", "return [f'{split}/99'] + [f", "expected sorted, unique ids"),
     (
         "lists_its_tasks",
         "return ids_of(split)",
         "return [*ids_of(split), f'{split}/9{random.random()}']",
         "of another ins",
     ),
-    ("lists_its_tasks", 'f"{split}/{number:02d}"', 'f"{number:02d}"', "expected"),
+    ("lists_its_tasks", 'f"{split}/{number:02d}"', 'f"{number:02d}"', "expected ids that begin with t"),
     ("lists_its_tasks", "return {}  #", "return []  #", "expected {id: reason}"),
     (
         "names_what_it_does_not_know",
@@ -269,7 +306,7 @@ BROKEN = [  # a property, and a change that breaks it
         "accepts_what_it_lists",
         "else []\n        return sorted(found)",
         "else []\n        return sorted(found, reverse=True)",
-        "sorted",
+        "expected sorted, unique actions",
     ),
     (
         "accepts_what_it_lists",
@@ -299,6 +336,19 @@ BROKEN = [  # a property, and a change that breaks it
         "ended, but none in success",
     ),
     ("ends_for_good", "self.done, text = True, ", "text = ", "came to no end"),
+    (
+        "tests_on_other_tasks",
+        '"test": TASKS[48:]',
+        '"test": TASKS[46:]',
+        "test/00 has the content of train/46 by the fi",
+    ),
+    (
+        "tests_on_other_tasks",
+        "json.dumps(content(task_id))",
+        "task_id[-1]",
+        "train/00 and train/10 apart by their ids alone",
+    ),
+    ("tests_on_other_tasks", '"train": TASKS', '"easy": TASKS', "not checked, the world has no split train"),
 ]
 
 
@@ -307,9 +357,88 @@ def test_a_broken_property_is_found_and_said(folder, name, old, new, said):
     assert said in found(edited(folder, (old, new))).get(name, "(nothing)")
 
 
+@pytest.mark.parametrize(
+    ("new", "said"),
+    [
+        ("ids_of(split)[:: -1 if split == 'train' else 1]", "tasks('train') begins ['train/47', 'train/46', "),
+        ("ids_of(split) if split == 'test' else {}[split]", "KeyError: 'train' (edited_world.py, line 36)"),
+    ],
+)
+def test_a_mistake_in_the_split_that_is_trained_on_is_found_where_only_test_is_played(folder, new, said):
+    path = edited(folder, ("return ids_of(split)", f"return {new}"))
+    assert said in found(path, tasks=("test/00", "test/01"))["lists_its_tasks"]
+
+
+QUIZ = """
+import json
+from envs.base import Observation, Result, check_split, check_task, content_hash
+SPLITS = {"train": ["2 + 2", "3 + 4"], "test": ["5 + 3"]}
+
+def ids_of(split):
+    return [f"{split}/{number}" for number in range(len(SPLITS[split]))]
+
+def content(task_id):
+    check_task(task_id, "quiz", "<number>", SPLITS, ids_of)
+    return SPLITS[task_id.split("/")[0]][int(task_id[-1])]
+
+class Keys:
+    name, isolated = "quiz", False
+
+    def __init__(self):
+        self.facts, self.question, self.done = {}, "", False
+
+    def tasks(self, split):
+        check_split(split, SPLITS)
+        return ids_of(split)
+
+    def left_out(self, split):
+        check_split(split, SPLITS)
+        return {}
+
+    def fingerprint(self, task_ids):
+        return content_hash(task_ids, lambda task_id: content(task_id).encode())
+
+    def reset(self, task_id):
+        self.question, self.done = content(task_id), False
+        return Observation(text=f"How much is {self.question}?", task=self.question)
+
+    def step(self, action):
+        valid = action in self.actions()
+        self.done = valid
+        right = valid and action == f"answer {eval(self.question)}"
+        text = "Right." if right else "Wrong." if valid else "Answer with a number."
+        return Result(observation=text, reward=right, progress=right, success=right, done=valid, valid=valid)
+
+    def actions(self):
+        if not self.question or self.done:
+            raise RuntimeError("there is no task: call reset(task_id)")
+        return [f"answer {number}" for number in range(1, 10)]
+
+    def commands(self):
+        self.actions()
+        return ["answer {number}"]
+""".replace("=right,", "=float(right),", 2)
+
+
+def test_a_quiz_whose_first_answer_ends_the_task_keeps_the_contract(tmp_path):
+    """Neither actions() nor commands() has an answer after the end, which the contract does not ask for."""
+    path = tmp_path / "quiz.py"
+    path.write_text(QUIZ)
+    assert found(path, tasks=("train/0", "train/1")) == {}
+
+
 def test_what_a_world_raises_while_it_is_checked_has_its_line(folder):
     path = edited(folder, ('text = f"You have', 'text = {}["x"] + f"You have'))
     assert "wrong KeyError: 'x' (edited_world.py, line 65)" in found(path).values()
+
+
+def test_a_world_that_exits_while_it_is_checked_is_wrong(folder):
+    path = edited(folder, ('text = f"You have', "raise SystemExit(0)  #"))
+    assert "wrong SystemExit: 0 (edited_world.py, line 65)" in found(path).values()
+    (folder / "other").mkdir()  # a process keeps to what it has loaded from a path
+    unknown = ("check_split(split, SPLITS)", "if split not in SPLITS: raise SystemExit(0)")
+    path = edited(folder, unknown).rename(folder / "other/world.py")
+    assert "raised SystemExit(0); expected a ValueError" in found(path)["names_what_it_does_not_know"]
 
 
 def run(*words: str, stdin: str = "") -> subprocess.CompletedProcess:
@@ -323,16 +452,25 @@ def test_the_check_is_a_command_with_a_line_per_property_and_an_exit_status(fold
     done = run("envs.check", keys, "--limit", "2")
     lines = done.stdout.decode().splitlines()
     assert (done.returncode, done.stderr) == (0, b"") and lines[0] == f"{keys}, 2 tasks of test:"
-    assert lines[1:] == [*(f"ok     {hold.__doc__.rstrip('.')}" for hold in PROPERTIES), f"ok: {len(PROPERTIES)}"]
+    assert lines[1:] == [
+        *(f"ok     {hold.__doc__.rstrip('.')}" for hold in OWN_PROPERTIES),
+        f"ok: {len(OWN_PROPERTIES)}",
+    ]
     path = edited(folder, ("self.actions()  # raises", "# raises"))
     done = run("envs.check", f"{path}:Keys", "--panel", "train", "--limit", "2")
     lines = done.stdout.decode().splitlines()
-    assert done.returncode == 1 and lines[-1] == f"ok: {len(PROPERTIES) - 1}, wrong: 1"
+    assert done.returncode == 1 and lines[-1] == f"ok: {len(OWN_PROPERTIES) - 1}, wrong: 1"
     [wrong] = [line for line in lines if line.startswith("wrong  ")]
     assert wrong.startswith(
         "wrong  Before the first reset, step, actions and commands are a RuntimeError: commands before"
     )
-    for words, said in ((["alfwrld"], "did you mean alfworld?"), ([keys, "--panel", "hard"], "'hard' is no panel")):
+    path = edited(folder, ("import json", "import sys; sys.exit(0)"))
+    quits, line = f"{path}:Keys", "edited_world.py cannot be loaded: SystemExit: 0 (edited_world.py, line 5)\n"
+    for words, said in (
+        ([quits], line),
+        (["alfwrld"], "did you mean alfworld?"),
+        ([keys, "--panel", "hard"], "'hard' is no panel"),
+    ):
         done = run("envs.check", *words)
         assert (done.returncode, done.stdout) == (2, b"") and said in done.stderr.decode()
 
@@ -344,7 +482,7 @@ def test_our_worlds_are_checked_by_name(capsys):
 
 
 def test_each_property_is_broken_by_a_test():
-    assert {case[0] for case in BROKEN} == {hold.__name__ for hold in PROPERTIES}
+    assert {case[0] for case in BROKEN} == {hold.__name__ for hold in OWN_PROPERTIES}
 
 
 # ---- by hand ---------------------------------------------------------------------------------------------------------
@@ -372,7 +510,78 @@ def test_a_person_sees_the_end_of_the_task_and_of_the_input(keys):
     typed = f"go to {room}\ntake {world.door} key\ngo to hall\nopen {world.door} door\nnever read\n"
     assert by_hand(keys, typed).endswith("\nThe door is open.\n\nSolved: reward 1, progress 1, commands 4.\n")
     assert "commands" not in by_hand(keys, "") and by_hand(keys, "go to attic").endswith("progress 0, commands 1.\n")
-    assert "\ufffd (not accepted)" not in by_hand(keys, "\ud800\n") and "not accepted" in by_hand(keys, "\ud800\n")
+
+
+def test_what_a_person_types_in_another_encoding_is_an_action_too(folder):
+    path = edited(folder, ('"You cannot do that."', 'f"You cannot {action}."'))
+    said = by_hand(f"{path}:Keys", "\ud800\n")
+    assert "\nYou cannot \ufffd\ufffd\ufffd. (not accepted)\n" in said and said.endswith("commands 1.\n")
+
+
+@pytest.mark.parametrize(
+    ("how", "old", "new", "said"),
+    [
+        ("--human", "valid, text =", "valid, text = {}['x'],", "KeyError: 'x' (edited_world.py, line 57)"),
+        ("--task", "valid, text =", "valid, text = {}['x'],", "KeyError: 'x' (edited_world.py, line 57)"),
+        (
+            "--task",
+            "valid, text =",
+            "valid, text = int('x'),",
+            "ValueError: invalid literal for int() with base 10: 'x' (",
+        ),
+        (
+            "--human",
+            "valid, text =",
+            "raise SystemExit(0)\n        valid, text =",
+            "SystemExit: 0 (edited_world.py, line 57)",
+        ),
+        (
+            "--human",
+            "        return Result(\n",
+            "        return dict(\n",
+            "TypeError: step returned {'observation': 'You ",
+        ),
+        (
+            "--task",
+            "return sorted(found)",
+            "return []",
+            "TypeError: actions returned []; expected a list of one command or more\n",
+        ),
+        (
+            "--tasks",
+            "return ids_of(split)",
+            "return ids_of[split]",
+            "TypeError: 'function' object is not subscriptable (edited",
+        ),
+    ],
+)
+def test_a_world_that_fails_in_the_shell_player_is_one_sentence_with_the_line(folder, how, old, new, said):
+    path = edited(folder, (old, new))
+    words = {"--human": ["--human"], "--task": ["--task", TASK], "--tasks": ["--tasks", "--split", "train"]}[how]
+    done = run("envs.play", "--env", f"{path}:Keys", *words, stdin="go to attic\n")
+    error = done.stderr.decode()
+    assert (
+        done.returncode == 2 and error.startswith(f"play.py: Keys of {path} failed: {said}") and error.count("\n") == 1
+    )
+
+
+def test_a_task_that_does_not_exist_is_told_in_the_world_s_own_words(keys):
+    done = run("envs.play", "--env", keys, "--task", "test/99")
+    assert done.returncode == 2 and done.stderr.decode().startswith(
+        "play.py: unknown task 'test/99': expected <split>/<n"
+    )
+
+
+def test_a_person_plays_the_first_task_of_a_split(folder, keys):
+    assert by_hand(keys, "quit\n").startswith("test/00 (type")
+    assert by_hand(keys, "quit\n", "--split", "train").startswith("train/00 (type")
+    path = edited(folder, ('"test": TASKS', '"hard": TASKS'))
+    hard = f"{path}:Keys"
+    assert by_hand(hard, "quit\n", "--split", "hard").startswith("hard/00 (type")
+    for words in ((), ("--split", "test")):
+        done = run("envs.play", "--human", "--env", hard, *words)
+        said = "no split 'test': expected one of train, hard; choose one with --split, or a task with --task"
+        assert (done.returncode, done.stdout, done.stderr.decode()) == (2, b"", f"play.py: {said}\n")
 
 
 def test_an_open_command_asks_a_person_for_words(tmp_path):

@@ -363,7 +363,7 @@ def test_two_processes_train_as_one_does(unbroken, tmp_path):
     adapters = [load_file(directory / "adapter/adapter_model.safetensors") for directory in (one, two)]
     assert {k: x.shape for k, x in adapters[0].items()} == {k: x.shape for k, x in adapters[1].items()}
     assert "train_pg round 0" in printed[0] and "train_pg round 0" not in printed[1]
-    codes, printed = run_twice([*command, "--round", "0", "--learning-rate", "0.5"])  # the second would wait for ever
+    codes, printed = run_twice([*command, "--round", "0", "--learning-rate", "0.5"])  # the second would wait forever
     assert codes == [2, 1] and "args.learning_rate" in printed[0], printed
     assert "another process failed" in printed[1] and "args.learning_rate" in printed[1]
 

@@ -135,7 +135,7 @@ def test_the_deadline_of_an_attempt_ends_its_wait_for_a_world(tmp_path):
     start = time.monotonic()
     done = run(world, [Job(BAD, 0), *good_jobs(2)], deadline=5.0, turn_deadline=1000.0)
     assert {t.task_id: t.end for t in done} == {BAD: "timeout", TASK: "success"} and len(done) == 3
-    assert time.monotonic() - start < 60  # the world would hang for ever
+    assert time.monotonic() - start < 60  # the world would hang forever
     assert all(gone(pid, 5) for pid in processes(tmp_path))
 
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Look:
-    """Looks round for ever."""
+    """Looks round forever."""
 
     def extend(self, text: str) -> None: ...
 

@@ -514,7 +514,7 @@ def test_replies_that_came_after_a_failure_are_kept(server, tmp_path):
     assert line_of(policy_of(server, tmp_path), seed=1) == " act[look]\n" and len(server.requests) == 2
 
 
-# ---- no run waits for ever -------------------------------------------------------------------------------------------
+# ---- no run waits forever -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), UnicodeError("a key"), RecursionError(), OSError("x")])

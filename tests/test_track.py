@@ -242,9 +242,9 @@ def write_run(run: Path, rates: dict[str, float]) -> None:
         write_json(where / "evaluate" / "done.json", {})
         if subject != "base":
             (where / "train_pg").mkdir()
-            write_json(where / "train_pg" / "done.json", {"round": int(subject), "steps": 4})
+            write_json(where / "train_pg" / "done.json", {"round": subject, "steps": 4})
             (where / "rollout").mkdir()
-            write_json(where / "rollout" / "done.json", {"round": int(subject), "success": 7, "rates": {"x": 1}})
+            write_json(where / "rollout" / "done.json", {"round": subject, "success": 7, "rates": {"x": 1}})
 
 
 def test_rounds_are_shown_by_the_names_of_their_files_and_sent_again_replace_themselves(tmp_path):
@@ -289,6 +289,25 @@ def test_the_command_sends_every_round_and_leaves_out_a_line_that_is_being_writt
     (run / "round_1/train_pg/metrics.jsonl").write_text('{"step"\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"round_1/train_pg/metrics.jsonl:1 is not valid JSON"):
         track.main(track.Args(run=run, to="tensorboard"))
+
+
+def test_a_folder_that_only_begins_like_a_round_is_none(tmp_path, capsys):
+    needs("tensorboard")
+    run = tmp_path / "a3t"
+    write_run(run, {"0": 0.5, "old": 0.7, "10": 0.7, "9": 0.6})
+    for name in ("0", "old"):
+        (run / f"round_{name}/train_pg/metrics.jsonl").write_text(json.dumps(line(1)) + "\n")
+    track.main(track.Args(run=run, to="tensorboard"))
+    assert "2 sets of curves" in capsys.readouterr().out and not (run / "tensorboard/round_old").exists()
+    assert tensorboard_scalars(run, "rounds")["rollout/success"] == [(0, 7), (9, 7), (10, 7)]
+
+
+def test_a_stage_whose_config_has_no_settings_is_tracked_without_them(tmp_path):
+    needs("tensorboard")
+    write_run(tmp_path, {"0": 0.5})
+    write_json(tmp_path / "round_0/train_pg/config.json", {})
+    (tmp_path / "round_0/train_pg/metrics.jsonl").write_text(json.dumps(line(1)) + "\n")
+    assert track.track_steps(tmp_path / "round_0/train_pg", "tensorboard")
 
 
 def test_a_run_without_figures_is_refused(tmp_path):
