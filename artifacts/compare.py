@@ -135,7 +135,7 @@ def differences(first: Path, second: Path) -> Iterator[Difference]:
         pairs = [(subject, subject) for subject in then if subject in now]
         last = last_round(then), last_round(now)
         for one, other in pairs + [last] * (all(last) and last not in pairs):
-            subject = one if one == other else f"{other} - {one}"
+            subject = one if one == other else f"{one} → {other}"
             yield from compare_sides(name, Side(first, one), Side(second, other), subject, "first")
 
 
@@ -147,7 +147,7 @@ def steps(run: Path, name: str) -> Iterator[Difference]:
     if len(rounds) > 2:
         pairs.append((rounds[0], rounds[-1]))
     for one, other in pairs:
-        yield from compare_sides(name, Side(run, one), Side(run, other), f"{other} - {one}", "before")
+        yield from compare_sides(name, Side(run, one), Side(run, other), f"{one} → {other}", "before")
 
 
 def settings(run: Path) -> dict[str, Any]:

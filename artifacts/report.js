@@ -62,7 +62,9 @@ function matching(form, entries) {
 // ---- one trajectory --------------------------------------------------------------------------------------------------
 
 const outcome = (e) => element("span", e.success ? "✓ success" : `✗ ${e.end}`, e.success ? "won" : "lost");
-const where = (e) => (runs.length > 1 ? `${runs[e.run]}: ` : "") + e.stage + (e.trial ? `, trial ${e.trial}` : "");
+const again = (e) => (e.trial && ["react", "actre"].includes(e.source) ? `, attempt ${e.trial + 1}` : "");
+const where = (e) => (runs.length > 1 ? `${runs[e.run]}: ` : "") + e.stage + again(e);
+const sampled = (e) => e.turns.filter((t) => t.action_by === "sampled").length;
 
 function actionLine(turn) {
   const [sign, name] = turn.errors.length
@@ -158,7 +160,8 @@ function list(found, entries) {
     for (const entry of found.slice(start, start + AT_ONCE)) {
       const button = element("button");
       button.type = "button";
-      button.append(outcome(entry), ` ${entry.task} `, element("small", `${where(entry)}, ${entry.turns.length} turns`));
+      const facts = `${where(entry)}, ${entry.turns.length} turns` + (sampled(entry) ? `, ${sampled(entry)} sampled` : "");
+      button.append(outcome(entry), ` ${entry.task} `, element("small", facts));
       button.onclick = () => {
         items.querySelector("[aria-current]")?.removeAttribute("aria-current");
         button.setAttribute("aria-current", "true");
@@ -190,10 +193,11 @@ read().then((entries) => {
     const won = found.filter((e) => e.success).length;
     form.querySelector("output").textContent = `${found.length} of ${entries.length}, ${won} solved`;
     list(found, entries);
+    if (!found.length) byId("list").append(element("li", "none: choose other filters"));
+    else byId("list").querySelector("button").click();
   };
   form.oninput = update;
   form.onsubmit = (event) => event.preventDefault();
   update();
-  byId("list").querySelector("button").click();
   performance.mark("opened");
 }).catch((error) => byId("shown").append(element("p", `The trajectories cannot be shown: ${error.message}.`)));

@@ -45,13 +45,15 @@ from artifacts.viewer import entries, packed_entries
 Perturbations = dict[str, dict[str, dict[str, dict[str, float]]]]  # of evaluate*_all*.json
 HERE = Path(__file__).parent
 NOTE = (
-    "Success in %, with 95 % intervals (Wilson's). A round plays the training tasks, composes successes for the failed "
-    "ones, and trains an adapter on all rounds so far; the row of a round is that adapter on the tasks of a panel. "
-    "base: no adapter. adapter: one from elsewhere. Reward and progress (the largest share of the goal reached) are "
-    "out of 100."
+    "Success in %, with 95 % intervals (Wilson's). In a round the agent (react) plays the training tasks; those it "
+    "failed are tried again with some actions sampled and explained by a second prompt, ActRe (compositions: actre); "
+    "then an adapter of the base is trained towards the successes of all rounds so far, demonstrations included, and "
+    "away from the agent's failures at tasks that were also solved (A3T, arXiv 2403.14589). The row of a round is that "
+    "adapter on a panel, a fixed set of tasks; of base no adapter, of adapter one from elsewhere. Best of rounds: what "
+    "any round so far solved. Reward and progress, the largest share of the goal reached, are out of 100. An attempt "
+    "ends as stuck if a turn and its answer come again and again (--patience), as max_turns or context_full at a "
+    "limit; limits of play and of evaluations may differ."
 )
-
-
 MOST = 5000
 
 
@@ -236,9 +238,9 @@ def round_rows(run: Run) -> Iterator[list[Any]]:
             index,
             share(played.get("success", 0), played.get("trajectories", 0)),
             composed.get("failed_tasks", "-"),
+            composed.get("sampled_turns", "-"),
             share(composed.get("success", 0), composed.get("composed", 0)),
             composed.get("solved_tasks", "-"),
-            composed.get("sampled_turns", "-"),
             trained.get("sequences", "-"),
             trained.get("sequences_failed", "-"),
             trained.get("tokens", "-"),
@@ -247,8 +249,15 @@ def round_rows(run: Run) -> Iterator[list[Any]]:
         ]
 
 
-ROUNDS = ("run", "round", "training tasks solved %", "tasks failed", "compositions won %", "of failed tasks solved")
-ROUNDS += ("sampled turns", "trained on", "of them failures", "tokens", "steps", "seconds: play / compose / train")
+ROUNDS = ("run", "round", "played, or demonstrations: won %", "tasks failed", "sampled turns", "compositions won %")
+ROUNDS += (
+    "of failed tasks solved",
+    "trained on",
+    "failures in it",
+    "tokens",
+    "steps",
+    "seconds: play / compose / train",
+)
 
 
 CURVES = {
@@ -276,7 +285,7 @@ def curves(runs: Sequence[Run]) -> Iterator[str]:
                 for (colour, name), found in lines.items()
                 for measure in measures
                 for x, y in [points_of(found, measure)]
-                if any(y)  # a round without failures has no likelihood of failures, and 0 stands for it
+                if y
             ]
             if drawn:
                 yield chart(title + what, drawn, xlabel="optimizer step")
@@ -284,6 +293,8 @@ def curves(runs: Sequence[Run]) -> Iterator[str]:
 
 def points_of(found: Sequence[dict[str, Any]], measure: str) -> tuple[list[int], list[float]]:
     known = [(step["step"], y) for step in found if isinstance(y := step.get(measure), int | float)]
+    if measure.startswith("logprob_"):  # 0: the step had no successes, or no failures
+        known = [(x, y) for x, y in known if y]
     return [x for x, _ in known], [y for _, y in known]
 
 
@@ -351,11 +362,10 @@ def sections(runs: Sequence[Run]) -> Iterator[str]:
 
 VIEWER = """<h2 id="trajectories">Trajectories</h2>
 <p class="note">{which} of every finished stage. Choose one: attempts of other rounds at its task stand next to
-it. Where a round trained on it, its text is also there with the weight of every token.</p>
+it. {weights}</p>
 <p class="note legend"><span class="thought">thought</span> <span class="action">&gt; action</span>
 <span class="action sampled">&#9670; sampled action</span> <span class="action mistake">&#10007; mistake, masked</span>
-<span class="action refused">&#8856; refused action</span> <span class="observation">observation</span>
-<span class="plus">trained towards</span> <span class="minus">trained away from</span></p>
+<span class="action refused">&#8856; refused action</span> <span class="observation">observation</span></p>
 <form id="filters">
 <input type="search" name="text" placeholder="task, action or thought" aria-label="search">
 <select name="run" aria-label="run"></select><select name="stage" aria-label="stage"></select>
@@ -363,6 +373,10 @@ it. Where a round trained on it, its text is also there with the weight of every
 <select name="end" aria-label="how it ended"></select><select name="trained" aria-label="training"></select>
 <output></output></form>
 <div id="viewer"><ol id="list"></ol><div id="shown"></div></div>"""
+
+
+WEIGHTS = """Where a round trained on it, its text is also there with the weight of every token:
+<span class="plus">trained towards</span>, <span class="minus">trained away from</span>."""
 
 
 def page(runs: Sequence[Run], most: int) -> str:
@@ -378,7 +392,7 @@ def page(runs: Sequence[Run], most: int) -> str:
     body = "\n".join(sections(runs))
     if found:
         which = f"The first {most:,} attempts (--trajectories), evaluations first," if more else "Every attempt"
-        viewer = VIEWER.replace("{which}", which)
+        viewer = VIEWER.replace("{which}", which).replace("{weights}", WEIGHTS if any(e.trained for e in found) else "")
         names = msgspec.json.encode([run.name for run in runs]).decode().replace("<", "\\u003c")
         body += (
             f'{viewer}<script type="application/json" id="runs">{names}</script>'

@@ -131,9 +131,9 @@ def test_the_rounds_of_a_run_are_compared_each_with_the_one_before(tmp_path):
     for index, tries in enumerate(("+-", "++", "-+")):
         write_round(run, index, *tries)
     found = {row.subject: row for row in steps(run, "evaluate")}
-    assert list(found) == ["0 - base", "1 - 0", "2 - 1", "2 - 0"]
+    assert list(found) == ["base → 0", "0 → 1", "1 → 2", "0 → 2"]
     assert [found[name].paired.difference for name in found] == [0.5, 0.5, -0.5, 0.0]
-    assert (found["2 - 0"].paired.first_only, found["2 - 0"].paired.second_only) == (1, 1)
+    assert (found["0 → 2"].paired.first_only, found["0 → 2"].paired.second_only) == (1, 1)
 
 
 def test_the_last_rounds_are_compared_where_one_run_has_more(tmp_path):
@@ -141,7 +141,7 @@ def test_the_last_rounds_are_compared_where_one_run_has_more(tmp_path):
     write_round(first, 0, "-", "-")
     for index, tries in enumerate(("+-", "++")):
         write_round(other, index, *tries)
-    assert [(row.subject, row.paired.difference) for row in differences(first, other)] == [("0", 0.5), ("1 - 0", 1.0)]
+    assert [(row.subject, row.paired.difference) for row in differences(first, other)] == [("0", 0.5), ("0 → 1", 1.0)]
 
 
 def test_runs_without_a_common_evaluation_say_so(tmp_path):

@@ -126,7 +126,7 @@ def test_rounds_curves_and_the_paper_s_line_are_drawn(tmp_path):
     ]
     assert "the paper (7B)" in html and "best of rounds" in html
     assert "round 0 solved 0.0 % [0, 3] of 140 attempts" in html and html.count(">round 1</text>") == 2
-    assert "<td>1 - 0</td><td>0.0</td><td>100.0</td><td>+100.0 [" in html  # the rounds compared
+    assert "<td>0 → 1</td><td>0.0</td><td>100.0</td><td>+100.0 [" in html  # the rounds compared
 
 
 @pytest.mark.parametrize(("tasks", "name"), [(20, "evaluate"), (140, "evaluate_P1"), (140, "evaluate_hot")])
