@@ -15,7 +15,8 @@
 #
 # Environment: RUN (directory of the run), ROUNDS (4), SEED (0), MODEL, BUDGET (compositions per failed task: 3; webshop: 20;
 # smollm2: 4; smollm2-webshop: 6; paper: 40), COUNT (synthetic trajectories: 2000; demonstrations: 300), SERVER (address of
-# a vLLM server that plays in place of the local model: docs/servers.md), SERVER_MODEL (the base's name there: base).
+# a vLLM server that plays in place of the local model: docs/servers.md), SERVER_MODEL (the base's name there: base), TRUST
+# (1: finished stages of the rounds are taken as they are, whatever their settings: for runs whose old adapters are gone).
 set -euo pipefail
 cd "$(dirname "$0")"
 # Put large buffers in huge pages where Linux has them: a CPU trains a tenth faster.
@@ -118,17 +119,20 @@ case "$what" in
   *) echo "run.sh: got '$what', expected nothing, 'tiny', 'webshop', 'refine', 'smollm2', 'smollm2-webshop' or 'paper'" >&2; exit 2 ;;
 esac
 
+# Whether a stage of the round is finished, and not to be looked at again.
+trusted() { [ -n "${TRUST:-}" ] && [ -e "$RUN/round_$round/$1/done.json" ]; }
+
 play+=(${more_play[@]+"${more_play[@]}"})
 compose+=(${more_actre[@]+"${more_actre[@]}"})
 train+=(${more_train[@]+"${more_train[@]}"})
 for ((round = 0; round < ROUNDS; round++)); do
   ((round == 0)) || first=()
-  [[ $what-$round = smollm2*-0 ]] || # its rollout is the demonstrations
+  [[ $what-$round = smollm2*-0 ]] || trusted rollout || # its rollout is the demonstrations
     stage rollout.py "${common[@]}" --round "$round" ${first[@]+"${first[@]}"} ${play[@]+"${play[@]}"} \
       ${more_rollout[@]+"${more_rollout[@]}"}
-  stage actre.py "${common[@]}" --round "$round" ${play[@]+"${play[@]}"} ${compose[@]+"${compose[@]}"}
-  stage train_pg.py "${common[@]}" --round "$round" ${train[@]+"${train[@]}"}
-  stage evaluate.py "${common[@]}" --round "$round" ${play[@]+"${play[@]}"} ${more_evaluate[@]+"${more_evaluate[@]}"}
+  trusted actre || stage actre.py "${common[@]}" --round "$round" ${play[@]+"${play[@]}"} ${compose[@]+"${compose[@]}"}
+  trusted train_pg || stage train_pg.py "${common[@]}" --round "$round" ${train[@]+"${train[@]}"}
+  trusted evaluate || stage evaluate.py "${common[@]}" --round "$round" ${play[@]+"${play[@]}"} ${more_evaluate[@]+"${more_evaluate[@]}"}
 done
 exit
 }

@@ -105,12 +105,8 @@ def adapter_of_round(run: Path, round_index: int) -> Path | None:
 
 
 def adapter_sha(adapter: Path | None) -> str | None:
-    """Identifies an adapter in a config.json: the sha256 of its weights. Of one that was removed, a file adapter.sha256
-    in its place still tells it to finished stages."""
-    if adapter is None:
-        return None
-    weights, removed = adapter / "adapter_model.safetensors", adapter.with_name(f"{adapter.name}.sha256")
-    return removed.read_text().split()[0] if removed.exists() and not weights.exists() else sha256(weights)
+    """Identifies an adapter in a config.json: the sha256 of its weights."""
+    return None if adapter is None else sha256(adapter / "adapter_model.safetensors")
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------

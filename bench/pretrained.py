@@ -32,12 +32,11 @@ from typing import Annotated, Literal
 
 from artifacts.cli import Range, run_main
 from artifacts.json_io import read_json
-from artifacts.stage import sha256
 
 ROOT = Path(__file__).parent.parent
 BOOTSTRAP = ("actre/demonstrations", "actre/round_0/train_pg", "round_0/rollout", "round_0/actre", "round_0/train_pg")
 KEPT = ("config.json", "done.json", "scores.json", "metrics.jsonl")
-TRAJECTORIES, SHA256 = "trajectories.jsonl", "adapter.sha256"
+TRAJECTORIES = "trajectories.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +57,8 @@ class Settings:
     """Maximum tokens of an attempt of an evaluation."""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Seed of every command."""
+    restore: bool = False
+    """Begin with what was kept: finished play, compositions and evaluations are taken as they are."""
 
     @property
     def evaluation(self) -> tuple[str, ...]:
@@ -85,8 +86,6 @@ def keep(settings: Settings, arm: str) -> None:
         for name in KEPT:
             if (stage / name).exists():
                 (folder / name).write_text((stage / name).read_text().replace(f"{ROOT}/", ""))
-        if (weights := stage / "adapter/adapter_model.safetensors").exists():
-            (folder / SHA256).write_text(f"{sha256(weights)}\n")
         if (stage / TRAJECTORIES).exists():
             packed = gzip.compress((stage / TRAJECTORIES).read_bytes(), mtime=0)  # the same bytes every time
             (folder / f"{TRAJECTORIES}.gz").write_bytes(packed)
@@ -105,12 +104,13 @@ def is_past(stage: Path) -> bool:
 
 
 def restore(settings: Settings) -> None:
-    """Lays what was kept into the runs, where a stage is missing: it resumes there. Adapters are not: one that only
-    finished stages played is known by its sha256, any other is trained again."""
+    """Lays what was kept into the runs, where a stage is missing: it resumes there. Adapters are not kept: one that
+    something is still to be played by is trained again."""
     for config in sorted(settings.results.rglob("config.json")):
         kept = config.parent
         folder = settings.runs / kept.relative_to(settings.results)
-        if folder.exists() or (kept.name == "train_pg" and not is_past(kept)):
+        whole = is_past(kept) if kept.name == "train_pg" else (kept / f"{TRAJECTORIES}.gz").exists()
+        if folder.exists() or not whole:
             continue
         part = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
@@ -130,7 +130,7 @@ def share(settings: Settings, arm: str, other: str, *stages: str) -> None:
     arm lacks, this one makes: also an adapter that was removed, and then all that was played by it."""
     for stage in stages:
         source, target = settings.runs / other / stage, settings.runs / arm / stage
-        if (source / SHA256).exists():
+        if stage.endswith("train_pg") and (source / "done.json").exists() and not (source / "adapter").exists():
             break
         if (source / "done.json").exists() and not target.exists():
             part = target.with_name(f"{target.name}.part")
@@ -160,6 +160,7 @@ def loop(settings: Settings, arm: str, *words: object, rounds: int, panel: str =
     how = ("--rollout.limit", settings.limit, "--evaluate.panels", panel, *settings.evaluation)
     how += ("--name", "valid-60") if panel == "valid-60" else ()
     where = {"RUN": settings.runs / arm, "MODEL": settings.model, "COUNT": settings.count, "SEED": settings.seed}
+    where |= {"TRUST": 1} if settings.restore else {}  # what was played by an adapter that is no longer there
     for count in range(1, rounds + 1):
         run("./run.sh", "smollm2", *how, *words, **where, ROUNDS=count)
         keep(settings, arm)
@@ -252,6 +253,7 @@ def refinement(settings: Settings) -> None:
 def webshop(settings: Settings) -> None:
     """The loop on WebShop: 60 tasks a round, the first 100 of the test panel."""
     where = {"RUN": settings.runs / "webshop", "MODEL": settings.model, "SEED": settings.seed}
+    where |= {"TRUST": 1} if settings.restore else {}
     for rounds in (1, 2):
         run("./run.sh", "smollm2-webshop", "--rollout.limit", 60, "--evaluate.limit", 100, **where, ROUNDS=rounds)
         keep(settings, "webshop")
@@ -294,8 +296,6 @@ def table(settings: Settings) -> str:
 class Args(Settings):
     experiments: tuple[Literal[tuple(EXPERIMENTS)], ...] = tuple(EXPERIMENTS)
     """What to run, in this order; without a name nothing, only the table is printed."""
-    restore: bool = False
-    """Begin with what was kept: its play, compositions and evaluations are not made again, its training is."""
 
 
 def main(args: Args) -> None:

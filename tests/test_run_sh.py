@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-UNSET = ("RUN", "BUDGET", "COUNT", "SEED", "SERVER", "SERVER_MODEL", FRACTION)
+UNSET = ("RUN", "BUDGET", "COUNT", "SEED", "SERVER", "SERVER_MODEL", "TRUST", FRACTION)
 
 
 @pytest.fixture
@@ -51,6 +51,18 @@ LOOP = ["rollout.py", "actre.py", "train_pg.py", "evaluate.py"]
 def test_each_mode_runs_its_stages_in_order(run_sh, mode, expected):
     status, commands, _ = run_sh(mode)
     assert (status, stages(commands)) == (0, expected)
+
+
+def test_a_trusted_run_goes_on_after_its_finished_stages(run_sh, tmp_path):
+    run = tmp_path / "run"
+    for stage in ("round_0/rollout", "round_0/actre", "round_0/train_pg", "round_0/evaluate", "round_1/rollout"):
+        (run / stage).mkdir(parents=True)
+        (run / stage / "done.json").touch()
+    _, commands, _ = run_sh(RUN=str(run), ROUNDS="2", TRUST="1")
+    assert stages(commands) == ["actre.py", "train_pg.py", "evaluate.py"] and all("--round 1" in c for c in commands)
+    assert (
+        stages(run_sh(RUN=str(run), ROUNDS="2")[1]) == LOOP * 2
+    )  # each stage says that it is finished, or what differs
 
 
 def test_flags_with_a_stage_s_name_come_last_and_go_to_it_alone(run_sh):

@@ -19,7 +19,6 @@ from artifacts.stage import (
     Stage,
     StageError,
     adapter_of_round,
-    adapter_sha,
     current_round,
     read_run,
     require_done,
@@ -225,17 +224,3 @@ def test_draws_depend_on_every_part_of_the_address_and_nothing_else():
     assert len(set(seeds)) == len(places) and all(0 <= s < 2**32 for s in seeds)
     assert seeds == [draw_seed(*place) for place in places]
     assert generator(*places[0]).random() == generator(*places[0]).random() != generator(*places[1]).random()
-
-
-def test_a_removed_adapter_is_known_by_the_hash_in_its_place(tmp_path):
-    weights = tmp_path / "adapter/adapter_model.safetensors"
-    weights.parent.mkdir()
-    weights.write_bytes(b"weights")
-    known = adapter_sha(weights.parent)
-    (tmp_path / "adapter.sha256").write_text(f"{'0' * 64}  -\n")  # as sha256sum writes it
-    assert adapter_sha(weights.parent) == known  # the adapter itself, where it is
-    weights.unlink()
-    assert adapter_sha(weights.parent) == "0" * 64
-    (tmp_path / "adapter.sha256").unlink()
-    with pytest.raises(FileNotFoundError):
-        adapter_sha(weights.parent)
