@@ -65,6 +65,11 @@ class Settings:
         """The flags of every evaluation."""
         return "--max-turns", "50", "--context", str(self.context), "--slots", "32"
 
+    @property
+    def environment(self) -> dict[str, object]:
+        """The variables of every ./run.sh. What was kept was played by adapters that may be gone."""
+        return {"MODEL": self.model, "SEED": self.seed} | ({"TRUST": 1} if self.restore else {})
+
 
 def run(*words: object, **env: object) -> None:
     """Runs a command of the project; raises CalledProcessError if it fails."""
@@ -159,8 +164,7 @@ def loop(settings: Settings, arm: str, *words: object, rounds: int, panel: str =
     """Plays the rounds of an arm with these flags, each evaluated on a panel."""
     how = ("--rollout.limit", settings.limit, "--evaluate.panels", panel, *settings.evaluation)
     how += ("--name", "valid-60") if panel == "valid-60" else ()
-    where = {"RUN": settings.runs / arm, "MODEL": settings.model, "COUNT": settings.count, "SEED": settings.seed}
-    where |= {"TRUST": 1} if settings.restore else {}  # what was played by an adapter that is no longer there
+    where = {"RUN": settings.runs / arm, "COUNT": settings.count, **settings.environment}
     for count in range(1, rounds + 1):
         run("./run.sh", "smollm2", *how, *words, **where, ROUNDS=count)
         keep(settings, arm)
@@ -252,8 +256,7 @@ def refinement(settings: Settings) -> None:
 
 def webshop(settings: Settings) -> None:
     """The loop on WebShop: 60 tasks a round, the first 100 of the test panel."""
-    where = {"RUN": settings.runs / "webshop", "MODEL": settings.model, "SEED": settings.seed}
-    where |= {"TRUST": 1} if settings.restore else {}
+    where = {"RUN": settings.runs / "webshop", **settings.environment}
     for rounds in (1, 2):
         run("./run.sh", "smollm2-webshop", "--rollout.limit", 60, "--evaluate.limit", 100, **where, ROUNDS=rounds)
         keep(settings, "webshop")
