@@ -91,7 +91,9 @@ def test_an_interrupt_while_a_stage_imports_its_modules_is_not_swallowed(tmp_pat
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
-    assert (process.returncode, said.decode().strip().splitlines()[-1]) == (130, f"{stage}.py: interrupted")
+    last = said.decode().strip().splitlines()[-1]
+    begun = f"{stage}.py: interrupted; {tmp_path}/run/"  # where a fast machine has imported all by then
+    assert process.returncode == 130 and (last == f"{stage}.py: interrupted" or last.startswith(begun)), last
 
 
 def test_a_world_played_from_the_shell_can_be_interrupted_and_its_pipe_closed():
